@@ -13,19 +13,25 @@ namespace {
 
 // ---- Strided pixels of any dtype to dense ones, and back ----------------------------------------
 
-// Moves `count` elements in the longest vectors that fit: move(size, first element).
+// Moves `count` elements in vectors, the last of which may overlap the one before it:
+// move(size, first element).
 template <class A, class Move>
 inline void in_vectors(int64_t count, const Move& move) {
   constexpr int kMost = kLanes<A>;
-  int64_t i = 0;
-  for (; i + kMost <= count; i += kMost) move(std::integral_constant<int, kMost>{}, i);
+  const auto cover = [&](auto size) {
+    constexpr int kSize = decltype(size)::value;
+    int64_t i = 0;
+    for (; i + kSize < count; i += kSize) move(size, i);
+    move(size, count - kSize);
+  };
+  if (count >= kMost) return cover(std::integral_constant<int, kMost>{});
   if constexpr (kMost >= 16) {
-    for (; i + 8 <= count; i += 8) move(std::integral_constant<int, 8>{}, i);
+    if (count >= 8) return cover(std::integral_constant<int, 8>{});
   }
   if constexpr (kMost >= 8) {
-    for (; i + 4 <= count; i += 4) move(std::integral_constant<int, 4>{}, i);
+    if (count >= 4) return cover(std::integral_constant<int, 4>{});
   }
-  for (; i < count; ++i) move(std::integral_constant<int, 1>{}, i);
+  for (int64_t i = 0; i < count; ++i) move(std::integral_constant<int, 1>{}, i);
 }
 
 // Pitches from pixel to pixel are in elements.
@@ -52,27 +58,30 @@ void write_pixels(const Accumulator<T>* from, int64_t from_pitch, int64_t count,
 
 // ---- Tensors of a pair --------------------------------------------------------------------------
 
-// A block of output pixels of one row, in the pair's group.
+// A block of output pixels in the pair's group, one after the other in memory.
 struct Block {
-  int64_t row, column, num_pixels;
-  int64_t first;  // its first pixel, counted through [N, Ho, Wo], and group: pixel * G + g
+  int64_t row, column;  // of the first pixel
+  int64_t num_pixels;
+  int64_t first;  // the first pixel, counted through [N, Ho, Wo], and group: pixel * G + g
 };
 
 template <class Body>
 void for_each_block(const Dcnv3Shape& shape, int64_t pair, int64_t row_begin, int64_t row_end,
                     const Body& body) {
-  const int64_t most = block_pixels(shape);
-  for (int64_t row = row_begin; row < row_end; ++row) {
-    const int64_t line = pair / shape.groups * shape.out_height + row;
-    for (int64_t column = 0; column < shape.out_width; column += most) {
-      const int64_t left = shape.out_width - column;
-      body(Block{row, column, left < most ? left : most,
-                 (line * shape.out_width + column) * shape.groups + pair % shape.groups});
-    }
+  const int64_t most = block_pixels(shape), width = shape.out_width;
+  const int64_t image = pair / shape.groups * shape.out_height * width;
+  int64_t pixel = row_begin * width;
+  while (pixel < row_end * width) {
+    // A block of less than a row ends with it.
+    const int64_t left = most < width ? width - pixel % width : row_end * width - pixel;
+    const int64_t count = left < most ? left : most;
+    body(Block{pixel / width, pixel % width, count,
+               (image + pixel) * shape.groups + pair % shape.groups});
+    pixel += count;
   }
 }
 
-// Reads offsets and masks of a block; after this points.corner and points.pixel are right.
+// Reads offsets and masks of a block; after this points.corners and points.pixel are right.
 template <class T>
 void read_points(const Dcnv3Shape& shape, const Block& block, const void* offset, const void* mask,
                  const Points<Accumulator<T>>& points) {
@@ -83,7 +92,6 @@ void read_points(const Dcnv3Shape& shape, const Block& block, const void* offset
               block.num_pixels, points.mask, size);
   if (shape.softmax) softmax(block.num_pixels, size, points.mask);
   locate(shape, block.row, block.column, count, points);
-  weigh_corners(shape, count, points);
 }
 
 template <class A, int kSize>
@@ -176,13 +184,13 @@ void backward_as(const Dcnv3BwdParams& params, int64_t pair, const Accumulator<T
     dispatch_vectors(layout.vectors, [&](auto vectors) {
       constexpr int kVectors = decltype(vectors)::value;
       if (params.grad_offset || params.grad_mask) {
-        multiply_corners<A, kSize, kVectors>(layout, points, block.num_pixels, shape.points, plane,
-                                             scratch.pixels);
+        multiply_corners<A, kSize, kVectors>(layout, points.pixel, block.num_pixels, shape.points,
+                                             plane, scratch.pixels, points.dots);
         write_points<T>(params, block, points);
       }
       if (params.grad_x) {
-        scatter<A, kSize, kVectors>(layout, points, block.num_pixels, shape.points, scratch.pixels,
-                                    grad_plane);
+        scatter<A, kSize, kVectors>(layout, points.pixel, points.corners, block.num_pixels,
+                                    shape.points, scratch.pixels, grad_plane);
       }
     });
   });
