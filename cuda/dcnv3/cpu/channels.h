@@ -17,13 +17,13 @@ struct PlaneLayout {
   int64_t vectors;  // of a pixel
   int64_t pitch;    // of a pixel: vectors * kSize
   int64_t row;      // of a row of pixels, ring included
-  int64_t size;     // of the plane
+  int64_t size;     // of the plane: a multiple of 64 bytes
 
   explicit PlaneLayout(const Dcnv3Shape& shape)
       : vectors(round_up(shape.group_size, kSize) / kSize),
         pitch(vectors * kSize),
         row((shape.width + 2) * pitch),
-        size((shape.height + 3) * row) {}
+        size(round_up((shape.height + 3) * row, kAlignment / 4)) {}
 };
 
 // A point's four weights, each in all lanes of a vector.
@@ -88,18 +88,24 @@ template <class A, int kSize, int kVectors, int kPitch>
 template <class A, int kSize>
 void sample(const PlaneLayout<kSize>& layout, const Points<A>& points, int64_t num_pixels,
             int64_t num_points, const A* plane, A* out) {
-  const auto whole = [&](auto count) {
+  int64_t v = 0;
+  const auto next = [&](auto count, auto pitch) {
     constexpr int kVectors = decltype(count)::value;
-    sample_vectors<A, kSize, kVectors, kVectors * kSize>(layout, points.pixel, points.corners,
-                                                         num_pixels, num_points, plane, out);
+    sample_vectors<A, kSize, kVectors, decltype(pitch)::value>(layout, points.pixel, points.corners,
+                                                               num_pixels, num_points,
+                                                               plane + v * kSize, out + v * kSize);
+    v += kVectors;
   };
-  if (layout.vectors == 1) return whole(std::integral_constant<int, 1>{});
-  if (layout.vectors == 2) return whole(std::integral_constant<int, 2>{});
-  if (layout.vectors == 4) return whole(std::integral_constant<int, 4>{});
-  for (int64_t v = 0; v < layout.vectors; ++v) {
-    sample_vectors<A, kSize, 1, 0>(layout, points.pixel, points.corners, num_pixels, num_points,
-                                   plane + v * kSize, out + v * kSize);
+  using std::integral_constant;
+  if (layout.vectors == 1)
+    return next(integral_constant<int, 1>{}, integral_constant<int, kSize>{});
+  if (layout.vectors == 2) {
+    return next(integral_constant<int, 2>{}, integral_constant<int, 2 * kSize>{});
   }
+  constexpr integral_constant<int, 0> kAny{};
+  while (v + 4 <= layout.vectors) next(integral_constant<int, 4>{}, kAny);
+  while (v + 2 <= layout.vectors) next(integral_constant<int, 2>{}, kAny);
+  if (v < layout.vectors) next(integral_constant<int, 1>{}, kAny);
 }
 
 // A pixel's gradient: in registers where it has kVectors vectors, in memory where kVectors is 0.
@@ -129,7 +135,7 @@ template <class A, int kSize, int kVectors>
   constexpr int kJoined = kSize / 4;  // points whose sums fill a vector
   const int64_t pitch = kVectors ? Grad::kPitch : layout.pitch, row = layout.row;
   const int64_t vectors = kVectors ? kVectors : layout.vectors;
-  const auto quads = [&](const Grad& grad, IntOf<A> at) {
+  const auto set_quads = [&](const Grad& grad, IntOf<A> at, Values& quads) {
     const A* top = plane + at * pitch;
     const A* bottom = top + row;
     Values sums[4] = {};
@@ -139,17 +145,21 @@ template <class A, int kSize, int kVectors>
       sums[2] += grad[v] * load<kSize>(bottom);
       sums[3] += grad[v] * load<kSize>(bottom + pitch);
     }
-    return quads_of<A, kSize>(sums[0], sums[1], sums[2], sums[3]);
+    quads = quads_of<A, kSize>(sums[0], sums[1], sums[2], sums[3]);
   };
   for (int64_t p = 0; p < num_pixels; ++p, grad_out += pitch, pixel += num_points) {
     const Grad grad(grad_out);
     int64_t k = 0;
     for (; k + kJoined <= num_points; k += kJoined, dots += kSize) {
       Values parts[kJoined];
-      for (int j = 0; j < kJoined; ++j) parts[j] = quads(grad, pixel[k + j]);
+      for (int j = 0; j < kJoined; ++j) set_quads(grad, pixel[k + j], parts[j]);
       store(dots, join<A, kSize>(parts));
     }
-    for (; k < num_points; ++k, dots += 4) store(dots, fold<A, kSize>(quads(grad, pixel[k])));
+    for (; k < num_points; ++k, dots += 4) {
+      Values rest;
+      set_quads(grad, pixel[k], rest);
+      store(dots, fold<A, kSize>(rest));
+    }
   }
 }
 

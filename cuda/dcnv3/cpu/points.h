@@ -17,6 +17,9 @@ namespace {
 // Approximate number of points of a block, whose arrays fit the L1 cache.
 constexpr int64_t kBlockPoints = dcnv3::kCpuBlockPoints;
 
+// Approximate size of a band's offsets and masks.
+constexpr int64_t kBandBytes = 32 * 1024;
+
 constexpr int64_t kAlignment = 64;
 
 // Limit in pixels: no padded image is larger, and a larger offset counts as outside.
@@ -53,7 +56,7 @@ struct Points {
   A* grad_mask;   // [points]
   A* fraction_x;  // [points] lx; both are NaN if the point is lost
   A* fraction_y;  // [points] ly
-  // [points] of the upper left corner in the plane; `nowhere` if not valid, kLost if lost
+  // [points] of the upper left corner in the plane; `nowhere` or more if not valid, kLost if lost
   IntOf<A>* pixel;
   A* corners;  // [points, 4] the corners' weights times mask; 0 if not valid
   A* dots;     // [points, 4] grad_out times the corners, summed over channels
@@ -71,9 +74,21 @@ inline int64_t block_pixels(const Dcnv3Shape& shape) {
   return width * (most / width < shape.out_height ? most / width : shape.out_height);
 }
 
-// The plane has one ring of zeros around the image and one more row: the 2 x 2 pixels from here
-// are zeros.
+// The plane has one ring of zeros around the image and one more row: 2 x 2 pixels from here, or
+// from further right in this row, are zeros.
 inline int64_t nowhere(const Dcnv3Shape& shape) { return (shape.height + 1) * (shape.width + 2); }
+
+// Such pixels for the points of a vector: were they all the same, their sums would wait for each
+// other.
+template <class A>
+Vec<IntOf<A>, kLanes<A>> pixels_nowhere(const Dcnv3Shape& shape) {
+  const int64_t columns = shape.width / 2 + 1;
+  Vec<IntOf<A>, kLanes<A>> pixels;
+  for (int lane = 0; lane < kLanes<A>; ++lane) {
+    pixels[lane] = static_cast<IntOf<A>>(nowhere(shape) + lane % columns * 2);
+  }
+  return pixels;
+}
 
 template <class A>
 Points<A> take_points(const Dcnv3Shape& shape, Arena& arena) {
@@ -178,7 +193,7 @@ template <class A>
 void mark_lost(const Dcnv3Shape& shape, int64_t count, const Points<A>& points) {
   for (int64_t i = 0; i < count; ++i) {
     const A place = points.offset[2 * i] * 0 + points.offset[2 * i + 1] * 0;  // 0 or NaN
-    const A weight = points.pixel[i] == nowhere(shape) ? points.mask[i] * 0 : 0;
+    const A weight = points.pixel[i] >= nowhere(shape) ? points.mask[i] * 0 : 0;
     const A lost = place + weight;
     if (lost == 0) continue;
     points.fraction_x[i] = points.fraction_y[i] = lost;
@@ -217,7 +232,7 @@ template <class A, bool kWhole>
                                        centre(shape.kernel_width, shape.dilation_width));
   const auto height = static_cast<Int>(shape.height), width = static_cast<Int>(shape.width);
   const Bits pitch = Bits{} + static_cast<std::make_unsigned_t<Int>>(width + 2);
-  const auto outside = broadcast<kSize>(static_cast<Int>(nowhere(shape)));
+  const auto outside = pixels_nowhere<A>(shape);
   const A scale = static_cast<A>(shape.offset_scale);
   const auto place = [](Values offset, Int base, const Int* table, const A* table_fraction) {
     const Bits distance =
@@ -283,7 +298,7 @@ void differentiate_points(const Dcnv3Shape& shape, int64_t count, const Points<A
     const Values by_y = left * (bottom_left - top_left) + right * (bottom_right - top_right);
     const Values by_mask = top * (left * top_left + right * top_right) +
                            bottom * (left * bottom_left + right * bottom_right);
-    const auto valid = load<kSize>(points.pixel + i) != outside;
+    const auto valid = load<kSize>(points.pixel + i) < outside;
     const Values grad_x = valid ? by_x * weight : Values{};
     const Values grad_y = valid ? by_y * weight : Values{};
     store(points.offset + 2 * i, shuffle_by<ZipLow, A, kSize>(grad_x, grad_y));

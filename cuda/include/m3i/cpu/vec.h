@@ -90,6 +90,15 @@ inline auto load_wide(const T* from) {
     Vec<uint16_t, kSize> bits;
     std::memcpy(&bits, from, sizeof(bits));
     return bit_cast<Vec<float, kSize>>(__builtin_convertvector(bits, Vec<uint32_t, kSize>) << 16);
+#if M3I_VECTOR_BYTES == 64
+  } else if constexpr (std::is_same_v<T, Float16> && kSize == 16) {
+    return static_cast<Vec<float, 16>>(
+        _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+  } else if constexpr (std::is_same_v<T, Float16> && kSize == 8) {
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    return static_cast<Vec<float, 8>>(
+        _mm512_castps512_ps256(_mm512_cvtph_ps(_mm256_castsi128_si256(half))));
+#endif
   } else if constexpr (std::is_same_v<T, Float16>) {
     using Bits = Vec<uint32_t, kSize>;
     Vec<uint16_t, kSize> half;
@@ -133,6 +142,15 @@ template <int kSize, class T>
 inline void store_rounded(T* to, Vec<Accumulator<T>, kSize> value) {
   if constexpr (std::is_same_v<T, BFloat16>) {
     store(to, __builtin_convertvector(bf16_bits_of<kSize>(value), Vec<uint16_t, kSize>));
+#if M3I_VECTOR_BYTES == 64
+  } else if constexpr (std::is_same_v<T, Float16> && kSize == 16) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                        _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  } else if constexpr (std::is_same_v<T, Float16> && kSize == 8) {
+    const __m256i half = _mm512_cvtps_ph(_mm512_castps256_ps512(value),
+                                         _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(half));
+#endif
   } else if constexpr (std::is_same_v<T, Float16>) {
     store(to, __builtin_convertvector(fp16_bits_of<kSize>(value), Vec<uint16_t, kSize>));
   } else {
