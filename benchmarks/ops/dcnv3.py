@@ -108,7 +108,7 @@ class Config:
     def rows(self) -> list[tuple[Size, torch.dtype, float]]:
         """Return what is measured: sizes, dtypes, and the deviation of the offsets in pixels."""
         if resolve(self.device) == "cpu":
-            dtypes = torch.float32, torch.bfloat16
+            dtypes = torch.float32, torch.bfloat16, torch.float16
             return [(size, dtype, 1.5) for size in CPU_SIZES for dtype in dtypes]
         return [
             (size, dtype, reach)

@@ -13,19 +13,25 @@ namespace {
 
 // ---- Strided pixels of any dtype to dense ones, and back ----------------------------------------
 
-// Moves `count` elements in the longest vectors that fit: move(size, first element).
+// Moves `count` elements in vectors, the last of which may overlap the one before it:
+// move(size, first element).
 template <class A, class Move>
 inline void in_vectors(int64_t count, const Move& move) {
   constexpr int kMost = kLanes<A>;
-  int64_t i = 0;
-  for (; i + kMost <= count; i += kMost) move(std::integral_constant<int, kMost>{}, i);
+  const auto cover = [&](auto size) {
+    constexpr int kSize = decltype(size)::value;
+    int64_t i = 0;
+    for (; i + kSize < count; i += kSize) move(size, i);
+    move(size, count - kSize);
+  };
+  if (count >= kMost) return cover(std::integral_constant<int, kMost>{});
   if constexpr (kMost >= 16) {
-    for (; i + 8 <= count; i += 8) move(std::integral_constant<int, 8>{}, i);
+    if (count >= 8) return cover(std::integral_constant<int, 8>{});
   }
   if constexpr (kMost >= 8) {
-    for (; i + 4 <= count; i += 4) move(std::integral_constant<int, 4>{}, i);
+    if (count >= 4) return cover(std::integral_constant<int, 4>{});
   }
-  for (; i < count; ++i) move(std::integral_constant<int, 1>{}, i);
+  for (int64_t i = 0; i < count; ++i) move(std::integral_constant<int, 1>{}, i);
 }
 
 // Pitches from pixel to pixel are in elements.
@@ -52,27 +58,75 @@ void write_pixels(const Accumulator<T>* from, int64_t from_pitch, int64_t count,
 
 // ---- Tensors of a pair --------------------------------------------------------------------------
 
-// A block of output pixels of one row, in the pair's group.
+// A block of output pixels in the pair's group, one after the other in memory.
 struct Block {
-  int64_t row, column, num_pixels;
-  int64_t first;  // its first pixel, counted through [N, Ho, Wo], and group: pixel * G + g
+  int64_t row, column;  // of the first pixel
+  int64_t num_pixels;
+  int64_t first;  // the first pixel, counted through [N, Ho, Wo], and group: pixel * G + g
 };
 
 template <class Body>
 void for_each_block(const Dcnv3Shape& shape, int64_t pair, int64_t row_begin, int64_t row_end,
                     const Body& body) {
-  const int64_t most = block_pixels(shape);
-  for (int64_t row = row_begin; row < row_end; ++row) {
-    const int64_t line = pair / shape.groups * shape.out_height + row;
-    for (int64_t column = 0; column < shape.out_width; column += most) {
-      const int64_t left = shape.out_width - column;
-      body(Block{row, column, left < most ? left : most,
-                 (line * shape.out_width + column) * shape.groups + pair % shape.groups});
+  const int64_t most = block_pixels(shape), width = shape.out_width;
+  const int64_t image = pair / shape.groups * shape.out_height * width;
+  int64_t pixel = row_begin * width;
+  while (pixel < row_end * width) {
+    // A block of less than a row ends with it.
+    const int64_t left = most < width ? width - pixel % width : row_end * width - pixel;
+    const int64_t count = left < most ? left : most;
+    body(Block{pixel / width, pixel % width, count,
+               (image + pixel) * shape.groups + pair % shape.groups});
+    pixel += count;
+  }
+}
+
+// An array that a call goes through once; a unit is an output pixel's part of one group.
+struct Stream {
+  const void* begin;  // null: none
+  int64_t unit_bytes;
+};
+
+// Asks for the `part`-th of `parts` of units [begin, end): a stream is read in pieces of a pair,
+// which no hardware foresees.
+inline void prefetch(const Stream& stream, int64_t begin, int64_t end, int64_t part,
+                     int64_t parts) {
+  if (!stream.begin) return;
+  const int64_t size = (end - begin) * stream.unit_bytes;
+  const char* from = static_cast<const char*>(stream.begin) + begin * stream.unit_bytes;
+  const char* last = from + size * (part + 1) / parts;
+  for (const char* at = from + size * part / parts; at < last; at += kAlignment) {
+    __builtin_prefetch(at, 0, 2);
+  }
+}
+
+// body(pair's number in the run, block): every block of rows [row_begin, row_end), in bands of
+// about kBandBytes of offsets and masks. The next band of the streams is fetched meanwhile, if the
+// run has most of the groups that lie in it.
+template <class T, int kStreams, class Body>
+void for_each_band(const Dcnv3Shape& shape, Dcnv3Run run, int64_t row_begin, int64_t row_end,
+                   const Stream (&streams)[kStreams], const Body& body) {
+  const int64_t row_units = shape.out_width * shape.groups;
+  const int64_t first = run.first / shape.groups * shape.out_height;  // row of the image
+  const int64_t row_bytes = shape.out_width * run.num_pairs * shape.points * 3 * sizeof(T);
+  const int64_t rows = row_bytes < kBandBytes ? kBandBytes / row_bytes : 1;
+  const int64_t block_rows = block_pixels(shape) / shape.out_width;
+  const int64_t band = block_rows ? round_up(rows, block_rows) : rows;
+  const bool ahead = 2 * run.num_pairs >= shape.groups;
+  for (int64_t row = row_begin; row < row_end; row += band) {
+    const int64_t end = row_end - row < band ? row_end : row + band;
+    const int64_t next_end = row_end - end < band ? row_end : end + band;
+    for (int64_t i = 0; i < run.num_pairs; ++i) {
+      for (int s = 0; ahead && s < kStreams; ++s) {
+        prefetch(streams[s], (first + end) * row_units, (first + next_end) * row_units, i,
+                 run.num_pairs);
+      }
+      for_each_block(shape, run.first + i, row, end, [&](const Block& block) { body(i, block); });
     }
   }
 }
 
-// Reads offsets and masks of a block; after this points.corner and points.pixel are right.
+// Reads offsets and masks of a block; after this points.corners and points.pixel are right.
 template <class T>
 void read_points(const Dcnv3Shape& shape, const Block& block, const void* offset, const void* mask,
                  const Points<Accumulator<T>>& points) {
@@ -83,7 +137,6 @@ void read_points(const Dcnv3Shape& shape, const Block& block, const void* offset
               block.num_pixels, points.mask, size);
   if (shape.softmax) softmax(block.num_pixels, size, points.mask);
   locate(shape, block.row, block.column, count, points);
-  weigh_corners(shape, count, points);
 }
 
 template <class A, int kSize>
@@ -98,14 +151,23 @@ struct Scratch {
 
 template <class T, int kSize>
 void pack_as(const Dcnv3Shape& shape, const T* x, int64_t pair, Accumulator<T>* plane) {
+  using A = Accumulator<T>;
   const PlaneLayout<kSize> layout(shape);
   const int64_t channels = shape.groups * shape.group_size;
   const int64_t image = shape.height * shape.width * channels;
+  const auto clear = [](A* from, int64_t count) { std::memset(from, 0, count * sizeof(A)); };
+  if (layout.pitch != shape.group_size) clear(plane, layout.size);
+  // The ring: a row, with the next one's first pixel, then the ends of rows, then what follows.
+  clear(plane, layout.row + layout.pitch);
   x += pair / shape.groups * image + pair % shape.groups * shape.group_size;
   for (int64_t row = 0; row < shape.height; ++row) {
-    read_pixels(x + row * shape.width * channels, channels, shape.group_size, shape.width,
-                plane + (row + 1) * layout.row + layout.pitch, layout.pitch);
+    A* to = plane + (row + 1) * layout.row + layout.pitch;
+    read_pixels(x + row * shape.width * channels, channels, shape.group_size, shape.width, to,
+                layout.pitch);
+    clear(to + shape.width * layout.pitch, 2 * layout.pitch);
   }
+  const int64_t image_end = (shape.height + 1) * layout.row + layout.pitch;
+  clear(plane + image_end, layout.size - image_end);
 }
 
 template <class T, int kSize>
@@ -123,16 +185,20 @@ void unpack_as(const Dcnv3Shape& shape, const Accumulator<T>* plane, int64_t pai
 // ---- Kernels ------------------------------------------------------------------------------------
 
 template <class T, int kSize>
-void forward_as(const Dcnv3Params& params, int64_t pair, int64_t row_begin, int64_t row_end,
-                const Accumulator<T>* plane, void* memory) {
+void forward_as(const Dcnv3Params& params, Dcnv3Run run, int64_t row_begin, int64_t row_end,
+                const Accumulator<T>* planes, void* memory) {
   using A = Accumulator<T>;
   const Dcnv3Shape& shape = params.shape;
   Arena arena{static_cast<char*>(memory)};
   const Scratch<A, kSize> scratch(shape, arena);
   const PlaneLayout<kSize> layout(shape);
-  for_each_block(shape, pair, row_begin, row_end, [&](const Block& block) {
+  const int64_t points_bytes = shape.points * sizeof(T), pixel_bytes = shape.group_size * sizeof(T);
+  const Stream streams[] = {
+      {params.offset, 2 * points_bytes}, {params.mask, points_bytes}, {params.out, pixel_bytes}};
+  for_each_band<T>(shape, run, row_begin, row_end, streams, [&](int64_t i, const Block& block) {
     read_points<T>(shape, block, params.offset, params.mask, scratch.points);
-    sample<A, kSize>(layout, scratch.points, block.num_pixels, shape.points, plane, scratch.pixels);
+    sample<A, kSize>(layout, scratch.points, block.num_pixels, shape.points,
+                     planes + i * layout.size, scratch.pixels);
     write_pixels(scratch.pixels, layout.pitch, shape.group_size, block.num_pixels,
                  static_cast<T*>(params.out) + block.first * shape.group_size,
                  shape.groups * shape.group_size);
@@ -159,16 +225,22 @@ void write_points(const Dcnv3BwdParams& params, const Block& block,
 }
 
 template <class T, int kSize>
-void backward_as(const Dcnv3BwdParams& params, int64_t pair, const Accumulator<T>* plane,
-                 Accumulator<T>* grad_plane, void* memory) {
+void backward_as(const Dcnv3BwdParams& params, Dcnv3Run run, const Accumulator<T>* planes,
+                 Accumulator<T>* grad_planes, void* memory) {
   using A = Accumulator<T>;
   const Dcnv3Shape& shape = params.shape;
   Arena arena{static_cast<char*>(memory)};
   const Scratch<A, kSize> scratch(shape, arena);
   const Points<A>& points = scratch.points;
   const PlaneLayout<kSize> layout(shape);
-  if (params.grad_x) std::memset(grad_plane, 0, layout.size * sizeof(A));
-  for_each_block(shape, pair, 0, shape.out_height, [&](const Block& block) {
+  if (params.grad_x) std::memset(grad_planes, 0, run.num_pairs * layout.size * sizeof(A));
+  const int64_t points_bytes = shape.points * sizeof(T), pixel_bytes = shape.group_size * sizeof(T);
+  const Stream streams[] = {{params.offset, 2 * points_bytes},
+                            {params.mask, points_bytes},
+                            {params.grad_out, pixel_bytes},
+                            {params.grad_offset, 2 * points_bytes},
+                            {params.grad_mask, points_bytes}};
+  for_each_band<T>(shape, run, 0, shape.out_height, streams, [&](int64_t i, const Block& block) {
     read_points<T>(shape, block, params.offset, params.mask, points);
     read_pixels(static_cast<const T*>(params.grad_out) + block.first * shape.group_size,
                 shape.groups * shape.group_size, shape.group_size, block.num_pixels, scratch.pixels,
@@ -176,17 +248,20 @@ void backward_as(const Dcnv3BwdParams& params, int64_t pair, const Accumulator<T
     dispatch_vectors(layout.vectors, [&](auto vectors) {
       constexpr int kVectors = decltype(vectors)::value;
       if (params.grad_offset || params.grad_mask) {
-        multiply_corners<A, kSize, kVectors>(layout, points, block.num_pixels, shape.points, plane,
-                                             scratch.pixels);
+        multiply_corners<A, kSize, kVectors>(layout, points.pixel, block.num_pixels, shape.points,
+                                             planes + i * layout.size, scratch.pixels, points.dots);
         write_points<T>(params, block, points);
       }
       if (params.grad_x) {
-        scatter<A, kSize, kVectors>(layout, points, block.num_pixels, shape.points, scratch.pixels,
-                                    grad_plane);
+        scatter<A, kSize, kVectors>(layout, points.pixel, points.corners, block.num_pixels,
+                                    shape.points, scratch.pixels, grad_planes + i * layout.size);
       }
     });
   });
-  if (params.grad_x) unpack_as<T, kSize>(shape, grad_plane, pair, static_cast<T*>(params.grad_x));
+  for (int64_t i = 0; params.grad_x && i < run.num_pairs; ++i) {
+    unpack_as<T, kSize>(shape, grad_planes + i * layout.size, run.first + i,
+                        static_cast<T*>(params.grad_x));
+  }
 }
 
 // ---- From run-time types and sizes --------------------------------------------------------------
@@ -210,8 +285,7 @@ auto dispatch(const Dcnv3Shape& shape, DType dtype, const Body& body) {
 inline int64_t plane_bytes(const Dcnv3Shape& shape, DType dtype) {
   return dispatch(shape, dtype, [&](auto type, auto size) {
     using A = Accumulator<typename decltype(type)::type>;
-    const int64_t elements = PlaneLayout<decltype(size)::value>(shape).size;
-    return round_up(elements * static_cast<int64_t>(sizeof(A)), kAlignment);
+    return PlaneLayout<decltype(size)::value>(shape).size * static_cast<int64_t>(sizeof(A));
   });
 }
 
@@ -231,30 +305,33 @@ inline void prepare(const Dcnv3Shape& shape, DType dtype, void* scratch) {
   });
 }
 
-inline void pack(const Dcnv3Shape& shape, DType dtype, const void* x, int64_t pair, void* plane) {
+inline void pack(const Dcnv3Shape& shape, DType dtype, const void* x, Dcnv3Run run, void* planes) {
   dispatch(shape, dtype, [&](auto type, auto size) {
     using T = typename decltype(type)::type;
-    pack_as<T, decltype(size)::value>(shape, static_cast<const T*>(x), pair,
-                                      static_cast<Accumulator<T>*>(plane));
+    constexpr int kSize = decltype(size)::value;
+    for (int64_t i = 0; i < run.num_pairs; ++i) {
+      pack_as<T, kSize>(shape, static_cast<const T*>(x), run.first + i,
+                        static_cast<Accumulator<T>*>(planes) + i * PlaneLayout<kSize>(shape).size);
+    }
   });
 }
 
-inline void forward(const Dcnv3Params& params, int64_t pair, int64_t row_begin, int64_t row_end,
-                    const void* plane, void* scratch) {
+inline void forward(const Dcnv3Params& params, Dcnv3Run run, int64_t row_begin, int64_t row_end,
+                    const void* planes, void* scratch) {
   dispatch(params.shape, params.dtype, [&](auto type, auto size) {
     using T = typename decltype(type)::type;
-    forward_as<T, decltype(size)::value>(params, pair, row_begin, row_end,
-                                         static_cast<const Accumulator<T>*>(plane), scratch);
+    forward_as<T, decltype(size)::value>(params, run, row_begin, row_end,
+                                         static_cast<const Accumulator<T>*>(planes), scratch);
   });
 }
 
-inline void backward(const Dcnv3BwdParams& params, int64_t pair, const void* plane,
-                     void* grad_plane, void* scratch) {
+inline void backward(const Dcnv3BwdParams& params, Dcnv3Run run, const void* planes,
+                     void* grad_planes, void* scratch) {
   dispatch(params.shape, params.dtype, [&](auto type, auto size) {
     using T = typename decltype(type)::type;
     using A = Accumulator<T>;
-    backward_as<T, decltype(size)::value>(params, pair, static_cast<const A*>(plane),
-                                          static_cast<A*>(grad_plane), scratch);
+    backward_as<T, decltype(size)::value>(params, run, static_cast<const A*>(planes),
+                                          static_cast<A*>(grad_planes), scratch);
   });
 }
 

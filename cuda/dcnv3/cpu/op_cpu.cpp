@@ -26,6 +26,9 @@ constexpr int64_t kGrainWork = 64 * 1024;
 // With fewer pairs for each thread, a forward shares out rows: a thread without a pair would idle.
 constexpr int64_t kPairsPerThread = 4;
 
+// Of the planes of a run. With four groups a run reads whole lines of offsets and masks, or nearly.
+constexpr int64_t kRunBytes = 1 << 20;
+
 constexpr int64_t kAlignment = 64;
 
 const Dcnv3CpuKernels& fastest_kernels() {
@@ -36,28 +39,79 @@ const Dcnv3CpuKernels& fastest_kernels() {
   return kDcnv3Baseline;
 }
 
-struct Free {
-  void operator()(char* memory) const { std::free(memory); }
+// Memory that calls use again, of one thread: mapped anew at every call, its pages would cost more
+// than what is computed in them.
+class Workspace {
+ public:
+  // `bytes` bytes, aligned to kAlignment, uninitialised, until the next call.
+  char* reserve(int64_t bytes) {
+    if (bytes > size_) {
+      memory_.reset();
+      size_ = 0;
+      const int64_t whole = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+      memory_.reset(static_cast<char*>(std::aligned_alloc(kAlignment, whole)));
+      if (!memory_) throw std::bad_alloc();
+      size_ = whole;
+    }
+    return memory_.get();
+  }
+
+  // Gives back what is too much to keep.
+  void trim() {
+    if (size_ <= kKept) return;
+    memory_.reset();
+    size_ = 0;
+  }
+
+ private:
+  static constexpr int64_t kKept = 8 << 20;
+
+  struct Free {
+    void operator()(char* memory) const { std::free(memory); }
+  };
+  std::unique_ptr<char, Free> memory_;
+  int64_t size_ = 0;
 };
-using Memory = std::unique_ptr<char, Free>;
 
-// `bytes` is a multiple of kAlignment.
-Memory allocate(int64_t bytes) {
-  char* memory = static_cast<char*>(std::aligned_alloc(kAlignment, bytes));
-  if (!memory) throw std::bad_alloc();
-  return Memory(memory);
+// Scratch, and memory for planes behind it.
+struct ThreadMemory {
+  Workspace& workspace;
+  char *scratch, *planes;
+
+  ThreadMemory(const Dcnv3CpuKernels& kernels, const Dcnv3Shape& shape, DType dtype,
+               int64_t planes_bytes)
+      : workspace(of_thread()) {
+    const int64_t scratch_bytes = kernels.scratch_bytes(shape, dtype);
+    scratch = workspace.reserve(scratch_bytes + planes_bytes);
+    planes = scratch + scratch_bytes;
+    std::memset(scratch, 0, scratch_bytes);
+    kernels.prepare(shape, dtype, scratch);
+  }
+  ThreadMemory(const ThreadMemory&) = delete;
+  ~ThreadMemory() { workspace.trim(); }
+
+ private:
+  static Workspace& of_thread() {
+    static thread_local Workspace workspace;
+    return workspace;
+  }
+};
+
+// Pairs of a run, whose planes are about kRunBytes.
+int64_t run_length(const Dcnv3Shape& shape, int64_t plane_bytes) {
+  return std::clamp<int64_t>(kRunBytes / plane_bytes, 1, shape.groups);
 }
 
-Memory allocate_zeros(int64_t bytes) {
-  Memory memory = allocate(bytes);
-  std::memset(memory.get(), 0, bytes);
-  return memory;
-}
-
-Memory make_scratch(const Dcnv3CpuKernels& kernels, const Dcnv3Shape& shape, DType dtype) {
-  Memory scratch = allocate_zeros(kernels.scratch_bytes(shape, dtype));
-  kernels.prepare(shape, dtype, scratch.get());
-  return scratch;
+// body(run): pairs [begin, end) in runs of at most `length`, each of one image.
+template <class Body>
+void for_each_run(const Dcnv3Shape& shape, int64_t begin, int64_t end, int64_t length,
+                  const Body& body) {
+  while (begin < end) {
+    const int64_t next_image = (begin / shape.groups + 1) * shape.groups;
+    const int64_t stop = std::min({end, next_image, begin + length});
+    body(Dcnv3Run{begin, stop - begin});
+    begin = stop;
+  }
 }
 
 // Of so many tasks a thread takes at least this many at once; each has `rows` rows of output.
@@ -70,15 +124,16 @@ int64_t grain(const Dcnv3Shape& shape, int64_t rows) {
 
 void forward_by_pairs(const Dcnv3CpuKernels& kernels, const Dcnv3Params& params) {
   const Dcnv3Shape& shape = params.shape;
-  const int64_t pairs = shape.batch * shape.groups;
+  const int64_t plane_bytes = kernels.plane_bytes(shape, params.dtype);
+  const int64_t length = run_length(shape, plane_bytes);
   torch::stable::parallel_for(
-      0, pairs, grain(shape, shape.out_height), [&](int64_t begin, int64_t end) {
-        const Memory scratch = make_scratch(kernels, shape, params.dtype);
-        const Memory plane = allocate_zeros(kernels.plane_bytes(shape, params.dtype));
-        for (int64_t pair = begin; pair < end; ++pair) {
-          kernels.pack(shape, params.dtype, params.x, pair, plane.get());
-          kernels.forward(params, pair, 0, shape.out_height, plane.get(), scratch.get());
-        }
+      0, shape.batch * shape.groups, grain(shape, shape.out_height),
+      [&](int64_t begin, int64_t end) {
+        const ThreadMemory memory(kernels, shape, params.dtype, length * plane_bytes);
+        for_each_run(shape, begin, end, length, [&](Dcnv3Run run) {
+          kernels.pack(shape, params.dtype, params.x, run, memory.planes);
+          kernels.forward(params, run, 0, shape.out_height, memory.planes, memory.scratch);
+        });
       });
 }
 
@@ -86,26 +141,26 @@ void forward_by_rows(const Dcnv3CpuKernels& kernels, const Dcnv3Params& params) 
   const Dcnv3Shape& shape = params.shape;
   const int64_t pairs = shape.batch * shape.groups;
   const int64_t plane_bytes = kernels.plane_bytes(shape, params.dtype);
-  const Memory planes = allocate(pairs * plane_bytes);
+  static thread_local Workspace workspace;
+  char* planes = workspace.reserve(pairs * plane_bytes);
   torch::stable::parallel_for(0, pairs, grain(shape, shape.out_height),
                               [&](int64_t begin, int64_t end) {
-                                for (int64_t pair = begin; pair < end; ++pair) {
-                                  char* plane = planes.get() + pair * plane_bytes;
-                                  std::memset(plane, 0, plane_bytes);
-                                  kernels.pack(shape, params.dtype, params.x, pair, plane);
-                                }
+                                kernels.pack(shape, params.dtype, params.x, {begin, end - begin},
+                                             planes + begin * plane_bytes);
                               });
-  const int64_t rows = shape.out_height;
-  torch::stable::parallel_for(0, pairs * rows, grain(shape, 1), [&](int64_t begin, int64_t end) {
-    const Memory scratch = make_scratch(kernels, shape, params.dtype);
-    while (begin < end) {
-      const int64_t pair = begin / rows;
-      const int64_t stop = std::min(end, (pair + 1) * rows);
-      kernels.forward(params, pair, begin - pair * rows, stop - pair * rows,
-                      planes.get() + pair * plane_bytes, scratch.get());
-      begin = stop;
-    }
-  });
+  const int64_t rows = shape.out_height, groups = shape.groups;
+  torch::stable::parallel_for(
+      0, shape.batch * rows, grain(shape, groups), [&](int64_t begin, int64_t end) {
+        const ThreadMemory memory(kernels, shape, params.dtype, 0);
+        while (begin < end) {
+          const int64_t image = begin / rows, stop = std::min(end, (image + 1) * rows);
+          kernels.forward(params, {image * groups, groups}, begin - image * rows,
+                          stop - image * rows, planes + image * groups * plane_bytes,
+                          memory.scratch);
+          begin = stop;
+        }
+      });
+  workspace.trim();
 }
 
 Tensor dcnv3_cpu(const Tensor& x, const Tensor& offset, const Tensor& mask,
@@ -129,17 +184,18 @@ Tensor dcnv3_cpu(const Tensor& x, const Tensor& offset, const Tensor& mask,
 void backward(const Dcnv3CpuKernels& kernels, const Dcnv3BwdParams& params) {
   const Dcnv3Shape& shape = params.shape;
   const int64_t plane_bytes = kernels.plane_bytes(shape, params.dtype);
-  const bool of_points = params.grad_offset || params.grad_mask;
+  const int64_t length = run_length(shape, plane_bytes);
   torch::stable::parallel_for(
       0, shape.batch * shape.groups, grain(shape, shape.out_height),
       [&](int64_t begin, int64_t end) {
-        const Memory scratch = make_scratch(kernels, shape, params.dtype);
-        const Memory plane = of_points ? allocate_zeros(plane_bytes) : Memory();
-        const Memory grad_plane = params.grad_x ? allocate(plane_bytes) : Memory();
-        for (int64_t pair = begin; pair < end; ++pair) {
-          if (of_points) kernels.pack(shape, params.dtype, params.x, pair, plane.get());
-          kernels.backward(params, pair, plane.get(), grad_plane.get(), scratch.get());
-        }
+        const ThreadMemory memory(kernels, shape, params.dtype, 2 * length * plane_bytes);
+        char* grad_planes = memory.planes + length * plane_bytes;
+        for_each_run(shape, begin, end, length, [&](Dcnv3Run run) {
+          if (params.grad_offset || params.grad_mask) {
+            kernels.pack(shape, params.dtype, params.x, run, memory.planes);
+          }
+          kernels.backward(params, run, memory.planes, grad_planes, memory.scratch);
+        });
       });
 }
 

@@ -1,8 +1,8 @@
 // dcnv3 on the CPU: places and weights of a block's samples, and the gradients by them.
 //
-// A block is some neighbouring output pixels of one row in one group; point i * K + k is the k-th
-// of its i-th pixel. Every loop here runs over the points of a block as one row of vectors; lanes
-// of the last vector past the points are not used.
+// A block is some neighbouring output pixels of one group, in one row or in several whole rows;
+// point i * K + k is the k-th of its i-th pixel. Every loop here runs over the points of a block as
+// one row of vectors; lanes of the last vector past the points are not used.
 #pragma once
 
 #include "dcnv3/params.h"
@@ -16,6 +16,9 @@ namespace {
 
 // Approximate number of points of a block, whose arrays fit the L1 cache.
 constexpr int64_t kBlockPoints = dcnv3::kCpuBlockPoints;
+
+// Approximate size of a band's offsets and masks.
+constexpr int64_t kBandBytes = 32 * 1024;
 
 constexpr int64_t kAlignment = 64;
 
@@ -53,10 +56,10 @@ struct Points {
   A* grad_mask;   // [points]
   A* fraction_x;  // [points] lx; both are NaN if the point is lost
   A* fraction_y;  // [points] ly
-  // [points] of the upper left corner in the plane; `nowhere` if not valid, kLost if lost
+  // [points] of the upper left corner in the plane; `nowhere` or more if not valid, kLost if lost
   IntOf<A>* pixel;
-  A* corner[4];  // [points] the corners' weights times mask; 0 if not valid
-  A* dots;       // [points, 4] grad_out times the corners, summed over channels
+  A* corners;  // [points, 4] the corners' weights times mask; 0 if not valid
+  A* dots;     // [points, 4] grad_out times the corners, summed over channels
   // Tables, the same for every block:
   IntOf<A>* column;    // [points] of x from that of the block's first output pixel, rounded down
   IntOf<A>* row;       // [points] likewise
@@ -64,14 +67,28 @@ struct Points {
   A* row_fraction;     // [points]
 };
 
+// Output pixels of the largest block: whole rows where several fit, else a part of one.
 inline int64_t block_pixels(const Dcnv3Shape& shape) {
-  const int64_t pixels = kBlockPoints / shape.points;
-  return pixels < 1 ? 1 : pixels < shape.out_width ? pixels : shape.out_width;
+  const int64_t most = kBlockPoints / shape.points, width = shape.out_width;
+  if (most < 2 * width) return most < 1 ? 1 : most < width ? most : width;
+  return width * (most / width < shape.out_height ? most / width : shape.out_height);
 }
 
-// The plane has one ring of zeros around the image and one more row: the 2 x 2 pixels from here
-// are zeros.
+// The plane has one ring of zeros around the image and one more row: 2 x 2 pixels from here, or
+// from further right in this row, are zeros.
 inline int64_t nowhere(const Dcnv3Shape& shape) { return (shape.height + 1) * (shape.width + 2); }
+
+// Such pixels for the points of a vector: were they all the same, their sums would wait for each
+// other.
+template <class A>
+Vec<IntOf<A>, kLanes<A>> pixels_nowhere(const Dcnv3Shape& shape) {
+  const int64_t columns = shape.width / 2 + 1;
+  Vec<IntOf<A>, kLanes<A>> pixels;
+  for (int lane = 0; lane < kLanes<A>; ++lane) {
+    pixels[lane] = static_cast<IntOf<A>>(nowhere(shape) + lane % columns * 2);
+  }
+  return pixels;
+}
 
 template <class A>
 Points<A> take_points(const Dcnv3Shape& shape, Arena& arena) {
@@ -83,7 +100,7 @@ Points<A> take_points(const Dcnv3Shape& shape, Arena& arena) {
   points.fraction_x = arena.take<A>(capacity);
   points.fraction_y = arena.take<A>(capacity);
   points.pixel = arena.take<IntOf<A>>(capacity);
-  for (A*& weight : points.corner) weight = arena.take<A>(capacity);
+  points.corners = arena.take<A>(4 * capacity);
   points.dots = arena.take<A>(4 * capacity);
   points.column = arena.take<IntOf<A>>(capacity);
   points.row = arena.take<IntOf<A>>(capacity);
@@ -104,6 +121,7 @@ void fill_tables(const Dcnv3Shape& shape, const Points<A>& points) {
   };
   int64_t at = 0;
   for (int64_t pixel = 0; pixel < block_pixels(shape); ++pixel) {
+    const int64_t column = pixel % shape.out_width, row = pixel / shape.out_width;
     for (int64_t i = 0; i < shape.kernel_width; ++i) {
       for (int64_t j = 0; j < shape.kernel_height; ++j) {
         if (shape.remove_center && i == shape.kernel_width / 2 && j == shape.kernel_height / 2) {
@@ -113,107 +131,144 @@ void fill_tables(const Dcnv3Shape& shape, const Points<A>& points) {
               points.column[at], points.column_fraction[at]);
         split(j * shape.dilation_height - centre(shape.kernel_height, shape.dilation_height),
               points.row[at], points.row_fraction[at]);
-        points.column[at++] += static_cast<IntOf<A>>(pixel * shape.stride_width);
+        points.column[at] += static_cast<IntOf<A>>(column * shape.stride_width);
+        points.row[at++] += static_cast<IntOf<A>>(row * shape.stride_height);
       }
     }
   }
 }
 
-// One coordinate of points, split into whole pixels of x and the fraction beyond.
+// Whether the window, scaled, lies on whole pixels and near.
+inline bool is_whole(const Dcnv3Shape& shape) {
+  const double width = static_cast<double>(shape.dilation_width * (shape.kernel_width - 1));
+  const double height = static_cast<double>(shape.dilation_height * (shape.kernel_height - 1));
+  const double reach = (width > height ? width : height) * std::abs(shape.offset_scale);
+  return std::floor(shape.offset_scale) == shape.offset_scale && reach < kFar;
+}
+
+// One coordinate of points in the plane, split into whole pixels and the fraction beyond.
 template <class A>
 struct Places {
-  Vec<IntOf<A>, kLanes<A>> whole, valid;
-  Vec<A, kLanes<A>> fraction;
+  using Values = Vec<A, kLanes<A>>;
+  using Ints = Vec<IntOf<A>, kLanes<A>>;
+  using Bits = Vec<std::make_unsigned_t<IntOf<A>>, kLanes<A>>;  // their sums wrap
 
-  // `whole` and `fraction` come from the tables, `base` from the block. An offset is split before
-  // it is added: the sum of fractions has one rounding error at most, however large the offset.
-  Places(Vec<A, kLanes<A>> offset, IntOf<A> base, IntOf<A> extent, Vec<IntOf<A>, kLanes<A>> table,
-         Vec<A, kLanes<A>> table_fraction) {
-    using Values = Vec<A, kLanes<A>>;
-    const auto near = (offset > -kFar) & (offset < kFar);  // not if NaN
-    offset = near ? offset : Values{};
+  Bits whole;  // in [0, extent] where valid; the image begins at 1
+  Values fraction;
+
+  // `distance` is that of the block and the table. Here the table is whole: an offset without an
+  // integer, which is converted to the least one or the largest, stays outside.
+  Places(Values offset, Bits distance) {
     const Values below = floor_of<A, kLanes<A>>(offset);
-    fraction = offset - below + table_fraction;
-    const auto carry = fraction >= 1;
-    fraction = carry ? fraction - 1 : fraction;
-    whole = __builtin_convertvector(below, decltype(whole)) + table + base - carry;
-    valid = near & (whole < extent) & ((whole >= 0) | ((whole == -1) & (fraction > 0)));
+    fraction = offset - below;
+    whole = convert(below) + distance;
   }
-};
 
-// Whether all offsets and masks are finite; a separate loop, which is faster than inside locate().
-template <class A>
-bool are_finite(int64_t count, const Points<A>& points) {
-  constexpr int kSize = kLanes<A>;
-  Vec<A, kSize> zeros{};  // NaN where one is not
-  for (int64_t i = 0; i < count; i += kSize) {
-    zeros += load<kSize>(points.offset + 2 * i) * 0 +
-             load<kSize>(points.offset + 2 * i + kSize) * 0 + load<kSize>(points.mask + i) * 0;
+  // An offset is split before it is added: the sum of fractions has one rounding error at most,
+  // however large the offset. One that is NaN is put outside, like those far away.
+  Places(Values offset, Bits distance, Values table_fraction) {
+    constexpr A kOutside = 2 * static_cast<A>(kFar);
+    offset = offset < kOutside ? offset : broadcast<kLanes<A>>(kOutside);
+    offset = offset > -kOutside ? offset : broadcast<kLanes<A>>(-kOutside);
+    const Values below = floor_of<A, kLanes<A>>(offset);
+    const Values sum = offset - below + table_fraction;
+    const Values carry = floor_of<A, kLanes<A>>(sum);  // 0 or 1
+    fraction = sum - carry;
+    whole = convert(below) + convert(carry) + distance;
   }
-  A sum = 0;
-  for (int lane = 0; lane < kSize; ++lane) sum += zeros[lane];
-  return sum == 0;
-}
+
+  // The sign bit is set where the coordinate is not valid. At -1 exactly it is not, though its one
+  // corner inside has no weight: it has a derivative.
+  Bits invalid(IntOf<A> extent) const {
+    const Bits last = Bits{} + static_cast<std::make_unsigned_t<IntOf<A>>>(extent);
+    return whole | (last - whole) | ((whole | bit_cast<Bits>(fraction)) - 1);
+  }
+
+ private:
+  static Bits convert(Values value) { return bit_cast<Bits>(__builtin_convertvector(value, Ints)); }
+};
 
 // Point by point, since blocks with values that are not finite are rare.
 template <class A>
 void mark_lost(const Dcnv3Shape& shape, int64_t count, const Points<A>& points) {
   for (int64_t i = 0; i < count; ++i) {
     const A place = points.offset[2 * i] * 0 + points.offset[2 * i + 1] * 0;  // 0 or NaN
-    const A weight = points.pixel[i] == nowhere(shape) ? points.mask[i] * 0 : 0;
-    if (place + weight == 0) continue;
-    points.fraction_x[i] = points.fraction_y[i] = place + weight;
+    const A weight = points.pixel[i] >= nowhere(shape) ? points.mask[i] * 0 : 0;
+    const A lost = place + weight;
+    if (lost == 0) continue;
+    points.fraction_x[i] = points.fraction_y[i] = lost;
     points.pixel[i] = kLost;
+    for (int corner = 0; corner < 4; ++corner) points.corners[4 * i + corner] = lost;
   }
 }
 
-// Offsets to fractions and pixels, for the block that begins at output pixel (row, column).
-template <class A>
-void locate(const Dcnv3Shape& shape, int64_t row, int64_t column, int64_t count,
-            const Points<A>& points) {
+// Stores a0 b0 c0 d0 a1 ... in memory.
+template <class A, int kSize>
+inline void store_zipped(A* to, const Vec<A, kSize>& a, const Vec<A, kSize>& b,
+                         const Vec<A, kSize>& c, const Vec<A, kSize>& d) {
+  const auto ac_low = shuffle_by<ZipLow, A, kSize>(a, c),
+             bd_low = shuffle_by<ZipLow, A, kSize>(b, d);
+  const auto ac_high = shuffle_by<ZipHigh, A, kSize>(a, c);
+  const auto bd_high = shuffle_by<ZipHigh, A, kSize>(b, d);
+  store(to, shuffle_by<ZipLow, A, kSize>(ac_low, bd_low));
+  store(to + kSize, shuffle_by<ZipHigh, A, kSize>(ac_low, bd_low));
+  store(to + 2 * kSize, shuffle_by<ZipLow, A, kSize>(ac_high, bd_high));
+  store(to + 3 * kSize, shuffle_by<ZipHigh, A, kSize>(ac_high, bd_high));
+}
+
+// Offsets and masks to fractions, pixels and weights, for the block that begins at output pixel
+// (row, column). kWhole: is_whole().
+template <class A, bool kWhole>
+[[gnu::noinline]] void locate_as(const Dcnv3Shape& shape, int64_t row, int64_t column,
+                                 int64_t count, Points<A> points) {
   constexpr int kSize = kLanes<A>;
   using Int = IntOf<A>;
   using Values = Vec<A, kSize>;
-  const auto base_y = static_cast<Int>(row * shape.stride_height - shape.pad_height +
+  using Bits = typename Places<A>::Bits;
+  // One further right and down, since the plane begins with its ring.
+  const auto base_y = static_cast<Int>(row * shape.stride_height - shape.pad_height + 1 +
                                        centre(shape.kernel_height, shape.dilation_height));
-  const auto base_x = static_cast<Int>(column * shape.stride_width - shape.pad_width +
+  const auto base_x = static_cast<Int>(column * shape.stride_width - shape.pad_width + 1 +
                                        centre(shape.kernel_width, shape.dilation_width));
   const auto height = static_cast<Int>(shape.height), width = static_cast<Int>(shape.width);
+  const Bits pitch = Bits{} + static_cast<std::make_unsigned_t<Int>>(width + 2);
+  const auto outside = pixels_nowhere<A>(shape);
   const A scale = static_cast<A>(shape.offset_scale);
-  const auto outside = broadcast<kSize>(static_cast<Int>(nowhere(shape)));
+  const auto place = [](Values offset, Int base, const Int* table, const A* table_fraction) {
+    const Bits distance =
+        bit_cast<Bits>(broadcast<kSize>(base)) + bit_cast<Bits>(load<kSize>(table));
+    if constexpr (kWhole) return Places<A>(offset, distance);
+    return Places<A>(offset, distance, load<kSize>(table_fraction));
+  };
+  Values zeros{};  // NaN where an offset or a mask is not finite
   for (int64_t i = 0; i < count; i += kSize) {
     const Values low = load<kSize>(points.offset + 2 * i);
     const Values high = load<kSize>(points.offset + 2 * i + kSize);
-    const Places<A> x(shuffle_by<Even, A, kSize>(low, high) * scale, base_x, width,
-                      load<kSize>(points.column + i), load<kSize>(points.column_fraction + i));
-    const Places<A> y(shuffle_by<Odd, A, kSize>(low, high) * scale, base_y, height,
-                      load<kSize>(points.row + i), load<kSize>(points.row_fraction + i));
+    const Values mask = load<kSize>(points.mask + i);
+    zeros += low * 0 + high * 0 + mask * 0;
+    const auto x = place(shuffle_by<Even, A, kSize>(low, high) * scale, base_x, points.column + i,
+                         points.column_fraction + i);
+    const auto y = place(shuffle_by<Odd, A, kSize>(low, high) * scale, base_y, points.row + i,
+                         points.row_fraction + i);
+    const auto valid = bit_cast<Vec<Int, kSize>>(x.invalid(width) | y.invalid(height)) >= 0;
+    const auto pixel = bit_cast<Vec<Int, kSize>>(y.whole * pitch + x.whole);
     store(points.fraction_x + i, x.fraction);
     store(points.fraction_y + i, y.fraction);
-    // One further right and down, since the plane begins with its ring. Zero where a place is not
-    // valid, whose product may overflow.
-    const auto pixel = (y.valid & (y.whole + 1)) * (width + 2) + (x.valid & (x.whole + 1));
-    store(points.pixel + i, x.valid & y.valid ? pixel : outside);
+    store(points.pixel + i, valid ? pixel : outside);
+    const Values bottom = y.fraction * mask, top = mask - bottom;
+    const Values bottom_right = bottom * x.fraction, bottom_left = bottom - bottom_right;
+    const Values top_right = top * x.fraction, top_left = top - top_right;
+    store_zipped<A, kSize>(points.corners + 4 * i, valid ? top_left : Values{},
+                           valid ? top_right : Values{}, valid ? bottom_left : Values{},
+                           valid ? bottom_right : Values{});
   }
-  if (!are_finite(count, points)) mark_lost(shape, count, points);
+  if (sum_of<A, kSize>(zeros) != 0) mark_lost(shape, count, points);
 }
 
 template <class A>
-void weigh_corners(const Dcnv3Shape& shape, int64_t count, const Points<A>& points) {
-  constexpr int kSize = kLanes<A>;
-  const auto outside = static_cast<IntOf<A>>(nowhere(shape));
-  for (int64_t i = 0; i < count; i += kSize) {
-    const auto valid = load<kSize>(points.pixel + i) != outside;
-    const Vec<A, kSize> mask = valid ? load<kSize>(points.mask + i) : Vec<A, kSize>{};
-    const auto right = load<kSize>(points.fraction_x + i);
-    const auto bottom = load<kSize>(points.fraction_y + i) * mask;
-    const auto left = 1 - right;
-    const auto top = (1 - load<kSize>(points.fraction_y + i)) * mask;
-    store(points.corner[0] + i, top * left);
-    store(points.corner[1] + i, top * right);
-    store(points.corner[2] + i, bottom * left);
-    store(points.corner[3] + i, bottom * right);
-  }
+void locate(const Dcnv3Shape& shape, int64_t row, int64_t column, int64_t count,
+            const Points<A>& points) {
+  (is_whole(shape) ? locate_as<A, true> : locate_as<A, false>)(shape, row, column, count, points);
 }
 
 // Gradients by mask and offset, from the dots; zero for a point that is not valid.
@@ -243,7 +298,7 @@ void differentiate_points(const Dcnv3Shape& shape, int64_t count, const Points<A
     const Values by_y = left * (bottom_left - top_left) + right * (bottom_right - top_right);
     const Values by_mask = top * (left * top_left + right * top_right) +
                            bottom * (left * bottom_left + right * bottom_right);
-    const auto valid = load<kSize>(points.pixel + i) != outside;
+    const auto valid = load<kSize>(points.pixel + i) < outside;
     const Values grad_x = valid ? by_x * weight : Values{};
     const Values grad_y = valid ? by_y * weight : Values{};
     store(points.offset + 2 * i, shuffle_by<ZipLow, A, kSize>(grad_x, grad_y));

@@ -30,7 +30,7 @@ def test_rows_are_shown_and_recorded(
     rows = [row["figures"] for row in ledger.read_rows("dcnv3")]
     assert [(row["dtype"], row["pass"]) for row in rows] == [
         (dtype, kind)
-        for dtype in ("float32", "bfloat16")
+        for dtype in ("float32", "bfloat16", "float16")
         for kind in ("forward", "forward+backward")
     ]
     assert set(rows[0]["timings"]) == {"m3i_fast", "grid_sample", "torchvision", "copy"}
@@ -42,7 +42,7 @@ def test_rows_are_shown_and_recorded(
     assert "2x5x6x8 / 2, float32, 1.5 px, forward" in shown and str(tmp_path) in shown
 
     dcnv3.main(["--device", "cpu", "--num-samples", "2", "--no-record"])
-    assert len(list(ledger.read_rows("dcnv3"))) == 4
+    assert len(list(ledger.read_rows("dcnv3"))) == 6
 
 
 def test_all_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from m3i_fast.ops import dcnv3, library
+from m3i_fast.ops import dcnv3, library, reference
 from tests.shared.ops.dcnv3_cases import Config, make, results
 
 FORWARD, BACKWARD = torch.ops.m3i.dcnv3.default, torch.ops.m3i.dcnv3_bwd.default
@@ -34,6 +34,7 @@ SMALL = {
 THREADED = {
     "many pairs": Config(batch=5, image=(24, 20), groups=8),
     "few pairs": Config(batch=1, image=(64, 60), groups=2, softmax=True),
+    "large planes": Config(batch=3, image=(130, 140), groups=3),
 }
 
 
@@ -208,6 +209,21 @@ def test_threads_and_repetition_change_no_bit(config: Config, dtype: torch.dtype
         torch.set_num_threads(threads)
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+@pytest.mark.parametrize("groups", [2, 3])
+def test_a_call_sees_nothing_of_the_one_before(groups: int) -> None:
+    """Its memory, which the calls of a thread share: here full of NaN, in other shapes' places."""
+    poison = Config(batch=1, image=(40, 50), groups=groups, group_size=20)
+    inputs, grad_out = make(poison)
+    nan = torch.full_like(inputs[0], torch.nan), *inputs[1:]
+    for image, group_size in (((6, 7), 16), ((14, 14), 10), ((3, 4), 32)):
+        config = Config(image=image, groups=groups, group_size=group_size)
+        mine, grad = make(config)
+        expected = results(reference.dcnv3, mine, grad, **config.options)
+        assert results(dcnv3, nan, grad_out, **poison.options)[0].isnan().any()
+        for ours, right in zip(results(dcnv3, mine, grad, **config.options), expected, strict=True):
+            torch.testing.assert_close(ours, right, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -199,17 +199,44 @@ def test_without_offsets_it_averages_the_window() -> None:
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-6)
 
 
+def assert_halves_round_as_torch(dtype: torch.dtype) -> None:
+    """Every value of 16 bits times a weight, multiplied in float32 and rounded once, bit by bit.
+
+    Zeros lie between the pixels, since a corner without weight still multiplies what is there.
+    """
+    values = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).view(1, 1, -1, 16)
+    x = torch.stack((values, torch.zeros_like(values)), dim=3).flatten(2, 3)
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.randn(1, 1, values.shape[2], 1, generator=generator).to(dtype)
+    geometry = {"kernel_size": 1, "stride": 2, "padding": 0, "dilation": 1, "groups": 1}
+    out = dcnv3(x, torch.zeros(1, 1, values.shape[2], 2, dtype=dtype), mask, **geometry)
+    expected = (values.float() * mask.float() + 0).to(dtype)  # a sum has no negative zero
+    assert torch.equal(out.isnan(), expected.isnan())
+    number = ~expected.isnan()
+    assert torch.equal(out.view(torch.int16)[number], expected.view(torch.int16)[number])
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_halves_round_as_torch(dtype: torch.dtype) -> None:
+    assert_halves_round_as_torch(dtype)
+
+
 # ---- Instruction sets and size -------------------------------------------------------------------
 
 _OTHER_SETS = """
 import itertools
 import torch
-from tests.shared.ops.dcnv3_cases import assert_right, grid
+from tests.ops.dcnv3.test_dcnv3 import assert_halves_round_as_torch
+from tests.shared.ops.dcnv3_cases import SHAPES, assert_right, grid
 from m3i_fast.ops import dcnv3
 for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
     for part in (((3, 3), 1, 1), ((3, 5), 2, 2)):
         for config in itertools.islice(grid(*part), 14):
             assert_right(dcnv3, config, dtype)
+for name in ("batch 2", "32 channels: two rows a block", "100 channels a group", "scale 0.7"):
+    assert_right(dcnv3, SHAPES[name], torch.float32)
+for dtype in (torch.bfloat16, torch.float16):
+    assert_halves_round_as_torch(dtype)
 """
 
 

@@ -92,6 +92,8 @@ SHAPES = {
     "kernel 4 x 1": Config(image=(9, 8), kernel=(4, 1), padding=(2, 0)),
     "32 x 14 channels at 14 x 14": Config(batch=2, image=(14, 14), groups=16, group_size=32),
     "wide: several blocks a row": Config(batch=1, image=(3, 300), groups=1),
+    "large: planes of one group at a time": Config(batch=1, image=(130, 140)),
+    "32 channels: two rows a block": Config(batch=2, image=(14, 14), groups=3, group_size=32),
     "one pixel": Config(batch=1, image=(1, 1), groups=1),
     "padding larger than the image": Config(image=(2, 3), padding=(6, 5)),
     "more padding than reach": Config(batch=1, image=(3, 3), padding=(20, 20), groups=1),

@@ -9,6 +9,10 @@
 #include <type_traits>
 #include <utility>
 
+#if M3I_VECTOR_BYTES >= 32
+#include <immintrin.h>
+#endif
+
 namespace m3i {
 namespace {
 
@@ -65,6 +69,13 @@ inline Vec<T, kSize> broadcast(T value) {
 // Towards minus infinity; the values fit the integer of their width.
 template <class T, int kSize>
 inline Vec<T, kSize> floor_of(Vec<T, kSize> value) {
+#if M3I_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<T, float> && kSize == 16) return _mm512_floor_ps(value);
+  if constexpr (std::is_same_v<T, double> && kSize == 8) return _mm512_floor_pd(value);
+#elif M3I_VECTOR_BYTES == 32
+  if constexpr (std::is_same_v<T, float> && kSize == 8) return _mm256_floor_ps(value);
+  if constexpr (std::is_same_v<T, double> && kSize == 4) return _mm256_floor_pd(value);
+#endif
   const auto whole =
       __builtin_convertvector(__builtin_convertvector(value, Vec<IntOf<T>, kSize>), Vec<T, kSize>);
   return whole > value ? whole - 1 : whole;
@@ -79,6 +90,15 @@ inline auto load_wide(const T* from) {
     Vec<uint16_t, kSize> bits;
     std::memcpy(&bits, from, sizeof(bits));
     return bit_cast<Vec<float, kSize>>(__builtin_convertvector(bits, Vec<uint32_t, kSize>) << 16);
+#if M3I_VECTOR_BYTES == 64
+  } else if constexpr (std::is_same_v<T, Float16> && kSize == 16) {
+    return static_cast<Vec<float, 16>>(
+        _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+  } else if constexpr (std::is_same_v<T, Float16> && kSize == 8) {
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    return static_cast<Vec<float, 8>>(
+        _mm512_castps512_ps256(_mm512_cvtph_ps(_mm256_castsi128_si256(half))));
+#endif
   } else if constexpr (std::is_same_v<T, Float16>) {
     using Bits = Vec<uint32_t, kSize>;
     Vec<uint16_t, kSize> half;
@@ -122,6 +142,15 @@ template <int kSize, class T>
 inline void store_rounded(T* to, Vec<Accumulator<T>, kSize> value) {
   if constexpr (std::is_same_v<T, BFloat16>) {
     store(to, __builtin_convertvector(bf16_bits_of<kSize>(value), Vec<uint16_t, kSize>));
+#if M3I_VECTOR_BYTES == 64
+  } else if constexpr (std::is_same_v<T, Float16> && kSize == 16) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                        _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  } else if constexpr (std::is_same_v<T, Float16> && kSize == 8) {
+    const __m256i half = _mm512_cvtps_ph(_mm512_castps256_ps512(value),
+                                         _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(half));
+#endif
   } else if constexpr (std::is_same_v<T, Float16>) {
     store(to, __builtin_convertvector(fp16_bits_of<kSize>(value), Vec<uint16_t, kSize>));
   } else {
@@ -194,14 +223,52 @@ inline Vec<T, 4> fold(const Vec<T, kSize>& vector) {
   }
 }
 
-// The sums of four vectors' elements.
 template <class T, int kSize>
-inline Vec<T, 4> sums_of(const Vec<T, kSize>& a, const Vec<T, kSize>& b, const Vec<T, kSize>& c,
-                         const Vec<T, kSize>& d) {
+inline T sum_of(const Vec<T, kSize>& vector) {
+  if constexpr (kSize == 2) {
+    return vector[0] + vector[1];
+  } else {
+    const auto four = fold<T, kSize>(vector);
+    return (four[0] + four[1]) + (four[2] + four[3]);
+  }
+}
+
+// Of each four elements of a, b, c, d their sums, in this order; what is left is to add the fours.
+template <class T, int kSize>
+inline Vec<T, kSize> quads_of(const Vec<T, kSize>& a, const Vec<T, kSize>& b,
+                              const Vec<T, kSize>& c, const Vec<T, kSize>& d) {
   const auto ab = shuffle_by<QuadLow, T, kSize>(a, b) + shuffle_by<QuadHigh, T, kSize>(a, b);
   const auto cd = shuffle_by<QuadLow, T, kSize>(c, d) + shuffle_by<QuadHigh, T, kSize>(c, d);
-  return fold<T, kSize>(shuffle_by<PairLow, T, kSize>(ab, cd) +
-                        shuffle_by<PairHigh, T, kSize>(ab, cd));
+  return shuffle_by<PairLow, T, kSize>(ab, cd) + shuffle_by<PairHigh, T, kSize>(ab, cd);
+}
+
+// Fours of two vectors, in order: those with an even number, and those with an odd one.
+template <int kSize>
+struct EvenFours {
+  static constexpr int at(int i) { return i / 4 * 8 + i % 4; }
+};
+template <int kSize>
+struct OddFours {
+  static constexpr int at(int i) { return i / 4 * 8 + 4 + i % 4; }
+};
+
+template <class T, int kSize>
+inline Vec<T, kSize> halve_fours(const Vec<T, kSize>& a, const Vec<T, kSize>& b) {
+  return shuffle_by<EvenFours, T, kSize>(a, b) + shuffle_by<OddFours, T, kSize>(a, b);
+}
+
+// The sums of the fours of each of kSize / 4 vectors.
+template <class T, int kSize>
+inline Vec<T, kSize> join(const Vec<T, kSize>* vectors) {
+  if constexpr (kSize == 4) {
+    return vectors[0];
+  } else if constexpr (kSize == 8) {
+    return halve_fours<T, kSize>(vectors[0], vectors[1]);
+  } else {
+    static_assert(kSize == 16);
+    return halve_fours<T, kSize>(halve_fours<T, kSize>(vectors[0], vectors[1]),
+                                 halve_fours<T, kSize>(vectors[2], vectors[3]));
+  }
 }
 
 }  // namespace
