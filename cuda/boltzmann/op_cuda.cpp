@@ -1,4 +1,5 @@
 // boltzmann: registration for CUDA.
+#include "boltzmann/rows/op_cuda.h"
 #include "boltzmann/args.h"
 #include "boltzmann/op.h"
 #include "m3i/host/cuda_stream.h"
@@ -55,6 +56,7 @@ STABLE_TORCH_LIBRARY_IMPL(m3i, CUDA, library) {
   library.impl("boltzmann_maxima", TORCH_BOX(&boltzmann_maxima_cuda));
   library.impl("boltzmann_sums", TORCH_BOX(&boltzmann_sums_cuda));
   library.impl("boltzmann_grads", TORCH_BOX(&boltzmann_grads_cuda));
+  library.impl("boltzmann_rows_pass", TORCH_BOX(&boltzmann_rows_pass_cuda));
 }
 
 }  // namespace

@@ -29,7 +29,7 @@ Launch = tuple[str, tuple[int, ...], tuple[int, ...], int, int]
 
 # The operators of a step, by the op that they belong to.
 OPERATORS = {
-    "boltzmann": {"boltzmann_maxima", "boltzmann_sums", "boltzmann_grads"},
+    "boltzmann": {"boltzmann_maxima", "boltzmann_sums", "boltzmann_grads", "boltzmann_rows_pass"},
     "dcnv3": {"dcnv3", "dcnv3_bwd"},
     "gaussian": {"gaussian", "gaussian_bwd"},
     "mask_mix": {"mask_mix"},
@@ -53,7 +53,7 @@ CLOSE_WITH_CONVOLUTIONS = 2**-6
 ALWAYS = {
     "mask_mix_kernel",
     *(f"gaussian_{name}kernel" for name in ("", "product_", "value_", "bwd_")),
-    *(f"boltzmann_{name}_kernel" for name in ("sums", "maxima", "reduce", "total")),
+    *(f"boltzmann_{name}_kernel" for name in ("sums", "maxima", "reduce", "total", "rows")),
 }
 BY_MMA = {f"boltzmann_{name}_kernel" for name in ("logit_grads", "feature_grads")}
 BY_WARPGROUPS = {

@@ -159,7 +159,7 @@ def build_kernels(
     include: Sequence[Path] = (CUDA,),
     architecture: int = 80,
 ) -> Path:
-    """A library of `.cu` sources, one a folder, instrumented, and of host sources that use torch.
+    """A library of `.cu` sources, instrumented, and of host sources that use torch.
 
     Its `include` folders are those where the op's own folder is found.
     """
@@ -175,7 +175,9 @@ def build_kernels(
     def build(library: Path, folder: Path) -> None:
         for_kernels = [*options, f"-D__CUDA_ARCH__={architecture}0"]
         objects = [
-            _compile_kernels(source, f"{room}-{source.parent.name}-{digest}.o", for_kernels)
+            _compile_kernels(
+                source, f"{room}-{source.parent.name}-{source.stem}-{digest}.o", for_kernels
+            )
             for source in kernels
         ]
         objects += [_compile_host(source, options) for source in host]
@@ -253,11 +255,20 @@ def last_report() -> str:
     return runtime().m3i_emulator_report().decode()
 
 
-def _emulated_kernel(emulated_op: Callable[..., object]) -> Callable[..., object]:
+def _emulated_kernel(emulated_op: torch._ops.OpOverload) -> Callable[..., object]:
+    """A function of CPU tensors, which writes to those that the schema says are written."""
+    written = [
+        argument.alias_info is not None and argument.alias_info.is_write
+        for argument in emulated_op._schema.arguments
+    ]
+
     def call(*arguments: object) -> object:
         copies = pytree.tree_map_only(Tensor, guarded, arguments)
         with guarded_memory():
             result = emulated_op(*copies)
+        for argument, copy, described in zip(arguments, copies, written, strict=True):
+            if described and isinstance(argument, Tensor):
+                argument.copy_(copy)
         return pytree.tree_map_only(Tensor, torch.clone, result)
 
     return call
