@@ -157,11 +157,11 @@ def _outputs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     needs_z_hat, needs_z, needs_scale, needs_bias = needs_grad
     return (
-        scale.new_empty(len(z_hat)),
+        scale.new_empty(z_hat.shape[0]),
         scale.new_empty(z_hat.shape if needs_z_hat else 0),
         scale.new_empty(z.shape if needs_z else 0),
-        scale.new_empty(len(z_hat) if needs_scale else 0),
-        scale.new_empty(len(z) if needs_bias else 0),
+        scale.new_empty(z_hat.shape[0] if needs_scale else 0),
+        scale.new_empty(z.shape[0] if needs_bias else 0),
     )
 
 
@@ -307,7 +307,7 @@ def _total_weight(
         total = row_weights.sum()
         return torch.where(total == 0, 1, total)
     if row_ids is None:
-        return scale.new_tensor(max(1, len(z_hat)))
+        return scale.new_full((), max(1, z_hat.shape[0]))
     num_rows = (row_ids >= 0).sum()
     # On CUDA the check would synchronise with the host.
     if row_ids.device.type == "cpu" and not torch.compiler.is_compiling() and num_rows == 0:
@@ -329,7 +329,7 @@ def row_softmax(
     wide = scale.dtype
 
     def of_columns(values: Tensor | None) -> Tensor | None:  # [M] wide
-        return None if values is None else values.to(wide).expand(len(z)).contiguous()
+        return None if values is None else values.to(wide).expand(z.shape[0]).contiguous()
 
     of_targets: list[Tensor | None] = [None] * 4
     row_weights = None

@@ -120,14 +120,16 @@ def test_dinos_loss() -> None:
     torch.testing.assert_close(ours, truth)
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("dtype", [FP32, torch.bfloat16])
-def test_soft_targets_compile_whole(dtype: torch.dtype) -> None:
-    call = soft(9, 20, weighted=True, bias=True, dtype=dtype)
+def test_soft_targets_compile_whole(dtype: torch.dtype, dynamic: bool) -> None:
+    call = soft(9, 20, weighted=dtype == FP32, bias=True, dtype=dtype)
+    torch._dynamo.reset()
 
     def function(**given: Any) -> Tensor:
         return boltzmann(**given)
 
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     one, other = call.run(boltzmann, dtype), call.run(compiled, dtype)
     for name in one:
         torch.testing.assert_close(one[name], other[name], msg=name)
