@@ -344,6 +344,15 @@ def test_not_finite_is_nan(where: str, value: float, kernel: str) -> None:
     assert classes.run(boltzmann, FP32)["value"].isnan()
 
 
+def test_a_product_of_minus_infinity_is_nan(kernel: str) -> None:
+    """Its exponential is 0 in every row, so that no sum shows it."""
+    call, classes = soft(9, 12, bias=True), make(Case("classes", 9, 12, 4))
+    for of in (call, classes):
+        of.tensors["z_hat"].abs_()
+        of.tensors["z"][5] = -torch.inf
+        assert of.run(boltzmann, FP32)["value"].isnan()
+
+
 def test_a_bias_of_minus_infinity_leaves_a_column_out(kernel: str) -> None:
     call, without = soft(9, 12, bias=True), soft(9, 12, bias=True)
     assert call.targets.column_log_scale is not None
