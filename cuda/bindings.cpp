@@ -49,8 +49,8 @@ STABLE_TORCH_LIBRARY(m3i, library) {
       "Tensor col_weights, bool sigmoid, bool[3] needs_grad)"
       " -> (Tensor grad_z_hat, Tensor grad_z, Tensor grad_scale, Tensor grad_bias, "
       "Tensor values)");
-  // The softmax over columns alone, of blocks of rows; the gradients are those of the sum of nll, and
-  // come from the forward pass. needs_grad: of z_hat, z, scale and bias; a gradient that nobody
+  // The softmax over columns alone, of blocks of rows; the gradients are those of the sum of nll,
+  // and come from the forward pass. needs_grad: of z_hat, z, scale and bias; a gradient that nobody
   // needs is empty. Implemented in m3i_fast/ops/boltzmann_rows.py, around torch's GEMM.
   library.def(
       "boltzmann_rows(Tensor z_hat, Tensor z, Tensor scale, Tensor? bias, Tensor? row_ids, "

@@ -118,8 +118,9 @@ def balance(rank: int, counts: list[int], folder: Path) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("counts", [[20, 20], [0, 7, 23]], ids=["equal", "one has none"])
-def test_sinkhorn_of_ranks_is_that_of_all_rows(counts: list[int], tmp_path: Path) -> None:
+def test_sinkhorn_of_ranks_is_that_of_all_rows(tmp_path: Path) -> None:
+    """One of which has no rows."""
+    counts = [0, 7, 23]
     mp.start_processes(balance, (counts, tmp_path), nprocs=len(counts), start_method="spawn")
     of = soft(sum(counts), 33).targets
     expected = SoftTargets.sinkhorn(of.z_hat, of.z, of.scale).column_log_scale
