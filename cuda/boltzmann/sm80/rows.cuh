@@ -18,12 +18,6 @@ namespace m3i::boltzmann {
 
 inline constexpr int kRowThreads = 256;
 
-// A number of elements, to pass it to a generic lambda.
-template <int kSize>
-struct Size {
-  static constexpr int value = kSize;
-};
-
 // ---- A row --------------------------------------------------------------------------------------
 
 // The dot products of a row, which the kernel itself may overwrite, and its logits.
@@ -44,26 +38,26 @@ struct LogitRow {
     return fused(product, scale, bias ? bias[j] : A{0});
   }
 
-  // Not through the read-only cache, since G takes the products' place.
-  template <int kSize>
-  __device__ void load(int64_t j, A (&values)[kSize]) const {
-    if constexpr (kSize == 1) {
-      values[0] = __ldcg(products + j);
-    } else {
+  // `size` elements, kVector or one. Not through the read-only cache, since G takes their place.
+  __device__ void load(int64_t j, int size, A (&values)[kVector]) const {
+    if (size == kVector) {
       const uint4 raw = __ldcg(reinterpret_cast<const uint4*>(products + j));
       memcpy(values, &raw, sizeof(raw));
+    } else {
+      values[0] = __ldcg(products + j);
     }
   }
 };
 
-// body(j, kSize) of the vectors of a row that are this thread's, the same ones at every call.
+// body(j, size) of the vectors of a row that are this thread's, the same ones at every call, and of
+// single elements behind them. The size is a constant where the body is inlined.
 template <int kVector, class Body>
 __device__ void for_vectors(int64_t columns, const Body& body) {
   const int64_t whole = columns / kVector * kVector;
   for (int64_t j = int64_t{threadIdx.x} * kVector; j < whole; j += kRowThreads * kVector) {
-    body(j, Size<kVector>{});
+    body(j, kVector);
   }
-  if (whole + threadIdx.x < columns) body(whole + threadIdx.x, Size<1>{});
+  if (whole + threadIdx.x < columns) body(whole + threadIdx.x, 1);
 }
 
 // ---- Sums with a growing shift ------------------------------------------------------------------
@@ -199,17 +193,25 @@ template <class T, bool kSoft, class Grad>
 __device__ void write_grads(const BoltzmannRowsParams& params, const LogitRow<Accumulator<T>>& row,
                             const LogitRow<Accumulator<T>>& of_target, const Grad& grad) {
   using A = Accumulator<T>;
+  constexpr int kVector = LogitRow<A>::kVector;
   if (!params.rounded && !params.writes_products) return;
   T* const rounded = static_cast<T*>(params.rounded) + int64_t{blockIdx.x} * params.stride;
-  for_vectors<LogitRow<A>::kVector>(params.columns, [&](int64_t j, auto size) {
-    constexpr int kSize = decltype(size)::value;
-    A values[kSize], targets[kSize] = {};
-    row.template load<kSize>(j, values);
-    if constexpr (kSoft) of_target.template load<kSize>(j, targets);
+  for_vectors<kVector>(params.columns, [&](int64_t j, int size) {
+    A values[kVector] = {}, targets[kVector] = {};
+    row.load(j, size, values);
+    if constexpr (kSoft) of_target.load(j, size, targets);
 #pragma unroll
-    for (int k = 0; k < kSize; ++k) values[k] = grad(j + k, values[k], targets[k]);
-    if (params.rounded) store(rounded + j, round_to<T>(values));
-    if (params.writes_products) store(row.products + j, round_to<A>(values));
+    for (int k = 0; k < kVector; ++k) {
+      if (k < size) values[k] = grad(j + k, values[k], targets[k]);
+    }
+    if (params.rounded) {
+      size == kVector ? store(rounded + j, round_to<T>(values))
+                      : store_value(rounded + j, values[0]);
+    }
+    if (params.writes_products) {
+      A* const to = row.products + j;
+      size == kVector ? store(to, round_to<A>(values)) : store_value(to, values[0]);
+    }
   });
 }
 
@@ -218,6 +220,7 @@ __device__ void write_grads(const BoltzmannRowsParams& params, const LogitRow<Ac
 template <class T>
 __device__ void class_row(const BoltzmannRowsParams& params, Accumulator<T> weight) {
   using A = Accumulator<T>;
+  constexpr int kVector = LogitRow<A>::kVector;
   const LogitRow<A> row(params, params.logits);
   const int64_t target = params.row_ids[blockIdx.x];
   if (target == -1) {
@@ -225,19 +228,18 @@ __device__ void class_row(const BoltzmannRowsParams& params, Accumulator<T> weig
     return write_row<A>(params, 0, 0);
   }
   if (target < -1 || target >= params.columns) __trap();  // targets: a class that is none
-  A own_product[1];
-  row.template load<1>(target, own_product);
-  const A own = row.logit(target, own_product[0]);
+  const A own_product = __ldcg(row.products + target);
+  const A own = row.logit(target, own_product);
   ClassSums<A> sums = ClassSums<A>::none();
   A lost = 0;  // NaN where a product is not finite
-  for_vectors<LogitRow<A>::kVector>(params.columns, [&](int64_t j, auto size) {
-    constexpr int kSize = decltype(size)::value;
-    A products[kSize];
-    row.template load<kSize>(j, products);
+  for_vectors<kVector>(params.columns, [&](int64_t j, int size) {
+    A products[kVector];
+    row.load(j, size, products);
 #pragma unroll
-    for (int k = 0; k < kSize; ++k) {
+    for (int k = 0; k < kVector; ++k) {
+      if (k >= size) break;
       lost = fused(products[k], A{0}, lost);
-      if (j + k != target) sums.add(row.logit(j + k, products[k]), products[k] - own_product[0]);
+      if (j + k != target) sums.add(row.logit(j + k, products[k]), products[k] - own_product);
     }
   });
   sums.row.rest += lost;
@@ -258,16 +260,17 @@ __device__ void class_row(const BoltzmannRowsParams& params, Accumulator<T> weig
 template <class T>
 __device__ void soft_row(const BoltzmannRowsParams& params, Accumulator<T> weight) {
   using A = Accumulator<T>;
+  constexpr int kVector = LogitRow<A>::kVector;
   const LogitRow<A> row(params, params.logits), of_target(params, params.targets);
   SoftSums<A> sums = SoftSums<A>::none();
   A lost = 0;  // NaN where a product is not finite
-  for_vectors<LogitRow<A>::kVector>(params.columns, [&](int64_t j, auto size) {
-    constexpr int kSize = decltype(size)::value;
-    A products[kSize], targets[kSize];
-    row.template load<kSize>(j, products);
-    of_target.template load<kSize>(j, targets);
+  for_vectors<kVector>(params.columns, [&](int64_t j, int size) {
+    A products[kVector], targets[kVector];
+    row.load(j, size, products);
+    of_target.load(j, size, targets);
 #pragma unroll
-    for (int k = 0; k < kSize; ++k) {
+    for (int k = 0; k < kVector; ++k) {
+      if (k >= size) break;
       lost = fused(products[k], A{0}, fused(targets[k], A{0}, lost));
       sums.add(row.logit(j + k, products[k]), of_target.logit(j + k, targets[k]), products[k]);
     }
