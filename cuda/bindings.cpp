@@ -80,6 +80,21 @@ STABLE_TORCH_LIBRARY(m3i, library) {
       "Tensor grad_z, Tensor grad_scale, Tensor grad_bias, ScalarType dtype)"
       " -> (Tensor factor, Tensor grad_z_hat, Tensor grad_z, Tensor grad_scale, "
       "Tensor grad_bias)");
+  // The softmax over columns alone, of blocks of rows; the gradients are those of the sum of nll,
+  // and come from the forward pass. needs_grad: of z_hat, z, scale and bias; a gradient that nobody
+  // needs is empty. Implemented in m3i_fast/ops/boltzmann_rows.py, around torch's GEMM.
+  library.def(
+      "boltzmann_rows(Tensor z_hat, Tensor z, Tensor scale, Tensor? bias, Tensor? row_ids, "
+      "Tensor? target_z_hat, Tensor? target_z, Tensor? target_scale, Tensor? target_bias, "
+      "Tensor? row_weights, bool[4] needs_grad)"
+      " -> (Tensor nll, Tensor grad_z_hat, Tensor grad_z, Tensor grad_scale, Tensor grad_bias)");
+  // One block of it, in place since the block is the largest array there is (rows/params.h).
+  library.def(
+      "boltzmann_rows_pass(Tensor(a!) products, Tensor(b!)? target_products, int columns, "
+      "Tensor scale, Tensor? bias, Tensor? target_scale, Tensor? target_bias, Tensor? row_ids, "
+      "Tensor? row_weights, Tensor(c!) nll, Tensor(d!)? scale_grads, Tensor(e!)? rounded, "
+      "bool writes_products)"
+      " -> ()");
   // distribution: 15 numbers a view, in the order of ViewDistribution; geometry: size,
   // blur_kernel_size and 1 for bicubic of each view (views/params.h). The bytes of view 0's
   // [B, 3, S, S] come first, then view 1's.

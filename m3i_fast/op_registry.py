@@ -261,7 +261,7 @@ OPS: tuple[OpSpec, ...] = (
             small=("--ranks", "1,2", "--rows-per-rank", "64", "--dim", "32"),
         ),
         sanitizer="tests/ops/boltzmann/test_cuda.py::test_small_calls",
-        kernels=r"^(Softmax|Sigmoid)(Backward)?$",  # the autograd functions around its operators
+        kernels=r"^(RowSoftmax|Softmax|Sigmoid)(Backward)?$",  # autograd functions
     ),
     OpSpec(
         name="gaussian",

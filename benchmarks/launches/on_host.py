@@ -19,6 +19,8 @@ from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
+from m3i_fast.ops import boltzmann_rows
+
 aten = torch.ops.aten
 # What leaves its bytes unset, and what the runtime does itself.
 NOT_COMPUTED = {
@@ -27,6 +29,8 @@ NOT_COMPUTED = {
 }
 # Operators of collectives, which the null NCCL computes.
 COLLECTIVES = ("c10d", "_c10d_functional")
+# Operators that are Python around others, each of which is computed.
+COMPOSITES: dict[str, Callable[..., Any]] = {"m3i::boltzmann_rows": boltzmann_rows.rows}
 # Where an index is a mask, they take the places that it has, which the device would have counted.
 PUTS = {aten.index_put, aten.index_put_, aten._index_put_impl_}
 
@@ -72,6 +76,10 @@ class ComputeOnHost(TorchDispatchMode):
             return func(*args, **kwargs)
         if any(t not in (Tensor, torch.nn.Parameter) for t in types):
             return NotImplemented  # a subclass dispatches its parts, which come here
+        composite = COMPOSITES.get(func.name())
+        if composite is not None:
+            with self:
+                return composite(*args, **kwargs)
         # Shapes that the device would have counted, and solvers that check what they have computed
         if torch.Tag.dynamic_output_shape in func.tags or "linalg" in func.name():
             return _on_device(self._computed(func, args, kwargs), args, kwargs)
@@ -148,7 +156,20 @@ def _bias_gradient(
 
 
 # What CUDA alone has, by the operator that the CPU has in its place.
+def _wide_product(a: Tensor, b: Tensor, dtype: torch.dtype, *, out: Tensor) -> Tensor:
+    return torch.mm(a.to(dtype), b.to(dtype), out=out)
+
+
+def _added_wide_product(
+    to: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype, *,
+    beta: float = 1, alpha: float = 1, out: Tensor,
+) -> Tensor:  # fmt: skip
+    return torch.addmm(to, a.to(dtype), b.to(dtype), beta=beta, alpha=alpha, out=out)
+
+
 OF_CPU = {
+    aten.mm.dtype_out: _wide_product,
+    aten.addmm.dtype_out: _added_wide_product,
     aten._scaled_dot_product_flash_attention.default: _attention,
     aten._scaled_dot_product_flash_attention_backward.default: _attention_backward,
     aten._scaled_dot_product_efficient_attention.default: _masked_attention,

@@ -35,6 +35,7 @@
 #pragma once
 
 #include "boltzmann/sm80/grads.cuh"
+#include "boltzmann/sm80/rows.cuh"
 #include "boltzmann/sm80/sums.cuh"
 #include "boltzmann/sm80/vectors.cuh"
 #include "boltzmann/sm90/grads.cuh"

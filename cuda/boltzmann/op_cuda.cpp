@@ -1,4 +1,5 @@
 // boltzmann: registration for CUDA.
+#include "boltzmann/rows/op_cuda.h"
 #include "boltzmann/args.h"
 #include "boltzmann/op.h"
 #include "boltzmann/vectors/args.h"
@@ -142,6 +143,7 @@ STABLE_TORCH_LIBRARY_IMPL(m3i, CUDA, library) {
   library.impl("boltzmann_loss", TORCH_BOX(&boltzmann_loss_cuda));
   library.impl("boltzmann_sigmoid_loss", TORCH_BOX(&boltzmann_sigmoid_loss_cuda));
   library.impl("boltzmann_scale", TORCH_BOX(&boltzmann_scale_cuda));
+  library.impl("boltzmann_rows_pass", TORCH_BOX(&boltzmann_rows_pass_cuda));
 }
 
 }  // namespace

@@ -12,7 +12,7 @@ Nothing here imports torch: a row names its builder by path, which is resolved w
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from m3i_fast.config.flops import NONE, Flops, linear
@@ -95,15 +95,14 @@ class Loss:
 # ---- Matrix products in closed form: N rows, M targets, D features, a queue of K -----------------
 
 
-def all_pairs(
-    rows: int, columns: int, dim: int, *, column_grad: bool = True, sigmoid: bool = False
-) -> Flops:
-    """Count `ops.boltzmann`: logits, their gradients by rows and columns, and logits once more.
+def all_pairs(rows: int, columns: int, dim: int, *, column_grad: bool = True) -> Flops:
+    """Count `ops.boltzmann`: logits, and their gradients by rows and columns.
 
-    The sigmoid form computes its gradients in the forward pass, from the same logits.
+    So do the sigmoid form and, in one process, a softmax over columns alone, whose gradients are
+    computed in the forward pass; other softmaxes make the logits once more.
     """
     product = 2 * rows * columns * dim
-    return Flops(product, product * (1 + column_grad), 0 if sigmoid else product)
+    return Flops(product, product * (1 + column_grad))
 
 
 def _all_targets(sizes: LossSizes) -> Flops:
@@ -111,10 +110,14 @@ def _all_targets(sizes: LossSizes) -> Flops:
     return all_pairs(sizes.rows, sizes.targets, sizes.dim, column_grad=sizes.target_grad)
 
 
-def _all_targets_sigmoid(sizes: LossSizes) -> Flops:
-    return all_pairs(
-        sizes.rows, sizes.targets, sizes.dim, column_grad=sizes.target_grad, sigmoid=True
-    )
+def _all_targets_twice(sizes: LossSizes) -> Flops:
+    """Count the logits of both directions, which the backward pass recomputes."""
+    return replace(_all_targets(sizes), recompute=_all_targets(sizes).forward)
+
+
+def _all_targets_of_ranks(sizes: LossSizes) -> Flops:
+    """Count the logits of one direction, which are recomputed where targets are of many ranks."""
+    return _all_targets_twice(sizes) if sizes.targets > sizes.rows else _all_targets(sizes)
 
 
 def _own_and_queue(sizes: LossSizes) -> Flops:
@@ -176,13 +179,13 @@ LOSSES: dict[LossKey, Loss] = {
     ("caption", "boltzmann", "negatives"): Loss(
         formula=f"mean of both directions of {SOFTMAX}, z' captions of the batch, tau learnt",
         build=f"{_BUILDERS}:caption",
-        flops=_all_targets,
+        flops=_all_targets_twice,
     ),
     ("caption", "sigmoid", "negatives"): Loss(
         formula="1/N sum over pairs of log(1 + exp(-y (z_hat . z / tau + b))), y = 1 for a picture "
         "and its caption, else -1; tau, b learnt",
         build=f"{_BUILDERS}:caption_sigmoid",
-        flops=_all_targets_sigmoid,
+        flops=_all_targets,
     ),
     ("pixels", "gaussian", "fixed"): Loss(
         formula="|z_hat - z|^2 / (2 sigma^2 E), z the pixels of a patch less their mean, over "
@@ -222,7 +225,7 @@ LOSSES: dict[LossKey, Loss] = {
     ("embedding", "boltzmann", "negatives"): Loss(
         formula=f"{SOFTMAX}, z' targets of the batch, rows of unit length",
         build=f"{_BUILDERS}:batch_negatives",
-        flops=_all_targets,
+        flops=_all_targets_of_ranks,
     ),
     ("embedding", "boltzmann", "all_views"): Loss(
         formula=f"{SOFTMAX}, z' both views of the batch but the row itself, rows of unit length",

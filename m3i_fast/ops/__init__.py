@@ -2,6 +2,7 @@
 
 from m3i_fast.ops import views
 from m3i_fast.ops.boltzmann import IGNORED, boltzmann
+from m3i_fast.ops.boltzmann_rows import SoftTargets
 from m3i_fast.ops.dcnv3 import dcnv3
 from m3i_fast.ops.gaussian import gaussian
 from m3i_fast.ops.mask_mix import IMAGENET_MEAN, IMAGENET_STD, mask_mix
@@ -10,6 +11,7 @@ __all__ = [
     "IGNORED",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "SoftTargets",
     "boltzmann",
     "dcnv3",
     "gaussian",

@@ -10,6 +10,7 @@ all ranks, `boltzmann_autograd` calls them in their order. This module checks ar
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from m3i_fast.ops.boltzmann_autograd import Sigmoid, Softmax
 from m3i_fast.ops.boltzmann_exchange import Ring, SingleProcess
+from m3i_fast.ops.boltzmann_rows import SoftTargets, row_softmax
 from m3i_fast.ops.boltzmann_vectors import wide
 from m3i_fast.ops.library import contiguous
 
@@ -60,6 +62,56 @@ def _check_features(z_hat: Tensor, z: Tensor, scale: Tensor, bias: Tensor | None
     _expect_like("scale", scale, [], z_hat)
     if bias is not None:
         _expect_like("bias", bias, [] if bias.dim() == 0 else [z.shape[0]], z_hat)
+
+
+def _autocast(*features: Tensor) -> list[Tensor]:
+    """Cast features to the dtype of autocast where it is on, except float64 ones."""
+    device = features[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(features)
+    dtype = torch.get_autocast_dtype(device)
+    return [rows if rows.dtype == torch.float64 else rows.to(dtype) for rows in features]
+
+
+def _check_soft(targets: SoftTargets, z_hat: Tensor, z: Tensor) -> SoftTargets:
+    """Return the targets with contiguous features, cast as those of the call."""
+    of_rows, of_columns = _autocast(targets.z_hat, targets.z)
+    for name, rows, own in (("targets.z_hat", of_rows, z_hat), ("targets.z", of_columns, z)):
+        _expect(rows.dim() == 2, f"{name}: expected 2 dimensions, got {list(rows.shape)}")
+        _expect_like(name, rows, [own.shape[0], of_columns.shape[1]], z_hat)
+        _expect(rows.dtype == z.dtype, f"{name}: expected dtype {z.dtype}, got {rows.dtype}")
+    _expect_like("targets.scale", targets.scale, [], z_hat)
+    if targets.column_log_scale is not None:
+        log_scale = targets.column_log_scale
+        _expect_like("targets.column_log_scale", log_scale, [z.shape[0]], z_hat)
+    if targets.row_weights is not None:
+        _expect_like("targets.row_weights", targets.row_weights, [z_hat.shape[0]], z_hat)
+    return replace(
+        targets,
+        z_hat=contiguous("boltzmann", "targets.z_hat", of_rows),
+        z=contiguous("boltzmann", "targets.z", of_columns),
+    )
+
+
+def _places(targets: Tensor | None, num_rows: int, z: Tensor) -> Tensor:  # [N] int32
+    """Return the column of each row in int32, row i's being i without targets.
+
+    On a CPU raises RuntimeError for one out of range. On CUDA the op refuses such a target without
+    a host synchronisation: a value that int32 cannot hold is clamped to its limit, which is out of
+    range as well.
+    """
+    if targets is None:
+        return torch.arange(num_rows, dtype=torch.int32, device=z.device)
+    if targets.device.type == "cpu" and len(z) and not torch.compiler.is_compiling():
+        in_range = (targets >= IGNORED) & (targets < len(z))
+        if not in_range.all():
+            place = int((~in_range).nonzero()[0])
+            raise RuntimeError(
+                f"targets: expected rows of z from 0 to {len(z) - 1}, or -1 to ignore, got "
+                f"{int(targets[place])} in place {place}"
+            )
+    limits = torch.iinfo(torch.int32)
+    return targets.clamp(limits.min, limits.max).int().contiguous()
 
 
 def _pair_up(
@@ -107,7 +159,7 @@ def boltzmann(
     z: Tensor,  # [M, D]
     scale: Tensor,  # []
     *,
-    targets: Tensor | None = None,  # [N] int64
+    targets: Tensor | SoftTargets | None = None,  # [N] int64
     row_ids: Tensor | None = None,  # [N] int64
     col_ids: Tensor | None = None,  # [M] int64
     bias: Tensor | None = None,  # [] or [M]
@@ -128,6 +180,10 @@ def boltzmann(
     - by default, row i and column i, with N = M;
     - with `targets`, row i and column targets[i]; -1 ignores the row. The softmax is over columns
       only.
+    - with `targets=SoftTargets(...)`, every column in part: T_ij of a row, a softmax of a second
+      pair of features, as of a teacher's prototypes. The loss of a row is its cross-entropy
+      sum_j T_ij (log sum_k exp Z_ik - Z_ij), DINO's equation 2; the mean is over all rows, or
+      weighted by the targets' row_weights.
     - with `row_ids` and `col_ids`, rows and columns of equal id. A row's loss is the mean over its
       positives. A row or column of id -1 is ignored; one without a positive is left out of the mean
       but is a negative of the others.
@@ -139,8 +195,12 @@ def boltzmann(
 
     Memory is O(N + M) beside a tile and the gradients. Exponentials and sums are fp32 (fp64 for
     fp64); a loss close to 0 and its gradient keep their relative precision. Rows need not be
-    normalised. Where logits leave the range that one shift covers (|scale| |z_hat| |z| above 73
-    with rows whose largest logit is that much below the largest possible one), sums are computed
+    normalised. A softmax over columns alone (targets, or not symmetric, in one process) computes
+    its gradients in the forward pass, with three products of N x M x D, and keeps them in fp32; a
+    tile is then a block of rows, at most 64 MiB of logits on a CPU and 256 on CUDA, twice that with
+    SoftTargets, unless one row has more, and products of fp32 features on CUDA are as exact as
+    torch's own. Else, where logits leave the range that one shift covers (|scale| |z_hat| |z| above
+    73 with rows whose largest logit is that much below the largest possible one), sums are computed
     once more with one shift a row and column. Differentiable once, by z_hat, z, scale and bias.
 
     Under autocast z_hat and z are cast to its dtype, except float64 ones.
@@ -150,8 +210,8 @@ def boltzmann(
             is copied, with a warning in the log.
         scale: multiplies the dot products: 1 / tau, open_clip's `logit_scale.exp()`. On the device
             of z_hat; the host does not read it.
-        targets: class indices. One out of range raises RuntimeError with its place on a CPU, and
-            stops the kernel by a trap on CUDA.
+        targets: class indices, or `SoftTargets`. A class out of range raises RuntimeError with its
+            place on a CPU, and stops the kernel by a trap on CUDA.
         bias: added to the logits; with shape [M] one for each column.
         reduction: "mean", or "sum" without the division.
         process_group: each of its ranks passes its own rows of z_hat and z, in any number, and gets
@@ -168,27 +228,35 @@ def boltzmann(
         ValueError: an argument is not as described, or contradicts another; the message names it,
             what was expected and what was given.
     """
-    device = z_hat.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        z_hat, z = (rows if rows.dtype == torch.float64 else rows.to(dtype) for rows in (z_hat, z))
+    z_hat, z = _autocast(z_hat, z)
     _check_features(z_hat, z, scale, bias)
     _expect(form in ("softmax", "sigmoid"), f"form: expected softmax or sigmoid, got {form!r}")
     _expect(reduction in ("mean", "sum"), f"reduction: expected mean or sum, got {reduction!r}")
+    features = contiguous("boltzmann", "z_hat", z_hat), contiguous("boltzmann", "z", z)
+    scale, mean = scale.to(wide(z.dtype)), reduction == "mean"
+    if isinstance(targets, SoftTargets):
+        others = {"row_ids": row_ids, "col_ids": col_ids, "process_group": process_group}
+        for name, value in others.items():
+            _expect(value is None, f"{name}: expected None with SoftTargets, got one")
+        _expect(form == "softmax", f"form: expected softmax with SoftTargets, got {form!r}")
+        targets = _check_soft(targets, z_hat, z)
+        return row_softmax(*features, scale, bias, targets=targets, mean=mean)
     if process_group is None:
         exchange = SingleProcess()
     else:
         sizes = z_hat.shape[0], z.shape[0]
         exchange = Ring(process_group, *sizes, z.device, equal_sizes=equal_sizes)
     row_ids, all_col_ids = _pair_up(z_hat, z, targets, row_ids, col_ids, exchange)
-    features = contiguous("boltzmann", "z_hat", z_hat), contiguous("boltzmann", "z", z)
+    symmetric = symmetric and targets is None
+    if form == "softmax" and process_group is None and all_col_ids is None and not symmetric:
+        places = _places(row_ids, len(z_hat), z)
+        return row_softmax(*features, scale, bias, row_ids=places, mean=mean)
     wide_bias = None if bias is None else bias.to(wide(z.dtype)).contiguous()
-    inputs = *features, scale.to(wide(z.dtype)), wide_bias, row_ids, all_col_ids
-    mean = reduction == "mean"
+    inputs = *features, scale, wide_bias, row_ids, all_col_ids
     if form == "sigmoid":
         wanted = tuple(
             torch.is_grad_enabled() and value is not None and value.requires_grad
             for value in inputs[:4]
         )
         return Sigmoid.apply(*inputs, wanted, mean, exchange)
-    return Softmax.apply(*inputs, symmetric and targets is None, mean, exchange)
+    return Softmax.apply(*inputs, symmetric, mean, exchange)

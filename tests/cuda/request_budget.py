@@ -77,6 +77,12 @@ def _boltzmann(dtype: torch.dtype, count: int) -> None:
     ops.boltzmann(*features, torch.tensor(8.0, requires_grad=True)).backward()
 
 
+def _boltzmann_rows(soft: bool) -> None:
+    z_hat, z = (waves(count, 64, scale=0.2) for count in (32, 130))
+    targets = ops.SoftTargets(z_hat.clone(), z, torch.tensor(20.0)) if soft else torch.arange(32)
+    ops.boltzmann(z_hat.requires_grad_(), z, torch.tensor(8.0), targets=targets).backward()
+
+
 def _views() -> None:
     specs = view_specs(ViewConfig(count=2, size=32, hue=0.1, blur_probability=1.0))
     size = torch.tensor([[[60, 80]], [[64, 48]]])
@@ -93,6 +99,8 @@ CASES = (
     Case("gaussian", "64 x 96, bf16", lambda: _gaussian(torch.bfloat16)),
     Case("boltzmann", "128 x 128 of 64, bf16", lambda: _boltzmann(torch.bfloat16, 128)),
     Case("boltzmann", "256 x 256 of 64, bf16, sm_90", lambda: _boltzmann(torch.bfloat16, 256), 90),
+    Case("boltzmann", "32 x 130 of 64, classes, fp32", lambda: _boltzmann_rows(False)),
+    Case("boltzmann", "32 x 130 of 64, soft targets, fp32", lambda: _boltzmann_rows(True)),
     Case("views", "2 x 2 of 32, blurred", _views),
 )
 

@@ -30,7 +30,7 @@ Launch = tuple[str, tuple[int, ...], tuple[int, ...], int, int]
 # The operators of a step, by the op that they belong to.
 OPERATORS = {
     "boltzmann": {
-        *("boltzmann_maxima", "boltzmann_sums", "boltzmann_grads"),
+        *("boltzmann_maxima", "boltzmann_sums", "boltzmann_grads", "boltzmann_rows_pass"),
         *("boltzmann_prepare", "boltzmann_shift", "boltzmann_exact", "boltzmann_exact_shift"),
         *("boltzmann_totals", "boltzmann_loss", "boltzmann_sigmoid_loss", "boltzmann_scale"),
     },
@@ -57,7 +57,7 @@ CLOSE_WITH_CONVOLUTIONS = 2**-6
 ALWAYS = {
     "mask_mix_kernel",
     *(f"gaussian_{name}kernel" for name in ("", "product_", "value_", "bwd_")),
-    *(f"boltzmann_{name}_kernel" for name in ("sums", "maxima", "reduce", "total")),
+    *(f"boltzmann_{name}_kernel" for name in ("sums", "maxima", "reduce", "total", "rows")),
     *(f"boltzmann_{name}_kernel" for name in ("insert", "prepare", "shift", "exact")),
     *(f"boltzmann_{name}_kernel" for name in ("exact_shift", "totals", "loss", "scale")),
 }

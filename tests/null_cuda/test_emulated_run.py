@@ -61,3 +61,18 @@ def test_what_means_nothing_is_not_compared() -> None:
     with pytest.raises(ValueError, match="m3i::boltzmann_maxima, result 0"):
         operator(*rows, ids, torch.tensor(True))
     assert operator.calls == 2
+
+
+@pytest.mark.parametrize("rounded", [None, torch.bfloat16])
+def test_what_an_operator_writes_to_is_held(rounded: torch.dtype | None) -> None:
+    operator = held_operators(["boltzmann"], emulator.CUDA, 80)[m3i.boltzmann_rows_pass.default]
+    ids = torch.tensor([2, -1, 8], dtype=torch.int32)
+    half = None if rounded is None else torch.zeros(3, 16, dtype=rounded)
+    products = torch.linspace(-1, 1, 48).view(3, 16)
+    args = [products, None, 9, torch.tensor(2.0), None, None, None, ids, None, torch.empty(3)]
+    operator(*args, torch.empty(3), half, True)
+    assert float(products[0, :9].sum().abs()) < 1e-6 and float(products[0, 2]) < 0
+    assert float(products[1, :9].abs().sum()) == 0
+    with pytest.raises(ValueError, match="m3i::boltzmann_rows_pass, result 0"):
+        wrong = Held("boltzmann_rows_pass", lambda *_: None, operator.by_cpu, 80)
+        wrong(torch.ones(3, 16), *args[1:], torch.empty(3), None, True)

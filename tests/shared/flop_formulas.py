@@ -34,6 +34,14 @@ def _boltzmann_grads(z_hat: Shape, z: Shape, *args: Any, **_: Any) -> int:
     return 2 * z_hat[0] * z[0] * z_hat[1] * (1 + needs_z_hat + needs_z)
 
 
+def _boltzmann_rows(z_hat: Shape, z: Shape, *args: Any, **_: Any) -> int:
+    """With soft targets the teacher's logits as well."""
+    needs_z_hat, needs_z, *_ = args[-1]
+    product = 2 * z_hat[0] * z[0] * z_hat[1] * (1 + needs_z_hat + needs_z)
+    of_targets = args[3]
+    return product + (2 * z_hat[0] * z[0] * of_targets[1] if of_targets else 0)
+
+
 def _gaussian(z_hat: Shape, *args: Any, **_: Any) -> int:
     return 2 * 2 * prod(z_hat) * z_hat[-1] * bool(args[-1])
 
@@ -56,6 +64,7 @@ FORMULAS: dict[Any, Callable[..., int]] = {
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
     m3i.boltzmann_sums: _boltzmann_sums,
     m3i.boltzmann_grads: _boltzmann_grads,
+    m3i.boltzmann_rows: _boltzmann_rows,
     m3i.gaussian: _gaussian,
     m3i.gaussian_bwd: _gaussian_bwd,
 }

@@ -142,7 +142,7 @@ def measure_point(
         seconds, peak = measure_peak(lambda: values.append(run(loss, inputs)), device)
     except torch.OutOfMemoryError:
         return None
-    gradients = sum(t.nbytes for t in inputs if t is not None and t.requires_grad)
+    gradients = sum(t.nbytes for t in inputs if isinstance(t, torch.Tensor) and t.requires_grad)
     return Point(seconds, peak - gradients, float(values[0]))
 
 

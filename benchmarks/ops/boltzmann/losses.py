@@ -16,16 +16,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from m3i_fast.ops import boltzmann
+from m3i_fast.ops import SoftTargets, boltzmann
 
 OURS = "m3i_fast"
 CLIP, SIGLIP = "ClipLoss", "SigLipLoss"
 SIGLIP_KERNEL, LIGER, LINEAR = "siglip-kernel", "Liger", "linear_cross_entropy"
-Form = Literal["softmax", "sigmoid", "classes"]
+Form = Literal["softmax", "sigmoid", "classes", "soft"]
 _NAMES: dict[Form, tuple[str, ...]] = {
     "softmax": (OURS, CLIP),
     "sigmoid": (OURS, SIGLIP, SIGLIP_KERNEL),
     "classes": (OURS, "cross_entropy", LINEAR, LIGER),
+    "soft": (OURS, "cross_entropy"),
 }
 _MODULES = {
     CLIP: "open_clip.loss",
@@ -35,16 +36,23 @@ _MODULES = {
 }
 
 # GEMMs of forward and backward: those that the mathematics needs where logits are kept, and those
-# that ours runs. A softmax is known after its sums only, so ours computes the products twice.
-MODEL_GEMMS = 3
-OUR_GEMMS: dict[Form, int] = {"softmax": 4, "sigmoid": 3, "classes": 4}
-_COUNTED = {1: "one_gemm", 3: "three_gemms", 4: "four_gemms"}
+# that ours runs. A softmax over rows and columns is known after all of its sums only, so ours
+# computes the products twice; soft targets have products of their own.
+MODEL_GEMMS: dict[Form, int] = {"softmax": 3, "sigmoid": 3, "classes": 3, "soft": 4}
+OUR_GEMMS: dict[Form, int] = {"softmax": 4, "sigmoid": 3, "classes": 3, "soft": 4}
+_COUNTED = {1: "one_gemm", 2: "two_gemms", 3: "three_gemms", 4: "four_gemms"}
 
 # Logits and what is derived from them: whole matrices [N, M] alive at the peak, measured.
 NUM_MATRICES = {CLIP: 5, SIGLIP: 6}
 
 # CLIP's and SigLIP's temperatures at the start of training.
-_SCALE: dict[Form, float] = {"softmax": 1 / 0.07, "sigmoid": 10.0, "classes": 1 / 0.07}
+_SCALE: dict[Form, float] = {
+    "softmax": 1 / 0.07,
+    "sigmoid": 10.0,
+    "classes": 1 / 0.07,
+    "soft": 1 / 0.1,  # DINO's student; its teacher has 1 / 0.04
+}
+_TEACHER_SCALE = 1 / 0.04
 _SIGMOID_BIAS = -10.0
 
 # Half types: the others round logits of up to 14, ours only its inputs.
@@ -64,7 +72,7 @@ class Size:
         for name in ("rows", "columns", "dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.form != "classes" and self.rows != self.columns:
+        if self.form in ("softmax", "sigmoid") and self.rows != self.columns:
             raise ValueError(
                 f"columns: expected {self.rows} as rows of a {self.form}, got {self.columns}"
             )
@@ -85,6 +93,7 @@ class Inputs(NamedTuple):
     scale: Tensor  # [] fp32
     bias: Tensor | None = None  # [] fp32, of the sigmoid form
     targets: Tensor | None = None  # [N] int64, of classes
+    teacher: SoftTargets | None = None  # of the soft form
 
 
 Loss = Callable[[Inputs], Tensor]
@@ -101,6 +110,14 @@ def make_inputs(
     z_hat = F.normalize(z[targets] + noise, dim=1)
     scale, bias = torch.tensor(_SCALE[size.form]), torch.tensor(_SIGMOID_BIAS)
 
+    teacher = None
+    if size.form == "soft":
+        features = (rows.to(device, dtype) for rows in (z_hat, z.roll(1, 0)))
+        centre = torch.randn(size.columns, generator=generator)
+        teacher = SoftTargets(*features, *(
+            x.to(device) for x in (torch.tensor(_TEACHER_SCALE), centre)
+        ))  # fmt: skip
+
     def leaf(tensor: Tensor, kind: torch.dtype) -> Tensor:
         return tensor.to(device, kind).requires_grad_(backward)
 
@@ -110,13 +127,14 @@ def make_inputs(
         leaf(scale, torch.float32),
         leaf(bias, torch.float32) if size.form == "sigmoid" else None,
         targets.to(device) if size.form == "classes" else None,
+        teacher,
     )
 
 
 def run(loss: Loss, inputs: Inputs) -> Tensor:  # []
     """Return the value, and compute the gradients that inputs require."""
     value = loss(inputs)
-    leaves = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
+    leaves = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
     if leaves:
         torch.autograd.grad(value, leaves)
     return value.detach()
@@ -154,7 +172,12 @@ def _say_left_out(name: str, why: str) -> None:
 def make_loss(name: str, form: Form) -> Loss:
     """Return the loss of that name; its library is imported here and no other."""
     if name == OURS:
-        return {"softmax": _our_softmax, "sigmoid": _our_sigmoid, "classes": _our_classes}[form]
+        return {
+            "softmax": _our_softmax,
+            "sigmoid": _our_sigmoid,
+            "classes": _our_classes,
+            "soft": _our_soft,
+        }[form]
     if name == CLIP:
         from open_clip.loss import ClipLoss
 
@@ -177,7 +200,7 @@ def make_loss(name: str, form: Form) -> Loss:
     if name == LINEAR:
         return _linear_cross_entropy
     if name == "cross_entropy":
-        return _cross_entropy
+        return _soft_cross_entropy if form == "soft" else _cross_entropy
     raise ValueError(f"name: expected a loss of boltzmann, got {name!r}")
 
 
@@ -191,6 +214,18 @@ def _our_sigmoid(i: Inputs) -> Tensor:
 
 def _our_classes(i: Inputs) -> Tensor:
     return boltzmann(i.z_hat, i.z, i.scale, targets=i.targets)
+
+
+def _our_soft(i: Inputs) -> Tensor:
+    return boltzmann(i.z_hat, i.z, i.scale, targets=i.teacher)
+
+
+def _soft_cross_entropy(i: Inputs) -> Tensor:
+    of = i.teacher
+    assert of is not None and of.column_log_scale is not None
+    with torch.no_grad():
+        targets = (of.scale * of.z_hat @ of.z.T + of.column_log_scale).softmax(1)
+    return F.cross_entropy((i.scale * i.z_hat @ i.z.T).to(targets.dtype), targets)
 
 
 def _cross_entropy(i: Inputs) -> Tensor:
@@ -209,16 +244,18 @@ def make_floor(
 ) -> tuple[str, Callable[[], object]]:
     """Return torch's GEMMs of our loss alone: whole matrices, written where memory allows.
 
-    Forward: S = A B^T. Backward: S once more for a softmax, then G B and G^T A, with S for G.
+    Forward: S = A B^T, of soft targets twice. Backward: S once more for a softmax in both
+    directions, then G B and G^T A, with S for G.
     Ours works in tiles that stay in the cache, and so may be faster than these on a CPU.
     """
     z_hat, z = make_inputs(size, dtype, device, backward=False)[:2]
     logits = z.new_empty(size.rows, size.columns)
     grad_z_hat, grad_z = torch.empty_like(z_hat), torch.empty_like(z)
-    count = OUR_GEMMS[size.form] if backward else 1
+    count = OUR_GEMMS[size.form] if backward else 1 + (size.form == "soft")
+    num_logits = count - 2 * backward
 
     def gemms() -> None:
-        for _ in range(max(1, count - 2)):
+        for _ in range(num_logits):
             torch.mm(z_hat, z.T, out=logits)
         if backward:
             torch.mm(logits, z, out=grad_z_hat)

@@ -5,13 +5,16 @@
     m3i-fast bench boltzmann --ranks 1,2,4
 
 Rows of pairs: open_clip's ClipLoss and SigLipLoss. One-sided with classes: F.cross_entropy on
-logits, torch's linear_cross_entropy in chunks. On a GPU also siglip-kernel and Liger's fused linear
-cross-entropy, where they are installed. `four_gemms`, of the sigmoid form `three_gemms`, forward
-alone `one_gemm`: the matrix products of ours and nothing else, the least time of its plan.
+logits, torch's linear_cross_entropy in chunks. With soft targets: F.cross_entropy of both matrices
+of logits. On a GPU also siglip-kernel and Liger's fused linear cross-entropy, where they are
+installed. `four_gemms`, of the sigmoid form and of classes `three_gemms`, forward alone `one_gemm`
+(of soft targets `two_gemms`): the matrix products of ours and nothing else, the least time of its
+plan.
 
-`tflop_s` counts the GEMMs that ours runs: 8 N M D flop for forward and backward, 6 N M D of the
-sigmoid form, 2 N M D forward. Of a GPU whose dense bf16 peak is known, `hfu` is that over the peak,
-and `model_fraction` of every loss counts the 6 N M D that a loss which keeps its logits needs.
+`tflop_s` counts the GEMMs that ours runs, 2 N M D flop each: four for forward and backward, three
+of the sigmoid form and of classes, one forward (of soft targets two). Of a GPU whose dense bf16
+peak is known, `hfu` is that over the peak, and `model_fraction` of every loss counts the GEMMs
+that a loss which keeps its logits needs: three, of soft targets four.
 
 `--growth` is described in growth.py and `--ranks` in ranks.py.
 """
@@ -52,6 +55,7 @@ PAIRS: tuple[Form, ...] = ("softmax", "sigmoid")
 CPU_SIZES = (
     *(Size(form=form, rows=n, columns=n, dim=512) for form in PAIRS for n in (1024, 8192)),
     Size(form="classes", rows=2048, columns=21841, dim=384),
+    Size(form="soft", rows=4096, columns=65536, dim=256),
 )
 GPU_SIZES = (
     *(
@@ -61,6 +65,7 @@ GPU_SIZES = (
         for dim in (512, 768, 1024)
     ),
     *(Size(form="classes", rows=16384, columns=21841, dim=dim) for dim in (512, 768, 1024)),
+    *(Size(form="soft", rows=8192, columns=65536, dim=dim) for dim in (256, 512)),
 )
 
 logger = logging.getLogger(__name__)
@@ -114,7 +119,8 @@ def figures_of(
         num_samples=cfg.num_samples,
     )
     ours = timings[OURS].median_ms
-    flop = size.gemm_flop * (OUR_GEMMS[size.form] if backward else 1)
+    forward_gemms = 2 if size.form == "soft" else 1
+    flop = size.gemm_flop * (OUR_GEMMS[size.form] if backward else forward_gemms)
     figures = {
         "kind": "speed",
         "device": device,
@@ -127,7 +133,7 @@ def figures_of(
         "tflop_s": flop / (ours * 1e9),
     }
     if peak_tflop_s is not None:
-        model_flop = size.gemm_flop * (MODEL_GEMMS if backward else 1)
+        model_flop = size.gemm_flop * (MODEL_GEMMS[size.form] if backward else forward_gemms)
         figures |= {
             "peak_tflop_s": peak_tflop_s,
             "hfu": flop / (ours * 1e9 * peak_tflop_s),

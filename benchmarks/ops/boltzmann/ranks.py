@@ -102,7 +102,7 @@ def _work(
     inputs = make_inputs(size, torch.float32, "cpu", backward=True, seed=rank)
     functions = {name: partial(run, loss, inputs) for name, loss in _losses(rank, ranks).items()}
     _check(functions, ranks)
-    gradients = sum(t.nbytes for t in inputs if t is not None and t.requires_grad)
+    gradients = sum(t.nbytes for t in inputs if isinstance(t, Tensor) and t.requires_grad)
     peaks = {name: _in_step(function)[1] - gradients for name, function in functions.items()}
     samples: dict[str, list[float]] = {name: [] for name in functions}
     for index in range(num_samples):

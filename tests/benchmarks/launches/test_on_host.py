@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from m3i_fast.benchmarks.launches.on_host import OF_CPU, ComputeOnHost, _filled, aten, host_alias
+from m3i_fast.ops import boltzmann
 
 
 def test_an_alias_is_the_same_memory() -> None:
@@ -95,3 +96,21 @@ def test_attention_of_cuda_is_that_of_the_cpu(
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)
     for ours, theirs in zip(got[: len(grads)], grads, strict=True):
         torch.testing.assert_close(ours.double(), theirs.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_operators_that_are_python_are_computed_one_by_one() -> None:
+    rows = torch.randn(4, 8, requires_grad=True)
+    expected = boltzmann(rows, rows.detach(), torch.tensor(3.0), targets=torch.arange(4))
+    with ComputeOnHost():
+        value = boltzmann(rows, rows.detach(), torch.tensor(3.0), targets=torch.arange(4))
+    assert torch.equal(value, expected)
+
+
+def test_products_of_half_types_in_float32() -> None:
+    """CUDA's alone; on the host, of widened factors."""
+    a, b = (torch.randn(3, 3).bfloat16() for _ in range(2))
+    out = torch.zeros(3, 3)
+    OF_CPU[aten.mm.dtype_out](a, b, torch.float32, out=out)
+    assert torch.equal(out, a.float() @ b.float())
+    OF_CPU[aten.addmm.dtype_out](out, a, b, torch.float32, out=out)
+    torch.testing.assert_close(out, 2 * (a.float() @ b.float()))

@@ -27,13 +27,14 @@ from m3i_fast.benchmarks.ops.boltzmann.main import Config
 FORMS: dict[Form, tuple[str, str]] = {
     "softmax": ("ClipLoss", "four_gemms"),
     "sigmoid": ("SigLipLoss", "three_gemms"),
-    "classes": ("cross_entropy", "four_gemms"),
+    "classes": ("cross_entropy", "three_gemms"),
+    "soft": ("cross_entropy", "four_gemms"),
 }
 SVG = "{http://www.w3.org/2000/svg}"
 
 
 def small(form: Form, rows: int = 24) -> Size:
-    return Size(form=form, rows=rows, columns=rows + 6 * (form == "classes"), dim=8)
+    return Size(form=form, rows=rows, columns=rows + 6 * (form in ("classes", "soft")), dim=8)
 
 
 @pytest.fixture
@@ -71,10 +72,12 @@ def test_rows_are_shown_and_recorded(
 
     monkeypatch.setattr(boltzmann, "CPU_SIZES", (small("sigmoid"),))
     boltzmann.main(["--device", "cpu", "--num-samples", "2", "--no-record"])
-    assert len(recorded()) == 6
+    assert len(recorded()) == 8
 
 
-@pytest.mark.parametrize(("form", "gemms"), [("softmax", 8), ("sigmoid", 6), ("classes", 8)])
+@pytest.mark.parametrize(
+    ("form", "gemms"), [("softmax", 8), ("sigmoid", 6), ("classes", 6), ("soft", 8)]
+)
 def test_fractions_of_a_known_peak(form: Form, gemms: int) -> None:
     size = small(form)
     row = boltzmann.figures_of(Config(device="cpu", num_samples=1), size, torch.float32, True, 2.0)
@@ -82,7 +85,10 @@ def test_fractions_of_a_known_peak(form: Form, gemms: int) -> None:
     seconds = {name: timing["median_ms"] / 1e3 for name, timing in row["timings"].items()}
     assert row["hfu"] == pytest.approx(gemms * pairs / (seconds["m3i_fast"] * 2e12))
     other = FORMS[form][0]
-    assert row["model_fraction"][other] == pytest.approx(6 * pairs / (seconds[other] * 2e12))
+    model_gemms = 8 if form == "soft" else 6
+    assert row["model_fraction"][other] == pytest.approx(
+        model_gemms * pairs / (seconds[other] * 2e12)
+    )
     assert set(row["model_fraction"]) == {name for name in seconds if "gemm" not in name}
 
 
@@ -107,9 +113,10 @@ def test_peaks_of_cards(caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_floor_is_the_gemms_of_ours(form: Form) -> None:
-    names = {1: "one_gemm", 3: "three_gemms", 4: "four_gemms"}
+    names = {1: "one_gemm", 2: "two_gemms", 3: "three_gemms", 4: "four_gemms"}
     size = small(form)
-    for backward, count in ((False, 1), (True, boltzmann_functions.OUR_GEMMS[form])):
+    forward = 1 + (form == "soft")
+    for backward, count in ((False, forward), (True, boltzmann_functions.OUR_GEMMS[form])):
         name, gemms = boltzmann_functions.make_floor(size, torch.float32, "cpu", backward=backward)
         with FlopCounterMode(display=False) as counter:
             gemms()

@@ -7,8 +7,9 @@ import itertools
 import pytest
 import torch
 
-from m3i_fast.ops import boltzmann
+from m3i_fast.ops import boltzmann, boltzmann_rows
 from tests.ops.boltzmann.cases import FP32, FP64, HALVES, HARD, KINDS, Case, assert_right, grid
+from tests.ops.boltzmann.soft_cases import assert_soft_right
 
 pytestmark = pytest.mark.gpu
 DTYPES = (FP32, FP64, *HALVES)
@@ -41,6 +42,17 @@ def test_calls_of_many_tiles(kind: str, dtype: torch.dtype) -> None:
     """Wide and long enough for the tiles of whichever card."""
     for width in (512, 520):
         assert_right(Case(kind, 3000, 3000, width), dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_soft_targets(dtype: torch.dtype) -> None:
+    """Also in several blocks of rows, with products of half types that add to the earlier ones."""
+    for shape in ((1, 1), (33, 17), (129, 1000)):
+        assert_soft_right(shape, 20.0, dtype, "cuda")
+    with pytest.MonkeyPatch.context() as small:
+        small.setitem(boltzmann_rows._BLOCK_BYTES, "cuda", 64 * 1008 * 4)
+        assert_soft_right((300, 1000), 20.0, dtype, "cuda")
+        assert_right(Case("classes with bias", 300, 1000, 72), dtype, "cuda")
 
 
 def test_a_call_has_the_same_bits_again() -> None:

@@ -13,9 +13,10 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from m3i_fast.ops import boltzmann
+from m3i_fast.ops import SoftTargets, boltzmann
 from m3i_fast.ops.boltzmann_exchange import Ring
 from tests.ops.boltzmann.cases import FP32, FP64, KINDS, Case, make
+from tests.ops.boltzmann.soft_cases import soft
 
 # Rows of each of four ranks: fewer ranks take the first; the last of a split takes what is left.
 ROWS = {"equal": (12, 12, 12, 12), "unequal": (5, 20, 0, 11), "one has all": (0, 36, 0, 0)}
@@ -104,6 +105,28 @@ def test_ranks_equal_one_process(ranks: int, tmp_path: Path) -> None:
         for tensor, grad in merged(parts).items():
             error = float((grad - expected[tensor]).norm() / expected[tensor].norm())
             assert error < tolerance, f"{name}, {sizes}, {dtype}, {tensor}: {error}"
+
+
+def balance(rank: int, counts: list[int], folder: Path) -> None:
+    store = dist.FileStore(str(folder / "store"), len(counts))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=len(counts))
+    of = soft(sum(counts), 33).targets
+    own = of.z_hat.split(counts)[rank]
+    targets = SoftTargets.sinkhorn(own, of.z, of.scale, process_group=dist.group.WORLD)
+    torch.save(targets.column_log_scale, folder / f"{rank}.pt")
+    dist.barrier()  # a rank that leaves while the other still reads has ended in gloo's SIGABRT
+    dist.destroy_process_group()
+
+
+def test_sinkhorn_of_ranks_is_that_of_all_rows(tmp_path: Path) -> None:
+    """One of which has no rows."""
+    counts = [0, 7, 23]
+    mp.start_processes(balance, (counts, tmp_path), nprocs=len(counts), start_method="spawn")
+    of = soft(sum(counts), 33).targets
+    expected = SoftTargets.sinkhorn(of.z_hat, of.z, of.scale).column_log_scale
+    for rank in range(len(counts)):
+        ours = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
 
 
 class Gathers(TorchDispatchMode):

@@ -255,11 +255,20 @@ def last_report() -> str:
     return runtime().m3i_emulator_report().decode()
 
 
-def _emulated_kernel(emulated_op: Callable[..., object]) -> Callable[..., object]:
+def _emulated_kernel(emulated_op: torch._ops.OpOverload) -> Callable[..., object]:
+    """A function of CPU tensors, which writes to those that the schema says are written."""
+    written = [
+        argument.alias_info is not None and argument.alias_info.is_write
+        for argument in emulated_op._schema.arguments
+    ]
+
     def call(*arguments: object) -> object:
         copies = pytree.tree_map_only(Tensor, guarded, arguments)
         with guarded_memory():
             result = emulated_op(*copies)
+        for argument, copy, described in zip(arguments, copies, written, strict=True):
+            if described and isinstance(argument, Tensor):
+                argument.copy_(copy)
         return pytree.tree_map_only(Tensor, torch.clone, result)
 
     return call
