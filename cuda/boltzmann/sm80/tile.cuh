@@ -83,25 +83,29 @@ __device__ inline void stage_input(V& to, const BoltzmannInput& input, const Til
   });
 }
 
-// After stage_input, by the same threads. `exact`: each row and column has its own shift.
+// After stage_input, by the same threads: of one shift for all.
+template <class V>
+__device__ inline void stage_offset(V& to, const BoltzmannShift& shift, const TileOrigin& tile) {
+  using A = typename V::A;
+  const A common = static_cast<const A*>(shift.rows)[0];
+  for_extent<V>(V::kColumns, tile.column, 0, [&](int j, bool, int64_t) {
+    to.offset[j] = (to.bias[j] - common) * static_cast<A>(kLog2E);
+  });
+}
+
+// Likewise. `exact`: each row and column has its own shift.
 template <class V>
 __device__ inline void stage_shift(V& to, const BoltzmannInput& input, const BoltzmannShift& shift,
                                    const TileOrigin& tile, bool exact) {
   using A = typename V::A;
+  if (!exact) return stage_offset(to, shift, tile);
   const A* of_rows = static_cast<const A*>(shift.rows);
   const A* of_columns = static_cast<const A*>(shift.columns);
-  const A common = of_rows[0];
-  if (exact) {
-    for_extent<V>(V::kRows, tile.row, input.rows, [&](int i, bool exists, int64_t row) {
-      to.row_shift[i] = exists ? of_rows[row] : A{0};
-    });
-  }
+  for_extent<V>(V::kRows, tile.row, input.rows, [&](int i, bool exists, int64_t row) {
+    to.row_shift[i] = exists ? of_rows[row] : A{0};
+  });
   for_extent<V>(V::kColumns, tile.column, input.columns, [&](int j, bool exists, int64_t column) {
-    if (exact) {
-      to.column_shift[j] = exists ? of_columns[column] : A{0};
-    } else {
-      to.offset[j] = (to.bias[j] - common) * static_cast<A>(kLog2E);
-    }
+    to.column_shift[j] = exists ? of_columns[column] : A{0};
   });
 }
 

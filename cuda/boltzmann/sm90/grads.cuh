@@ -14,13 +14,24 @@ namespace m3i::boltzmann {
 
 // ---- The gradient by the logits -----------------------------------------------------------------
 
-// Puts G in C's place and returns the calling thread's sum of G C.
+// Slots of columns that are told apart by what is in them: 32 columns of the warp.
+inline constexpr int kPartColumns = 8;
+
+using HalfVectors = Vectors<float, kHalfRows, kHopperTile.columns, kWarpgroupWarps, 1>;
+
+struct HopperShared {
+  Ring ring;
+  HalfVectors halves[kConsumers];
+};
+
+// Puts G in C's place in the columns' slots from `first` on, and returns the thread's sum of G C.
 template <class Gradient>
-__device__ inline float replace_half(Half& c, const Gradient& gradient) {
+__device__ inline float replace_part(Half& c, int first, const Gradient& gradient) {
   const HalfPlace place;
   float sum = 0;
 #pragma unroll
-  for (int s = 0; s < HalfPlace::kColumns; ++s) {
+  for (int i = 0; i < kPartColumns; ++i) {
+    const int s = first + i;
 #pragma unroll
     for (int r = 0; r < HalfPlace::kRows; ++r) {
       float& element = c[HalfPlace::index(r, s)];
@@ -32,22 +43,54 @@ __device__ inline float replace_half(Half& c, const Gradient& gradient) {
   return sum;
 }
 
+// G of any element, without a branch: weights and target of both kinds are read, and one is taken.
 template <bool kSigmoid>
-__device__ inline float replace_half(Half& c, const GradsTile<HalfVectors, kSigmoid>& values,
-                                     bool mixed, bool exact) {
-  if (exact && !kSigmoid) {
-    return replace_half(
-        c, [&](float dot, int i, int j) { return values.template any<!kSigmoid>(dot, i, j); });
+__device__ inline float mixed_gradient(const GradsTile<HalfVectors, kSigmoid>& values, float dot,
+                                       int i, int j) {
+  const HalfVectors& of = values.of;
+  const bool positive = of.row_ids[i] == of.column_ids[j], ignored = of.row_ids[i] == kIgnored;
+  float g = 0;
+  if constexpr (kSigmoid) {
+    g = softplus_gradient(logit(dot, values.scale, of.bias[j]), positive);
+  } else {
+    const float as_negative =
+        of.row_weights[kNegativeWeight][i] + of.column_weights[kNegativeWeight][j];
+    const float as_positive =
+        of.row_weights[kPositiveWeight][i] + of.column_weights[kPositiveWeight][j];
+    const float target = of.row_weights[kTarget][i] + of.column_weights[kTarget][j];
+    const float e = exponential(dot, values.scale * static_cast<float>(kLog2E), of.offset[j]);
+    g = e * (positive ? as_positive : as_negative) - (positive ? target : 0.0f);
   }
-  if (mixed) {
-    return replace_half(
-        c, [&](float dot, int i, int j) { return values.template any<false>(dot, i, j); });
-  }
-  return replace_half(
-      c, [&](float dot, int i, int j) { return values.template negative<false>(dot, i, j); });
+  return ignored ? 0.0f : g;
 }
 
-// The sum of the warpgroup's values to *to. Ends with a barrier.
+// Puts G in C's place and returns the thread's sum of G C. Parts without positives and ignored rows
+// test nothing of their elements.
+template <bool kSigmoid>
+__device__ inline float replace_half(Half& c, const GradsTile<HalfVectors, kSigmoid>& values,
+                                     const WarpRows& rows, bool exact) {
+  constexpr uint32_t kGroupsOfPart = (1u << kPartColumns / 2) - 1;
+  const uint32_t mixed = rows.ignored ? ~0u : rows.positives;
+  float sum = 0;
+#pragma unroll
+  for (int first = 0; first < HalfPlace::kColumns; first += kPartColumns) {
+    if (exact && !kSigmoid) {
+      sum += replace_part(c, first, [&](float dot, int i, int j) {
+        return values.template any<!kSigmoid>(dot, i, j);
+      });
+    } else if (mixed >> first / 2 & kGroupsOfPart) {
+      sum += replace_part(
+          c, first, [&](float dot, int i, int j) { return mixed_gradient(values, dot, i, j); });
+    } else {
+      sum += replace_part(c, first, [&](float dot, int i, int j) {
+        return values.template negative<false>(dot, i, j);
+      });
+    }
+  }
+  return sum;
+}
+
+// The sum of the warpgroup's values to *to.
 __device__ inline void add_warpgroup(float value, HalfVectors& shared, float* to) {
   const HalfPlace place;
   float* folds = shared.row_folds[0];
@@ -56,7 +99,6 @@ __device__ inline void add_warpgroup(float value, HalfVectors& shared, float* to
   if (place.lane == 0) folds[place.warp] = value;
   sync_warpgroup();
   if (threadIdx.x % kWarpgroupThreads == 0) *to = (folds[0] + folds[1]) + (folds[2] + folds[3]);
-  sync_warpgroup();
 }
 
 // Transposes 4 x 4 words of four neighbouring lanes: word i of lane q is afterwards word q of i.
@@ -105,17 +147,16 @@ __device__ inline void write_half(const Half& g, T* corner, int64_t pitch) {
 template <class T, bool kSigmoid>
 __device__ inline void write_half_gradient(Half& c, const BoltzmannGradsParams& params,
                                            const HalfOrigin& half, const GradsScratch& scratch,
-                                           HalfShared& own) {
-  const bool mixed = is_mixed(own), exact = !kSigmoid && *params.exact;
+                                           const WarpRows& rows, HalfVectors& vectors) {
+  const bool exact = !kSigmoid && *params.exact;
   const float scale = read_scalar<float>(params.input.scale);
-  HalfVectors& vectors = own.vectors;
   if constexpr (kSigmoid) {
     const SumsTile<HalfVectors, SumsMode::kSigmoid> sums{vectors, scale};
     fold_half(
         c, [&](float dot, int i, int j) { return sums.any(0, kNegatives, dot, i, j); }, vectors,
         half.rows_of(scratch.partials, 1, 0), nullptr);
   }
-  const float sum = replace_half(c, GradsTile<HalfVectors, kSigmoid>{vectors, scale}, mixed, exact);
+  const float sum = replace_half(c, GradsTile<HalfVectors, kSigmoid>{vectors, scale}, rows, exact);
   add_warpgroup(sum, vectors, half.scale_grad_of(scratch.scale_grads));
   if (scratch.partials.columns) {
     fold_half(
@@ -139,20 +180,21 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
   run_warpgroups(
       shared.ring, [&] { copy_features(shared.ring, walk, z_hat, z, block, steps); },
       [&](int consumer) {
-        HalfShared& own = shared.halves[consumer];
+        HalfVectors& vectors = shared.halves[consumer];
         RingPlace place;
         walk([&](int row_tile, int column_tile) {
           const HalfOrigin half(block, row_tile, column_tile, consumer);
           const TileOrigin tile = half.in_c();
-          stage_input<true>(own.vectors, input, tile);
+          stage_input<true>(vectors, input, tile);
           if constexpr (!kSigmoid) {
-            stage_shift(own.vectors, input, params.shift, tile, *params.exact);
-            stage_weights(own.vectors, input, params.row_weights, params.col_weights, tile);
+            stage_shift(vectors, input, params.shift, tile, *params.exact);
+            stage_weights(vectors, input, params.row_weights, params.col_weights, tile);
           }
-          note_mixed(own, input, tile);
+          sync_warpgroup();
+          const WarpRows rows = look_at_rows(vectors, input, tile);
           Half c;
           multiply_half<T, Major::kK, Major::kK>(shared.ring, place, consumer, steps, c);
-          write_half_gradient<T, kSigmoid>(c, params, half, scratch, own);
+          write_half_gradient<T, kSigmoid>(c, params, half, scratch, rows, vectors);
         });
       });
 }

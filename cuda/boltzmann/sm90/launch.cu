@@ -59,11 +59,11 @@ cudaError_t dispatch(DType dtype, const Body& body) {
   return dispatch_dtype<BFloat16, Float16>(dtype, body);
 }
 
-template <class... Params, class... Args>
+template <class Shared, class... Params, class... Args>
 cudaError_t launch_tiles(void (*kernel)(Params...), int64_t tiles, cudaStream_t stream,
                          Args&&... args) {
-  return launch_cluster(kernel, num_blocks(tiles), kClusterBlocks, kHopperThreads,
-                        sizeof(HopperShared), stream, static_cast<Args&&>(args)...);
+  return launch_cluster(kernel, num_blocks(tiles), kClusterBlocks, kHopperThreads, sizeof(Shared),
+                        stream, static_cast<Args&&>(args)...);
 }
 
 }  // namespace
@@ -99,8 +99,9 @@ cudaError_t launch_hopper(const BoltzmannSumsParams& params, void* memory, cudaS
   return for_blocks(input, blocks, kHopperTile, [&](const Block& block) {
     const cudaError_t error = dispatch(input.dtype, [&](auto type) {
       using T = typename decltype(type)::type;
-      return launch_tiles(boltzmann_sums_hopper_kernel<T>, block.row_tiles * block.column_tiles,
-                          stream, params, block, partials, maps.z_hat, maps.z);
+      return launch_tiles<SumsShared>(boltzmann_sums_hopper_kernel<T>,
+                                      block.row_tiles * block.column_tiles, stream, params, block,
+                                      partials, maps.z_hat, maps.z);
     });
     if (error != cudaSuccess) return error;
     return add_partials(input, in_halves(block), kHalfTile, partials, kNumSums, params.rows,
@@ -119,8 +120,8 @@ cudaError_t launch_logit_grads(const BoltzmannGradsParams& params, const Block& 
     using T = typename decltype(type)::type;
     const auto kernel = params.sigmoid ? boltzmann_logit_grads_hopper_kernel<T, true>
                                        : boltzmann_logit_grads_hopper_kernel<T, false>;
-    return launch_tiles(kernel, block.row_tiles * block.column_tiles, stream, params, block,
-                        scratch, maps.z_hat, maps.z);
+    return launch_tiles<HopperShared>(kernel, block.row_tiles * block.column_tiles, stream, params,
+                                      block, scratch, maps.z_hat, maps.z);
   });
 }
 
@@ -137,9 +138,9 @@ cudaError_t launch_feature_grads(const BoltzmannGradsParams& params, const Block
   if (error != cudaSuccess) return error;
   return dispatch(params.input.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    return launch_tiles(boltzmann_feature_grads_hopper_kernel<T>,
-                        down * divide_up(params.input.width, kHopperTile.columns), stream, params,
-                        block, g, maps.z_hat, maps.z);
+    return launch_tiles<HopperShared>(boltzmann_feature_grads_hopper_kernel<T>,
+                                      down * divide_up(params.input.width, kHopperTile.columns),
+                                      stream, params, block, g, maps.z_hat, maps.z);
   });
 }
 

@@ -1,25 +1,26 @@
 // boltzmann: the kernel of boltzmann_sums on compute capability 9.0. Device code only.
 //
 // Logits, exponentials and sums over rows and columns all happen in the registers that the product
-// left them in. A thread has two rows: their sums take two shuffles each. Its 64 columns are folded
-// 16 at a time by exchanging halves, 14 shuffles each time and 56 for all.
+// left them in, in one pass for all tiles: positives are few, and their sums are taken before it,
+// from the groups of eight columns in which the warp has some. What is no negative is muted then:
+// its dot product becomes the number whose exponential is zero. A thread has two rows: their sums
+// take two shuffles each. Its 64 columns are folded 16 at a time by exchanging halves, 14 shuffles
+// each time and 56 for all.
 #pragma once
 
 #include "boltzmann/sm80/sums.cuh"
-#include "boltzmann/sm90/warpgroup.cuh"
+#include "boltzmann/sm90/positives.cuh"
 
 namespace m3i::boltzmann {
 
-using HalfVectors = Vectors<float, kHalfRows, kHopperTile.columns, 4, 1>;
-
-struct HalfShared {
-  HalfVectors vectors;
-  bool mixed[kWarpgroupThreads / kWarpLanes];  // what each warp saw: positives or ignored rows
+struct SumsHalf {
+  SumsVectors vectors;
+  bool positives[kWarpgroupWarps];  // which warps have some
 };
 
-struct HopperShared {
+struct SumsShared {
   Ring ring;
-  HalfShared halves[kConsumers];
+  SumsHalf halves[kConsumers];
 };
 
 // The tiles of a block of C that a cluster takes, one after the other.
@@ -90,28 +91,11 @@ __device__ inline void copy_features(Ring& ring, const TileWalk& walk, const Ten
   });
 }
 
-// After the vectors were staged: they are there for all threads, and each warp notes what it saw.
-__device__ inline void note_mixed(HalfShared& to, const BoltzmannInput& input,
-                                  const TileOrigin& tile) {
-  sync_warpgroup();
-  const bool seen =
-      thread_sees_positive(to.vectors, input, tile) || thread_sees_ignored(to.vectors);
-  const HalfPlace place;
-  const bool warp_saw = __any_sync(0xffffffffu, seen);
-  if (place.lane == 0) to.mixed[place.warp] = warp_saw;
-}
-
-// Once the other warps have noted theirs.
-__device__ inline bool is_mixed(const HalfShared& of) {
-  sync_warpgroup();
-  return of.mixed[0] | of.mixed[1] | of.mixed[2] | of.mixed[3];
-}
-
 // Adds value(c, i, j) of all elements up over rows and over columns of the half, to rows[0, 64) and
-// columns[0, 256) in global memory; nothing where one is null. Ends with a barrier.
-template <class Value>
-__device__ inline void fold_half(const Half& c, const Value& value, HalfVectors& shared,
-                                 float* rows, float* columns) {
+// columns[0, 256) in global memory; nothing where one is null.
+template <class V, class Value>
+__device__ inline void fold_half(const Half& c, const Value& value, V& shared, float* rows,
+                                 float* columns) {
   constexpr int kPart = 16;
   const HalfPlace place;
   float row_sums[HalfPlace::kRows] = {};
@@ -120,13 +104,12 @@ __device__ inline void fold_half(const Half& c, const Value& value, HalfVectors&
     float column_sums[kPart];
 #pragma unroll
     for (int s = 0; s < kPart; ++s) {
-      column_sums[s] = 0;
 #pragma unroll
       for (int r = 0; r < HalfPlace::kRows; ++r) {
         const Pair<float> both =
             value(c[HalfPlace::index(r, first + s)], place.row(r), place.column(first + s));
         row_sums[r] += both.row;
-        column_sums[s] += both.column;
+        column_sums[s] = r == 0 ? both.column : column_sums[s] + both.column;
       }
     }
     if (columns) {
@@ -145,40 +128,51 @@ __device__ inline void fold_half(const Half& c, const Value& value, HalfVectors&
   }
   sync_warpgroup();
   if (columns) {
-    for_extent<HalfVectors>(kHopperTile.columns, 0, 0, [&](int j, bool, int64_t) {
+    for_extent<V>(kHopperTile.columns, 0, 0, [&](int j, bool, int64_t) {
       float sum = shared.column_folds[0][j];
       for (int w = 1; w < 4; ++w) sum += shared.column_folds[w][j];
       columns[j] = sum;
     });
   }
-  sync_warpgroup();  // the folds may be written again
 }
 
-__device__ inline void write_zeros_of_half(float* to, int size) {
-  if (!to) return;
-  for_extent<HalfVectors>(size, 0, 0, [&](int i, bool, int64_t) { to[i] = 0; });
+// The sums of the negatives, from the first of the warp's elements to the last.
+__device__ inline void write_negatives(const Half& c, float scale, SumsVectors& vectors,
+                                       const HalfOrigin& half, const Partials& partials) {
+  const float scale2 = scale * static_cast<float>(kLog2E);
+  fold_half(
+      c,
+      [&](float dot, int, int j) {
+        const float e = exponential(dot, scale2, vectors.offset[j]);
+        return Pair<float>{e, e};
+      },
+      vectors, half.rows_of(partials, kNumSums, kNegatives),
+      half.columns_of(partials, kNumSums, kNegatives));
 }
 
-// The sums of a half without positives and ignored rows test nothing of its elements.
-__device__ inline void write_sums(const Half& c, float scale, bool mixed, HalfVectors& vectors,
-                                  const HalfOrigin& half, const Partials& partials) {
-  const SumsTile<HalfVectors, SumsMode::kShared> values{vectors, scale};
-#pragma unroll 1
-  for (int kind = 0; kind < kNumSums; ++kind) {
+// The sums of the positives, which `of_rows` are the calling thread's.
+__device__ inline void write_positives(const PositiveSums& of_rows, const SumsHalf& own,
+                                       const HalfOrigin& half, const Partials& partials) {
+  const HalfPlace place;
+#pragma unroll
+  for (int kind = kPositives; kind < kNumSums; ++kind) {
     float* rows = half.rows_of(partials, kNumSums, kind);
     float* columns = half.columns_of(partials, kNumSums, kind);
-    if (mixed) {
-      fold_half(
-          c, [&](float dot, int i, int j) { return values.any(0, kind, dot, i, j); }, vectors, rows,
-          columns);
-    } else if (kind == kNegatives) {
-      fold_half(
-          c, [&](float dot, int i, int j) { return values.negative(0, dot, i, j); }, vectors, rows,
-          columns);
-    } else {
-      write_zeros_of_half(rows, kHalfRows);
-      write_zeros_of_half(columns, kHopperTile.columns);
+#pragma unroll
+    for (int r = 0; r < HalfPlace::kRows; ++r) {
+      if (place.lane % 4 == 0) rows[place.row(r)] = of_rows.at[kind - kPositives][r];
     }
+    if (!columns) continue;
+    const int j = static_cast<int>(threadIdx.x) % kWarpgroupThreads * 2;
+    Vec<float, 2> sums{};
+#pragma unroll
+    for (int w = 0; w < kWarpgroupWarps; ++w) {
+      if (!own.positives[w]) continue;
+      const Vec<float, 2> folds = positive_folds(own.vectors, kind, w, j);
+      sums.at[0] += folds.at[0];
+      sums.at[1] += folds.at[1];
+    }
+    store(columns + j, sums);
   }
 }
 
@@ -190,24 +184,33 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
                                  const __grid_constant__ TensorMap z) {
   const BoltzmannInput& input = params.input;
   if (is_skipped(input)) return;
-  HopperShared& shared = *dynamic_shared<HopperShared>();
+  SumsShared& shared = *dynamic_shared<SumsShared>();
   const TileWalk walk = walk_block(block);
   const int steps = static_cast<int>(divide_up(input.width, kBoxSide));
   run_warpgroups(
       shared.ring, [&] { copy_features(shared.ring, walk, z_hat, z, block, steps); },
       [&](int consumer) {
-        HalfShared& own = shared.halves[consumer];
-        const float scale = read_scalar<float>(input.scale);
+        SumsHalf& own = shared.halves[consumer];
+        const HalfPlace thread;
+        const Muting muting(read_scalar<float>(input.scale));
         RingPlace place;
         walk([&](int row_tile, int column_tile) {
           const HalfOrigin half(block, row_tile, column_tile, consumer);
           const TileOrigin tile = half.in_c();
           stage_input<true>(own.vectors, input, tile);
-          stage_shift(own.vectors, input, params.shift, tile, false);
-          note_mixed(own, input, tile);
+          stage_offset(own.vectors, params.shift, tile);
+          sync_warpgroup();
+          const WarpRows rows = look_at_rows(own.vectors, input, tile);
+          if (thread.lane == 0) own.positives[thread.warp] = rows.positives != 0;
           Half c;
           multiply_half<T, Major::kK, Major::kK>(shared.ring, place, consumer, steps, c);
-          write_sums(c, scale, is_mixed(own), own.vectors, half, partials);
+          PositiveSums positives{};
+          if (rows.ignored) mute_ignored(c, muting, own.vectors);
+          if (rows.positives) {
+            take_positives(c, rows.positives, muting, own.vectors, partials.columns, positives);
+          }
+          write_negatives(c, muting.scale, own.vectors, half, partials);
+          write_positives(positives, own, half, partials);
         });
       });
 }

@@ -100,17 +100,24 @@ FAULTS = {
     ),
     "ids of other threads are not awaited": Fault(
         "sm90/sums.cuh",
-        "const TileOrigin& tile) {\n  sync_warpgroup();\n",
-        "const TileOrigin& tile) {\n",
+        "          sync_warpgroup();\n          const WarpRows",
+        "          const WarpRows",
         "boltzmann_sums",
         r"(read before written|data race): read of 4 bytes .* of dynamic shared memory",
     ),
-    "the next tile's vectors overtake": Fault(
-        "sm90/sums.cuh",
-        "  sync_warpgroup();  // the folds may be written again\n",
+    "a warp's positives are added where others were": Fault(
+        "sm90/positives.cuh",
+        "  if (columns) clear_folds(shared);\n",
         "",
         "boltzmann_sums",
-        r"data race: write of 4 bytes .* of dynamic shared memory",
+        r"read before written: read of \d bytes .* of dynamic shared memory",
+    ),
+    "folds of other warps are not awaited": Fault(
+        "sm90/sums.cuh",
+        "  sync_warpgroup();\n  if (columns) {",
+        "  if (columns) {",
+        "boltzmann_sums",
+        r"(read before written|data race): read of \d bytes .* of dynamic shared memory",
     ),
 }
 
