@@ -17,8 +17,6 @@ from m3i_fast.costs.gpus import CARDS, Card
 from m3i_fast.ops.tiles import Policy as Fields
 from m3i_fast.ops.tiles import read
 
-SUMS_ELEMENTS = 1 << 26  # kSumsElements of cuda/boltzmann/tiling.h
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gpu:
@@ -90,7 +88,6 @@ class Policy:
     blocks: int  # of a cluster
     consumers: int  # warpgroups that multiply
     registers: tuple[int, int]  # of a thread that copies, and that multiplies
-    sums_elements: int
     grads_elements: int
 
 
@@ -100,7 +97,7 @@ def hopper_policy(wgmma: Fields | None = None, grads_mib: int | None = None) -> 
     wgmma = wgmma or table["half"]
     mib = grads_mib or table["blocks"]["grads_mib"]
     registers = wgmma["producer_registers"], wgmma["consumer_registers"]
-    return Policy(256, 256, 64, wgmma["stages"], 2, 2, registers, SUMS_ELEMENTS, (mib << 20) // 2)
+    return Policy(256, 256, 64, wgmma["stages"], 2, 2, registers, (mib << 20) // 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,9 +133,9 @@ def predict_product(
 
 
 def predict(policy: Policy, gpu: Gpu, rows: int, width: int) -> dict[str, tuple[int, Product]]:
-    """Return, by kernel, the number of launches for N = M = `rows`, and one launch's product."""
+    """Return, by phase, how often it comes for N = M = `rows`, and its product each time."""
     made = {}
-    for name, elements in (("sums", policy.sums_elements), ("grads", policy.grads_elements)):
+    for name, elements in (("sums", rows * rows), ("grads", policy.grads_elements)):
         side = min(rows, int(elements**0.5))
         launches = ceil(rows / side) ** 2
         tiles = ceil(side / policy.rows) * ceil(side / policy.columns)
@@ -197,7 +194,7 @@ def mma_ms(
     )
     clocks = 0.0
     elements = (grads_mib << 20) // size
-    for most, exponentials in ((SUMS_ELEMENTS, True), (elements, True), (elements, False)):
+    for most, exponentials in ((rows * rows, True), (elements, True), (elements, False)):
         edge = min(rows, int(most**0.5))
         launches = ceil(rows / edge) ** 2
         tiles = ceil(edge / side) * (ceil(edge / side) if exponentials else 2 * ceil(width / side))

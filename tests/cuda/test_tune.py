@@ -26,7 +26,6 @@ from m3i_fast.benchmarks.tune.candidates import (
 from m3i_fast.benchmarks.tune.compile import code_digest, compile_cubin
 from m3i_fast.benchmarks.tune.tile_roofline import (
     GPUS,
-    SUMS_ELEMENTS,
     Gpu,
     hopper_policy,
     mma_ms,
@@ -79,12 +78,12 @@ def test_what_the_model_fixes_is_what_the_sources_fix() -> None:
     names = ("kHopperTile.rows", "kHopperTile.columns", "kHopperTile.depth", "kHopperTile.stages")
     names += ("kClusterBlocks", "kConsumers", "kProducerRegisters", "kConsumerRegisters")
     source = '#include "boltzmann/sm90/tiling.h"\nusing namespace m3i::boltzmann;'
-    more = ("kSumsElements", "grads_elements(m3i::DType::kBFloat16, 90)")
-    compiled = compile_cubin(source, [], "sm_90a", constants=[*names, *more])
+    names += ("grads_elements(m3i::DType::kBFloat16, 90)",)
+    compiled = compile_cubin(source, [], "sm_90a", constants=[*names])
     assert compiled.constants == (
         *(policy.rows, policy.columns, policy.depth, policy.stages),
         *(policy.blocks, policy.consumers, *policy.registers),
-        *(SUMS_ELEMENTS, policy.grads_elements),
+        policy.grads_elements,
     )
 
 

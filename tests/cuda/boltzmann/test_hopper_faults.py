@@ -82,6 +82,20 @@ FAULTS = {
         "boltzmann_grads",
         DEADLOCK + r"waits for 0 of 1 arrivals and for 8192 bytes",
     ),
+    "a ticket is not awaited": Fault(
+        "sm90/work.cuh",
+        "  mbarrier_wait_cluster(&tickets.full[place.slot], place.parity);\n",
+        "",
+        "boltzmann_grads",
+        r"(read before written|data race): read of 8 bytes .* of dynamic shared memory",
+    ),
+    "G is multiplied before it is there": Fault(
+        "sm90/grads.cuh",
+        "            counter_wait(memory.counters + kDone, work.first * kHalves);\n",
+        "",
+        "boltzmann_grads",
+        r"data race: write of 16 bytes .* of an allocation",
+    ),
     # Outside
     "a row too many": Fault(
         "sm90/launch.cu",
@@ -114,8 +128,8 @@ FAULTS = {
     ),
     "folds of other warps are not awaited": Fault(
         "sm90/sums.cuh",
-        "  sync_warpgroup();\n  if (columns) {",
-        "  if (columns) {",
+        "  sync_warpgroup();\n#pragma unroll",
+        "#pragma unroll",
         "boltzmann_sums",
         r"(read before written|data race): read of \d bytes .* of dynamic shared memory",
     ),
