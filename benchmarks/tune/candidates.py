@@ -141,13 +141,15 @@ def compile_candidate(subject: Subject, table: Table) -> Compiled:
         constants = [of_block.format("false"), of_block.format("true")]
         constants.append("kTiling.chunk")
     else:
-        hopper = "_hopper" if _is_hopper(subject) else ""
-        mode = "" if hopper else ", m3i::boltzmann::SumsMode::kShared"
-        kernels = [
-            f"m3i::boltzmann::boltzmann_sums{hopper}_kernel<{element}{mode}>",
-            f"m3i::boltzmann::boltzmann_logit_grads{hopper}_kernel<{element}, false>",
-            f"m3i::boltzmann::boltzmann_feature_grads{hopper}_kernel<{element}>",
+        stems = [
+            f"sums_kernel<{element}, m3i::boltzmann::SumsMode::kShared>",
+            f"logit_grads_kernel<{element}, false>",
+            f"feature_grads_kernel<{element}>",
         ]
+        hopper = _is_hopper(subject)
+        if hopper:
+            stems = [f"sums_hopper_kernel<{element}>", f"grads_hopper_kernel<{element}, false>"]
+        kernels = [f"m3i::boltzmann::boltzmann_{stem}" for stem in stems]
         name = "HopperShared" if hopper else f"Shared<{element}>"
         constants = [f"sizeof(m3i::boltzmann::{name})"]
         constants.append("m3i::boltzmann::kHopperThreads" if hopper

@@ -30,13 +30,6 @@ class Scratch {
   int64_t used_ = 0;
 };
 
-inline Partials take_partials(Scratch& scratch, DType dtype, const Blocks& blocks, const Tile& tile,
-                              int kinds, bool rows, bool columns) {
-  const int64_t bytes = blocks.rows * blocks.columns * kinds * wide_bytes(dtype);
-  return {rows ? scratch.take(bytes / tile.columns) : nullptr,
-          columns ? scratch.take(bytes / tile.rows) : nullptr};
-}
-
 struct GradsMemory {
   GradsScratch tiles;
   void* total;  // float64: the gradient by the scale so far
@@ -51,8 +44,9 @@ inline GradsMemory take_grads_memory(Scratch& scratch, const BoltzmannGradsParam
   memory.tiles.logit_grads = scratch.take(elements * bytes_of(dtype));
   memory.tiles.scale_grads =
       scratch.take(elements / (tile.rows * tile.columns) * wide_bytes(dtype));
-  memory.tiles.partials =
-      take_partials(scratch, dtype, blocks, tile, 1, params.values, params.grad_bias);
+  const int64_t bytes = elements * wide_bytes(dtype);
+  memory.tiles.partials = {params.values ? scratch.take(bytes / tile.columns) : nullptr,
+                           params.grad_bias ? scratch.take(bytes / tile.rows) : nullptr};
   return memory;
 }
 
@@ -70,14 +64,13 @@ cudaError_t for_blocks(const BoltzmannInput& input, const Blocks& blocks, const 
   return cudaSuccess;
 }
 
-// Adds the partial sums of a block's tiles to [kinds, N] and [kinds, M], each of which may be null.
-cudaError_t add_partials(const BoltzmannInput& input, const Block& block, const Tile& tile,
-                         const Partials& partials, int kinds, void* rows, void* columns,
-                         cudaStream_t stream);
+// Reduces sums over rows and over columns, of `kinds` each.
+cudaError_t launch_reduction(const BoltzmannInput& input, const Reduction& rows,
+                             const Reduction& columns, int kinds, cudaStream_t stream);
 
-// Likewise to the gradients by the bias and the scale, and to the values.
-cudaError_t add_partials(const BoltzmannGradsParams& params, const Block& block, const Tile& tile,
-                         const GradsMemory& memory, cudaStream_t stream);
+// *to = sum of from[0..count).
+cudaError_t launch_total(const double* from, int64_t count, double* total, float* to,
+                         const bool* run, cudaStream_t stream);
 
 // ---- By warpgroups (sm90/launch.cu) --------------------------------------------------------
 

@@ -99,10 +99,6 @@ struct Block {
   int64_t row_tiles, column_tiles;
 };
 
-// Each 128 of these elements leave four sums of 4 bytes by row and four by column: 17 MB in all.
-// Products of 512 terms take 0.2 ms on such a block of an A100.
-inline constexpr int64_t kSumsElements = int64_t{1} << 26;
-
 // The gradient by a block's logits is written to and read twice from the L2 cache: 40 MB on compute
 // capability 8.0, 50 on 9.0.
 M3I_HOST_DEVICE constexpr int64_t grads_elements(DType dtype, int architecture) {
@@ -146,6 +142,20 @@ M3I_HOST_DEVICE constexpr Block make_block(const Blocks& blocks, const Tile& til
   const int64_t height = rows - row < blocks.rows ? rows - row : blocks.rows;
   const int64_t width = columns - column < blocks.columns ? columns - column : blocks.columns;
   return {row, column, divide_up(height, tile.rows), divide_up(width, tile.columns)};
+}
+
+// Sums: the tiles of a patch, a block, follow one another in one thread block or cluster, which
+// adds them up in memory; one reduction follows for all patches. So many patches are shared out
+// evenly, and leave 32 sums of each kind by row and by column. Twice as many down and across where
+// no cluster goes on from one patch to the next.
+inline constexpr int64_t kPatches = 1024;
+inline constexpr int64_t kManyPatches = 4 * kPatches;
+
+M3I_HOST_DEVICE constexpr Blocks make_patches(int64_t rows, int64_t columns, const Tile& tile,
+                                              int64_t most) {
+  const int64_t tiles = divide_up(rows, tile.rows) * divide_up(columns, tile.columns);
+  const int64_t of_patch = tiles > most ? divide_up(tiles, most) : 1;
+  return make_blocks(rows, columns, tile, of_patch * tile.rows * tile.columns);
 }
 
 }  // namespace m3i::boltzmann

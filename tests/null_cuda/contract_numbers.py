@@ -63,9 +63,7 @@ ALWAYS = {
 }
 SIGMOID = {"boltzmann_sigmoid_loss_kernel"}  # of no step of the demo
 BY_MMA = {f"boltzmann_{name}_kernel" for name in ("logit_grads", "feature_grads")}
-BY_WARPGROUPS = {
-    f"boltzmann_{name}_hopper_kernel" for name in ("sums", "logit_grads", "feature_grads")
-}
+BY_WARPGROUPS = {f"boltzmann_{name}_hopper_kernel" for name in ("sums", "grads")}
 DCNV3 = {"dcnv3_kernel", "dcnv3_bwd_kernel"}
 ROUNDED = {"dcnv3_round_kernel"}  # in bf16 gradients are summed in float32
 VIEWS = {"views_kernel"}  # of the loader, not of a step: contract_views.py launches it

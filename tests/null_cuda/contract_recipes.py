@@ -19,7 +19,7 @@ LIBRARIES = ROOT / "build" / "null"
 # Kernels of ours that a bf16 step of the demo launches on each card.
 KERNELS = {
     "a100": {"boltzmann_sums_kernel", "boltzmann_logit_grads_kernel", "mask_mix_kernel"},
-    "h100": {"boltzmann_sums_hopper_kernel", "boltzmann_logit_grads_hopper_kernel"},
+    "h100": {"boltzmann_sums_hopper_kernel", "boltzmann_grads_hopper_kernel"},
 }
 
 

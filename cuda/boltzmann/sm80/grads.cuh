@@ -12,6 +12,19 @@ struct GradsScratch {
   Partials partials;  // rows: of values; columns: of the gradient by the bias; or null
 };
 
+// The calling thread block's place in one of the partial sums of a block of C, whose tiles are the
+// grid: [column_tiles, rows] and [row_tiles, columns].
+template <class T>
+__device__ inline Line<Accumulator<T>> rows_of_tile(const Partials& partials) {
+  const int64_t tile = int64_t{blockIdx.x} * gridDim.y + blockIdx.y;
+  return {static_cast<Accumulator<T>*>(partials.rows) + tile * Shape<T>::kRows};
+}
+template <class T>
+__device__ inline Line<Accumulator<T>> columns_of_tile(const Partials& partials) {
+  const int64_t tile = int64_t{blockIdx.y} * gridDim.x + blockIdx.x;
+  return {static_cast<Accumulator<T>*>(partials.columns) + tile * Shape<T>::kColumns};
+}
+
 // ---- The gradient by the logits -----------------------------------------------------------------
 
 template <class V, bool kSigmoid>
@@ -151,7 +164,7 @@ __global__ void __launch_bounds__(Shape<T>::kThreads)
     const SumsTile<VectorsOf<T>, SumsMode::kSigmoid> sums{vectors, scale};
     fold_tile<Sum>(
         c, [&](A dot, int i, int j) { return sums.any(0, kNegatives, dot, i, j); }, vectors,
-        rows_of_tile<T>(scratch.partials, 1, 0), static_cast<A*>(nullptr));
+        rows_of_tile<T>(scratch.partials), Line<A>{nullptr});
   }
   const A sum =
       replace_by_gradient(c, GradsTile<VectorsOf<T>, kSigmoid>{vectors, scale}, mixed, exact);
@@ -160,8 +173,8 @@ __global__ void __launch_bounds__(Shape<T>::kThreads)
               scale_grads + blockIdx.y * int64_t{gridDim.x} + blockIdx.x);
   if (scratch.partials.columns) {
     fold_tile<Sum>(
-        c, [](A g, int, int) { return Pair<A>{0, g}; }, vectors, static_cast<A*>(nullptr),
-        columns_of_tile<T>(scratch.partials, 1, 0));
+        c, [](A g, int, int) { return Pair<A>{0, g}; }, vectors, Line<A>{nullptr},
+        columns_of_tile<T>(scratch.partials));
   }
   write_gradient(c, scratch.logit_grads);
 }

@@ -61,9 +61,9 @@ __global__ void __launch_bounds__(kReduceThreads)
 }
 
 // *to = *total (+)= sum of from[0..tiles), in float64. One block.
-template <class A>
+template <class From, class A>
 __global__ void __launch_bounds__(kReduceThreads)
-    boltzmann_total_kernel(const A* from, int64_t tiles, bool first, double* total, A* to,
+    boltzmann_total_kernel(const From* from, int64_t tiles, bool first, double* total, A* to,
                            const bool* run) {
   if (run && !*run) return;
   __shared__ double sums[kReduceThreads];

@@ -6,48 +6,78 @@
 
 namespace m3i::boltzmann {
 
-// Where the tiles of a block leave what they found of rows and columns.
+// Where patches leave what they found of rows and columns.
 struct Partials {
-  void* rows;     // [column_tiles, kinds, row_tiles * Tile::rows] wide
-  void* columns;  // [row_tiles, kinds, column_tiles * Tile::columns] wide, or null
+  void* rows;     // [patches across, kinds, whole patches of rows] wide
+  void* columns;  // [patches down, kinds, whole patches of columns] wide, or null
 };
 
-// The calling block's place in one of them.
+// A tile of the calling block's patch, counted in it: grid x over the patches across, y over those
+// down. Little is kept from tile to tile, since the products leave few registers.
 template <class T>
-__device__ inline Accumulator<T>* rows_of_tile(const Partials& partials, int kinds, int kind) {
-  const int64_t line = (int64_t{blockIdx.x} * kinds + kind) * gridDim.y + blockIdx.y;
-  return static_cast<Accumulator<T>*>(partials.rows) + line * Shape<T>::kRows;
-}
-template <class T>
-__device__ inline Accumulator<T>* columns_of_tile(const Partials& partials, int kinds, int kind) {
-  if (!partials.columns) return nullptr;
-  const int64_t line = (int64_t{blockIdx.y} * kinds + kind) * gridDim.x + blockIdx.x;
-  return static_cast<Accumulator<T>*>(partials.columns) + line * Shape<T>::kColumns;
+struct PatchTile {
+  using A = Accumulator<T>;
+
+  const Blocks& patches;
+  int down, across;
+
+  __device__ TileOrigin origin() const {
+    return {blockIdx.y * patches.rows + down * Shape<T>::kRows,
+            blockIdx.x * patches.columns + across * Shape<T>::kColumns};
+  }
+  __device__ Line<A> rows(const Partials& partials, int kinds, int kind) const {
+    const int64_t line = int64_t{blockIdx.x} * kinds + kind, height = patches.down * patches.rows;
+    return {static_cast<A*>(partials.rows) + line * height + origin().row, across == 0};
+  }
+  __device__ Line<A> columns(const Partials& partials, int kinds, int kind) const {
+    if (!partials.columns) return {nullptr};
+    const int64_t line = int64_t{blockIdx.y} * kinds + kind;
+    const int64_t width = patches.across * patches.columns;
+    return {static_cast<A*>(partials.columns) + line * width + origin().column, down == 0};
+  }
+};
+
+// body(tile) for the tiles of the patch that have rows and columns.
+template <class T, class Body>
+__device__ inline void for_patch(const Blocks& patches, const BoltzmannInput& input,
+                                 const Body& body) {
+  PatchTile<T> tile{patches, 0, 0};
+#pragma unroll 1
+  for (; tile.down * Shape<T>::kRows < patches.rows && tile.origin().row < input.rows;
+       ++tile.down) {
+    for (tile.across = 0;
+         tile.across * Shape<T>::kColumns < patches.columns && tile.origin().column < input.columns;
+         ++tile.across) {
+      body(tile);
+    }
+  }
 }
 
 // ---- Maxima -------------------------------------------------------------------------------------
 
 template <class T>
-__global__ void __launch_bounds__(Shape<T>::kThreads)
-    boltzmann_maxima_kernel(const BoltzmannMaximaParams params, const Block block,
+__global__ void __launch_bounds__(Shape<T>::kThreads, 1)
+    boltzmann_maxima_kernel(const BoltzmannMaximaParams params, const Blocks patches,
                             const Partials partials) {
   using A = Accumulator<T>;
-  if (is_skipped(params.input)) return;
+  const BoltzmannInput& input = params.input;
+  if (is_skipped(input)) return;
   Shared<T>& shared = *dynamic_shared<Shared<T>>();
   VectorsOf<T>& vectors = shared.vectors;
-  const TileOrigin tile = tile_of_block<T>(block);
-  stage_input<false>(vectors, params.input, tile);
-  Fragments<T> c{};
-  multiply_features(shared, params.input, tile, c);
-  const A scale = read_scalar<A>(params.input.scale);
-  fold_tile<Largest>(
-      c,
-      [&](A dot, int i, int j) {
-        const A z = logit(dot, scale, vectors.bias[j]);
-        const A value = vectors.row_ids[i] == kIgnored ? minus_infinity<A>() : z;
-        return Pair<A>{value, value};
-      },
-      vectors, rows_of_tile<T>(partials, 1, 0), columns_of_tile<T>(partials, 1, 0));
+  for_patch<T>(patches, input, [&](const PatchTile<T>& tile) {
+    stage_input<false>(vectors, input, tile.origin());
+    Fragments<T> c{};
+    multiply_features(shared, input, tile.origin(), c);
+    const A scale = read_scalar<A>(input.scale);
+    fold_tile<Largest>(
+        c,
+        [&](A dot, int i, int j) {
+          const A z = logit(dot, scale, vectors.bias[j]);
+          const A value = vectors.row_ids[i] == kIgnored ? minus_infinity<A>() : z;
+          return Pair<A>{value, value};
+        },
+        vectors, tile.rows(partials, 1, 0), tile.columns(partials, 1, 0));
+  });
 }
 
 // ---- Sums ---------------------------------------------------------------------------------------
@@ -108,36 +138,24 @@ struct SumsTile {
 };
 
 template <class A>
-__device__ inline void write_zeros(A* to, int size) {
-  for (int i = threadIdx.x; to && i < size; i += blockDim.x) to[i] = 0;
+__device__ inline void write_zeros(const Line<A>& line, int size) {
+  if (!line.first) return;
+  for (int i = threadIdx.x; line.to && i < size; i += blockDim.x) line.to[i] = 0;
 }
 
 // A tile without positives and ignored rows, as nearly all are, tests nothing of its elements.
 template <class T, SumsMode kMode>
-__global__ void __launch_bounds__(Shape<T>::kThreads)
-    boltzmann_sums_kernel(const BoltzmannSumsParams params, const Block block,
-                          const Partials partials) {
+__device__ inline void sum_tile(Fragments<T>& c, const SumsTile<VectorsOf<T>, kMode>& values,
+                                bool mixed, VectorsOf<T>& vectors, const Partials& partials,
+                                const PatchTile<T>& tile) {
   using A = Accumulator<T>;
-  const BoltzmannInput& input = params.input;
-  if (is_skipped(input)) return;
-  Shared<T>& shared = *dynamic_shared<Shared<T>>();
-  VectorsOf<T>& vectors = shared.vectors;
-  const TileOrigin tile = tile_of_block<T>(block);
-  stage_input<true>(vectors, input, tile);
-  if constexpr (kMode != SumsMode::kSigmoid) {
-    stage_shift(vectors, input, params.shift, tile, kMode == SumsMode::kExact);
-  }
-  Fragments<T> c{};
-  multiply_features(shared, input, tile, c);
-  const SumsTile<VectorsOf<T>, kMode> values{vectors, read_scalar<A>(input.scale)};
-  const bool mixed =
-      __syncthreads_or(thread_sees_positive(vectors, input, tile) || thread_sees_ignored(vectors));
   for (int i = 0; i < kNumSums * kPasses<kMode>; ++i) {
     const int kind = i / kPasses<kMode>, pass = i % kPasses<kMode>;
     const bool is_last = pass == kPasses<kMode> - 1;
-    A* rows = pass == 0 ? rows_of_tile<T>(partials, kNumSums, kind) : nullptr;
-    A* columns = is_last ? columns_of_tile<T>(partials, kNumSums, kind) : nullptr;
-    if (!rows && !columns) continue;
+    const Line<A> none{nullptr};
+    const Line<A> rows = pass == 0 ? tile.rows(partials, kNumSums, kind) : none;
+    const Line<A> columns = is_last ? tile.columns(partials, kNumSums, kind) : none;
+    if (!rows.to && !columns.to) continue;
     if (mixed) {
       fold_tile<Sum>(
           c, [&](A dot, int i, int j) { return values.any(pass, kind, dot, i, j); }, vectors, rows,
@@ -151,6 +169,29 @@ __global__ void __launch_bounds__(Shape<T>::kThreads)
       write_zeros(columns, Shape<T>::kColumns);
     }
   }
+}
+
+template <class T, SumsMode kMode>
+__global__ void __launch_bounds__(Shape<T>::kThreads)
+    boltzmann_sums_kernel(const BoltzmannSumsParams params, const Blocks patches,
+                          const Partials partials) {
+  using A = Accumulator<T>;
+  const BoltzmannInput& input = params.input;
+  if (is_skipped(input)) return;
+  Shared<T>& shared = *dynamic_shared<Shared<T>>();
+  VectorsOf<T>& vectors = shared.vectors;
+  for_patch<T>(patches, input, [&](const PatchTile<T>& tile) {
+    stage_input<true>(vectors, input, tile.origin());
+    if constexpr (kMode != SumsMode::kSigmoid) {
+      stage_shift(vectors, input, params.shift, tile.origin(), kMode == SumsMode::kExact);
+    }
+    Fragments<T> c{};
+    multiply_features(shared, input, tile.origin(), c);
+    const bool mixed = __syncthreads_or(thread_sees_positive(vectors, input, tile.origin()) ||
+                                        thread_sees_ignored(vectors));
+    const SumsTile<VectorsOf<T>, kMode> values{vectors, read_scalar<A>(input.scale)};
+    sum_tile<T, kMode>(c, values, mixed, vectors, partials, tile);
+  });
 }
 
 }  // namespace m3i::boltzmann

@@ -83,25 +83,29 @@ __device__ inline void stage_input(V& to, const BoltzmannInput& input, const Til
   });
 }
 
-// After stage_input, by the same threads. `exact`: each row and column has its own shift.
+// After stage_input, by the same threads: of one shift for all.
+template <class V>
+__device__ inline void stage_offset(V& to, const BoltzmannShift& shift, const TileOrigin& tile) {
+  using A = typename V::A;
+  const A common = static_cast<const A*>(shift.rows)[0];
+  for_extent<V>(V::kColumns, tile.column, 0, [&](int j, bool, int64_t) {
+    to.offset[j] = (to.bias[j] - common) * static_cast<A>(kLog2E);
+  });
+}
+
+// Likewise. `exact`: each row and column has its own shift.
 template <class V>
 __device__ inline void stage_shift(V& to, const BoltzmannInput& input, const BoltzmannShift& shift,
                                    const TileOrigin& tile, bool exact) {
   using A = typename V::A;
+  if (!exact) return stage_offset(to, shift, tile);
   const A* of_rows = static_cast<const A*>(shift.rows);
   const A* of_columns = static_cast<const A*>(shift.columns);
-  const A common = of_rows[0];
-  if (exact) {
-    for_extent<V>(V::kRows, tile.row, input.rows, [&](int i, bool exists, int64_t row) {
-      to.row_shift[i] = exists ? of_rows[row] : A{0};
-    });
-  }
+  for_extent<V>(V::kRows, tile.row, input.rows, [&](int i, bool exists, int64_t row) {
+    to.row_shift[i] = exists ? of_rows[row] : A{0};
+  });
   for_extent<V>(V::kColumns, tile.column, input.columns, [&](int j, bool exists, int64_t column) {
-    if (exact) {
-      to.column_shift[j] = exists ? of_columns[column] : A{0};
-    } else {
-      to.offset[j] = (to.bias[j] - common) * static_cast<A>(kLog2E);
-    }
+    to.column_shift[j] = exists ? of_columns[column] : A{0};
   });
 }
 
@@ -228,27 +232,35 @@ __device__ inline void fold_warp(Fragments<T>& c, const Value& value, VectorsOf<
   }
 }
 
-// to[i] = the fold over the warps of folds[.][i]; nothing where `to` is null.
+// to[i] = the fold over the warps of folds[.][i], and of what was there unless `first`; nothing
+// where `to` is null.
 template <class How, class A, int kWarps, int kSize>
-__device__ inline void combine_warps(const A (&folds)[kWarps][kSize], A* to) {
+__device__ inline void combine_warps(const A (&folds)[kWarps][kSize], A* to, bool first) {
   if (!to) return;
   for (int i = threadIdx.x; i < kSize; i += blockDim.x) {
     A fold = folds[0][i];
 #pragma unroll
     for (int warp = 1; warp < kWarps; ++warp) fold = How::combine(fold, folds[warp][i]);
-    to[i] = fold;
+    to[i] = first ? fold : How::combine(to[i], fold);
   }
 }
 
-// Folds value(c, i, j) of all elements over rows and over columns of the tile, to rows[0, kRows)
-// and columns[0, kColumns) in global memory; nothing where one is null.
+// Where a tile adds to the sums of its rows or columns; a null pointer where nobody asks for them.
+template <class A>
+struct Line {
+  A* to;
+  bool first = true;  // of the tiles that add there
+};
+
+// Folds value(c, i, j) of all elements over rows and over columns of the tile.
 template <class How, class T, class Value>
 __device__ inline void fold_tile(Fragments<T>& c, const Value& value, VectorsOf<T>& shared,
-                                 Accumulator<T>* rows, Accumulator<T>* columns) {
-  fold_warp<How>(c, value, shared, rows, columns);
+                                 const Line<Accumulator<T>>& rows,
+                                 const Line<Accumulator<T>>& columns) {
+  fold_warp<How>(c, value, shared, rows.to, columns.to);
   __syncthreads();
-  combine_warps<How>(shared.row_folds, rows);
-  combine_warps<How>(shared.column_folds, columns);
+  combine_warps<How>(shared.row_folds, rows.to, rows.first);
+  combine_warps<How>(shared.column_folds, columns.to, columns.first);
   __syncthreads();  // the folds may be written again
 }
 

@@ -1,26 +1,39 @@
-// boltzmann: the kernels of boltzmann_grads on compute capability 9.0. Device code only.
+// boltzmann: the kernel of boltzmann_grads on compute capability 9.0. Device code only.
 //
-// Phase 1 makes C again and puts G in the place of C, in the registers; rounded, it goes to a block
-// of 32 MB that stays in the second-level cache. Phase 2 multiplies it by the features on its right
-// and, transposed, on its left: wgmma takes operands of which either index is contiguous, so that
-// nothing is ever transposed in memory. A thread adds to its elements of the gradients in float32,
-// one block of C after the other.
+// Of each block of C, phase 1 makes C again and puts G in the place of C, in the registers;
+// rounded, it goes to 32 MB that stay in the second-level cache. Phase 2 multiplies it by the
+// features on its right and, transposed, on its left: wgmma takes operands of which either index is
+// contiguous, so that nothing is ever transposed in memory. A thread adds to its elements of the
+// gradients in float32, one block of C after the other, in one launch for all (work.cuh).
 #pragma once
 
 #include "boltzmann/sm80/grads.cuh"
 #include "boltzmann/sm90/sums.cuh"
+#include "boltzmann/sm90/work.cuh"
 
 namespace m3i::boltzmann {
 
 // ---- The gradient by the logits -----------------------------------------------------------------
 
-// Puts G in C's place and returns the calling thread's sum of G C.
+// Slots of columns that are told apart by what is in them: 32 columns of the warp.
+inline constexpr int kPartColumns = 8;
+
+using HalfVectors = Vectors<float, kHalfRows, kHopperTile.columns, kWarpgroupWarps, 1>;
+
+struct HopperShared {
+  Ring ring;
+  Tickets tickets;
+  HalfVectors halves[kConsumers];
+};
+
+// Puts G in C's place in the columns' slots from `first` on, and returns the thread's sum of G C.
 template <class Gradient>
-__device__ inline float replace_half(Half& c, const Gradient& gradient) {
+__device__ inline float replace_part(Half& c, int first, const Gradient& gradient) {
   const HalfPlace place;
   float sum = 0;
 #pragma unroll
-  for (int s = 0; s < HalfPlace::kColumns; ++s) {
+  for (int i = 0; i < kPartColumns; ++i) {
+    const int s = first + i;
 #pragma unroll
     for (int r = 0; r < HalfPlace::kRows; ++r) {
       float& element = c[HalfPlace::index(r, s)];
@@ -32,31 +45,63 @@ __device__ inline float replace_half(Half& c, const Gradient& gradient) {
   return sum;
 }
 
+// G of any element, without a branch: weights and target of both kinds are read, and one is taken.
 template <bool kSigmoid>
-__device__ inline float replace_half(Half& c, const GradsTile<HalfVectors, kSigmoid>& values,
-                                     bool mixed, bool exact) {
-  if (exact && !kSigmoid) {
-    return replace_half(
-        c, [&](float dot, int i, int j) { return values.template any<!kSigmoid>(dot, i, j); });
+__device__ inline float mixed_gradient(const GradsTile<HalfVectors, kSigmoid>& values, float dot,
+                                       int i, int j) {
+  const HalfVectors& of = values.of;
+  const bool positive = of.row_ids[i] == of.column_ids[j], ignored = of.row_ids[i] == kIgnored;
+  float g = 0;
+  if constexpr (kSigmoid) {
+    g = softplus_gradient(logit(dot, values.scale, of.bias[j]), positive);
+  } else {
+    const float as_negative =
+        of.row_weights[kNegativeWeight][i] + of.column_weights[kNegativeWeight][j];
+    const float as_positive =
+        of.row_weights[kPositiveWeight][i] + of.column_weights[kPositiveWeight][j];
+    const float target = of.row_weights[kTarget][i] + of.column_weights[kTarget][j];
+    const float e = exponential(dot, values.scale * static_cast<float>(kLog2E), of.offset[j]);
+    g = e * (positive ? as_positive : as_negative) - (positive ? target : 0.0f);
   }
-  if (mixed) {
-    return replace_half(
-        c, [&](float dot, int i, int j) { return values.template any<false>(dot, i, j); });
-  }
-  return replace_half(
-      c, [&](float dot, int i, int j) { return values.template negative<false>(dot, i, j); });
+  return ignored ? 0.0f : g;
 }
 
-// The sum of the warpgroup's values to *to. Ends with a barrier.
-__device__ inline void add_warpgroup(float value, HalfVectors& shared, float* to) {
+// Puts G in C's place and returns the thread's sum of G C. Parts without positives and ignored rows
+// test nothing of their elements.
+template <bool kSigmoid>
+__device__ inline float replace_half(Half& c, const GradsTile<HalfVectors, kSigmoid>& values,
+                                     const WarpRows& rows, bool exact) {
+  constexpr uint32_t kGroupsOfPart = (1u << kPartColumns / 2) - 1;
+  const uint32_t mixed = rows.ignored ? ~0u : rows.positives;
+  float sum = 0;
+#pragma unroll
+  for (int first = 0; first < HalfPlace::kColumns; first += kPartColumns) {
+    if (exact && !kSigmoid) {
+      sum += replace_part(c, first, [&](float dot, int i, int j) {
+        return values.template any<!kSigmoid>(dot, i, j);
+      });
+    } else if (mixed >> first / 2 & kGroupsOfPart) {
+      sum += replace_part(
+          c, first, [&](float dot, int i, int j) { return mixed_gradient(values, dot, i, j); });
+    } else {
+      sum += replace_part(c, first, [&](float dot, int i, int j) {
+        return values.template negative<false>(dot, i, j);
+      });
+    }
+  }
+  return sum;
+}
+
+// The sum of the warpgroup's values to *to, in double, since blocks of C follow one another there.
+__device__ inline void add_warpgroup(float value, HalfVectors& shared, double* to, bool first) {
   const HalfPlace place;
   float* folds = shared.row_folds[0];
 #pragma unroll
   for (int bit = 1; bit < kWarpLanes; bit *= 2) value += __shfl_xor_sync(0xffffffffu, value, bit);
   if (place.lane == 0) folds[place.warp] = value;
   sync_warpgroup();
-  if (threadIdx.x % kWarpgroupThreads == 0) *to = (folds[0] + folds[1]) + (folds[2] + folds[3]);
-  sync_warpgroup();
+  if (threadIdx.x % kWarpgroupThreads != 0) return;
+  *to = (first ? 0.0 : __ldcg(to)) + ((folds[0] + folds[1]) + (folds[2] + folds[3]));
 }
 
 // Transposes 4 x 4 words of four neighbouring lanes: word i of lane q is afterwards word q of i.
@@ -101,60 +146,64 @@ __device__ inline void write_half(const Half& g, T* corner, int64_t pitch) {
   }
 }
 
-// Phase 1: the gradient by a block's logits, and its sums.
+// What the halves of blocks of C leave behind, blocks one after the other in the same places.
+struct HopperGradsMemory {
+  void* logit_grads;    // G of a block: [blocks.rows, blocks.columns], in the inputs' type
+  double* scale_grads;  // [halves of a block's rows, its column tiles]
+  LineSums sums;        // rows: of values, a line for each column tile of a block; columns: of the
+                        // gradient by the bias, a line for each half of its rows; or null
+  uint64_t* counters;   // of Work
+};
+
+// The gradient by a half's logits, and its sums.
 template <class T, bool kSigmoid>
 __device__ inline void write_half_gradient(Half& c, const BoltzmannGradsParams& params,
-                                           const HalfOrigin& half, const GradsScratch& scratch,
-                                           HalfShared& own) {
-  const bool mixed = is_mixed(own), exact = !kSigmoid && *params.exact;
+                                           const HalfOrigin& half, const Blocks& blocks,
+                                           const HopperGradsMemory& memory, const WarpRows& rows,
+                                           HalfVectors& vectors) {
+  const bool exact = !kSigmoid && *params.exact;
   const float scale = read_scalar<float>(params.input.scale);
-  HalfVectors& vectors = own.vectors;
+  const bool first_row = half.block.row_begin == 0, first_column = half.block.column_begin == 0;
   if constexpr (kSigmoid) {
     const SumsTile<HalfVectors, SumsMode::kSigmoid> sums{vectors, scale};
     fold_half(
         c, [&](float dot, int i, int j) { return sums.any(0, kNegatives, dot, i, j); }, vectors,
-        half.rows_of(scratch.partials, 1, 0), nullptr);
+        half.rows_of(memory.sums, half.column_tile, first_column), AddTo{});
   }
-  const float sum = replace_half(c, GradsTile<HalfVectors, kSigmoid>{vectors, scale}, mixed, exact);
-  add_warpgroup(sum, vectors, half.scale_grad_of(scratch.scale_grads));
-  if (scratch.partials.columns) {
+  const float sum = replace_half(c, GradsTile<HalfVectors, kSigmoid>{vectors, scale}, rows, exact);
+  const int64_t tiles = blocks.columns / kHopperTile.columns;
+  add_warpgroup(sum, vectors, memory.scale_grads + half.half * tiles + half.column_tile,
+                first_row && first_column);
+  if (memory.sums.columns) {
     fold_half(
-        c, [](float g, int, int) { return Pair<float>{0, g}; }, vectors, nullptr,
-        half.columns_of(scratch.partials, 1, 0));
+        c, [](float g, int, int) { return Pair<float>{0, g}; }, vectors, AddTo{},
+        half.columns_of(memory.sums, half.half, first_row));
   }
-  write_half(c, half.logit_grads_of<T>(scratch.logit_grads), half.width());
+  T* corner = static_cast<T*>(memory.logit_grads) + half.half * kHalfRows * blocks.columns +
+              half.column_tile * kHopperTile.columns;
+  write_half(c, corner, blocks.columns);
 }
 
 template <class T, bool kSigmoid>
-__global__ void __launch_bounds__(kHopperThreads, 1)
-    boltzmann_logit_grads_hopper_kernel(const BoltzmannGradsParams params, const Block block,
-                                        const GradsScratch scratch,
-                                        const __grid_constant__ TensorMap z_hat,
-                                        const __grid_constant__ TensorMap z) {
+__device__ inline void add_logit_grads(const BoltzmannGradsParams& params, const Work& work,
+                                       const HopperGradsMemory& memory, HopperShared& shared,
+                                       RingPlace& place, int consumer, int steps) {
   const BoltzmannInput& input = params.input;
-  if (is_skipped(input)) return;
-  HopperShared& shared = *dynamic_shared<HopperShared>();
-  const TileWalk walk = walk_block(block);
-  const int steps = static_cast<int>(divide_up(input.width, kBoxSide));
-  run_warpgroups(
-      shared.ring, [&] { copy_features(shared.ring, walk, z_hat, z, block, steps); },
-      [&](int consumer) {
-        HalfShared& own = shared.halves[consumer];
-        RingPlace place;
-        walk([&](int row_tile, int column_tile) {
-          const HalfOrigin half(block, row_tile, column_tile, consumer);
-          const TileOrigin tile = half.in_c();
-          stage_input<true>(own.vectors, input, tile);
-          if constexpr (!kSigmoid) {
-            stage_shift(own.vectors, input, params.shift, tile, *params.exact);
-            stage_weights(own.vectors, input, params.row_weights, params.col_weights, tile);
-          }
-          note_mixed(own, input, tile);
-          Half c;
-          multiply_half<T, Major::kK, Major::kK>(shared.ring, place, consumer, steps, c);
-          write_half_gradient<T, kSigmoid>(c, params, half, scratch, own);
-        });
-      });
+  HalfVectors& vectors = shared.halves[consumer];
+  const Block block = work.block();
+  const HalfOrigin half(block, work.down(), work.across(), consumer);
+  const TileOrigin tile = half.in_c();
+  stage_input<true>(vectors, input, tile);
+  if constexpr (!kSigmoid) {
+    stage_shift(vectors, input, params.shift, tile, *params.exact);
+    stage_weights(vectors, input, params.row_weights, params.col_weights, tile);
+  }
+  sync_warpgroup();
+  const WarpRows rows = look_at_rows(vectors, input, tile);
+  Half c;
+  multiply_half<T, Major::kK, Major::kK>(shared.ring, place, consumer, steps, c);
+  wait_for_turn(work, memory.counters);  // G of the block before was multiplied
+  write_half_gradient<T, kSigmoid>(c, params, half, work.blocks, memory, rows, vectors);
 }
 
 // ---- The gradients by the features --------------------------------------------------------------
@@ -173,87 +222,95 @@ __device__ inline void add_half(const Half& sum, void* to, int64_t row, int64_t 
       if (x >= columns) continue;
       const int at = HalfPlace::index(r, s);
       float2* pair = reinterpret_cast<float2*>(static_cast<float*>(to) + y * columns + x);
-      const float2 before = first ? float2{0, 0} : *pair;
+      const float2 before = first ? float2{0, 0} : __ldcg(pair);
       *pair = {before.x + sum[at], before.y + sum[at + 1]};
     }
   }
 }
 
-// The tiles of phase 2: of grad_z_hat where it is asked for, then of grad_z.
-struct FeatureTiles {
-  int height, width;        // of the block of C
-  int of_rows, of_columns;  // tiles down the gradients
-  int across;               // tiles across the features
-
-  __device__ FeatureTiles(const BoltzmannGradsParams& params, const Block& block)
-      : height(static_cast<int>(block.row_tiles) * kHopperTile.rows),
-        width(static_cast<int>(block.column_tiles) * kHopperTile.columns),
-        of_rows(params.grad_z_hat ? height / kHopperTile.rows : 0),
-        of_columns(params.grad_z ? width / kHopperTile.rows : 0),
-        across(static_cast<int>(divide_up(params.input.width, kHopperTile.columns))) {}
-
-  __device__ TileWalk walk() const { return {(of_rows + of_columns) * across, across}; }
-  __device__ bool is_of_rows(int down) const { return down < of_rows; }
-  // The first row (or column) of C that the thread block adds to, in the block of C.
-  __device__ int first(int down) const {
-    return (is_of_rows(down) ? down : down - of_rows) * kHopperTile.rows + block_row();
-  }
-};
-
-// A warpgroup's half of such a tile.
+// A half tile of grad_z_hat (+)= G z of a block's rows, or of grad_z (+)= G^T z_hat of its columns.
 template <class T>
-__device__ inline void add_feature_grads(const BoltzmannGradsParams& params, const Block& block,
-                                         const FeatureTiles& tiles, int down, int feature_tile,
-                                         Ring& ring, RingPlace& place, int consumer) {
+__device__ inline void add_feature_grads(const BoltzmannGradsParams& params, const Work& work,
+                                         const HopperGradsMemory& memory, Ring& ring,
+                                         RingPlace& place, int consumer) {
   const BoltzmannInput& input = params.input;
-  const int64_t column = int64_t{feature_tile} * kHopperTile.columns;
-  const int row = tiles.first(down) + consumer * kHalfRows;
+  const Block block = work.block();
+  const int64_t column = int64_t{work.across()} * kHopperTile.columns;
+  const int row = work.first_row() + consumer * kHalfRows, steps = work.feature_steps();
   Half sum;
-  if (tiles.is_of_rows(down)) {
-    multiply_half<T, Major::kK, Major::kMN>(ring, place, consumer, tiles.width / kBoxSide, sum);
+  if (work.is_of_rows()) {
+    multiply_half<T, Major::kK, Major::kMN>(ring, place, consumer, steps, sum);
+    wait_for_turn(work, memory.counters);
     add_half(sum, params.grad_z_hat, block.row_begin + row, column, input.rows, input.width,
              block.column_begin == 0);
   } else {
-    multiply_half<T, Major::kMN, Major::kMN>(ring, place, consumer, tiles.height / kBoxSide, sum);
+    multiply_half<T, Major::kMN, Major::kMN>(ring, place, consumer, steps, sum);
+    wait_for_turn(work, memory.counters);
     add_half(sum, params.grad_z, block.column_begin + row, column, input.columns, input.width,
              block.row_begin == 0);
   }
 }
 
-// Phase 2: grad_z_hat (+)= G z of the block's rows, and grad_z (+)= G^T z_hat of its columns. One
-// thread adds to an element in each launch, and launches follow one another: always the same bits.
-template <class T>
+// By the thread that copies: both operands of a feature tile, of which G is the first.
+__device__ inline void copy_gradients(Ring& ring, RingPlace& place, const TensorMap& logit_grads,
+                                      const TensorMap& z_hat, const TensorMap& z,
+                                      const Work& work) {
+  const int first = work.first_row(), column = work.across() * kHopperTile.columns;
+  const int steps = work.feature_steps();
+  if (work.is_of_rows()) {
+    const int depth = static_cast<int>(work.block().column_begin);
+    copy_operands<Major::kK, Major::kMN>(ring, place,
+                                         {logit_grads, z, first, 0, column, depth, steps});
+  } else {
+    const int depth = static_cast<int>(work.block().row_begin);
+    copy_operands<Major::kMN, Major::kMN>(ring, place,
+                                          {logit_grads, z_hat, first, 0, column, depth, steps});
+  }
+}
+
+// All blocks of C, one after the other: G by its logits, then the gradients by its features. One
+// thread adds to an element for a block, and blocks follow one another: always the same bits.
+template <class T, bool kSigmoid>
 __global__ void __launch_bounds__(kHopperThreads, 1)
-    boltzmann_feature_grads_hopper_kernel(const BoltzmannGradsParams params, const Block block,
-                                          const __grid_constant__ TensorMap logit_grads,
-                                          const __grid_constant__ TensorMap z_hat,
-                                          const __grid_constant__ TensorMap z) {
+    boltzmann_grads_hopper_kernel(const BoltzmannGradsParams params, const Blocks blocks,
+                                  const HopperGradsMemory memory,
+                                  const __grid_constant__ TensorMap logit_grads,
+                                  const __grid_constant__ TensorMap z_hat,
+                                  const __grid_constant__ TensorMap z) {
   if (is_skipped(params.input)) return;
-  Ring& ring = dynamic_shared<HopperShared>()->ring;
-  const FeatureTiles tiles(params, block);
+  HopperShared& shared = *dynamic_shared<HopperShared>();
+  Ring& ring = shared.ring;
+  const int steps = static_cast<int>(divide_up(params.input.width, kBoxSide));
+  start_tickets(shared.tickets);
   run_warpgroups(
       ring,
       [&] {
         RingPlace place;
-        tiles.walk()([&](int down, int feature_tile) {
-          const int first = tiles.first(down), column = feature_tile * kHopperTile.columns;
-          if (tiles.is_of_rows(down)) {
-            const int depth = static_cast<int>(block.column_begin);
-            copy_operands<Major::kK, Major::kMN>(
-                ring, place, {logit_grads, z, first, 0, column, depth, tiles.width / kBoxSide});
+        TicketPlace ticket;
+        Work work(params, blocks);
+        while (work.seek(cluster_rank() == 0 ? draw_ticket(shared.tickets, ticket, memory.counters)
+                                             : take_ticket(shared.tickets, ticket, false))) {
+          if (work.is_logits) {
+            copy_features(ring, place, z_hat, z, work.block(), work.down(), work.across(), steps);
           } else {
-            const int depth = static_cast<int>(block.row_begin);
-            copy_operands<Major::kMN, Major::kMN>(
-                ring, place,
-                {logit_grads, z_hat, first, 0, column, depth, tiles.height / kBoxSide});
+            counter_wait(memory.counters + kDone, work.first * kHalves);
+            fence_proxy_async_global();
+            copy_gradients(ring, place, logit_grads, z_hat, z, work);
           }
-        });
+        }
       },
       [&](int consumer) {
         RingPlace place;
-        tiles.walk()([&](int down, int feature_tile) {
-          add_feature_grads<T>(params, block, tiles, down, feature_tile, ring, place, consumer);
-        });
+        TicketPlace ticket;
+        Work work(params, blocks);
+        while (work.seek(take_ticket(shared.tickets, ticket, true))) {
+          if (work.is_logits) {
+            add_logit_grads<T, kSigmoid>(params, work, memory, shared, place, consumer, steps);
+          } else {
+            add_feature_grads<T>(params, work, memory, ring, place, consumer);
+          }
+          end_turn(memory.counters);
+        }
       });
 }
 

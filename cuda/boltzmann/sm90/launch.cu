@@ -6,15 +6,6 @@
 namespace m3i::boltzmann {
 namespace {
 
-// Half of a block's rows, which has one entry in the partial sums.
-constexpr Tile kHalfTile{kHalfRows, kHopperTile.columns, kHopperTile.depth, kHopperTile.stages, 4,
-                         1};
-
-Block in_halves(Block block) {
-  block.row_tiles *= kHalves;
-  return block;
-}
-
 // Whether the build has code for 90a (CMakeLists.txt).
 #if defined(M3I_SM90A) || defined(M3I_EMULATOR)
 constexpr bool kHasWgmma = true;
@@ -26,10 +17,6 @@ bool takes_warpgroups(const BoltzmannInput& input) {
   const auto starts = reinterpret_cast<uint64_t>(input.z_hat) | reinterpret_cast<uint64_t>(input.z);
   return kHasWgmma && boltzmann::takes_warpgroups(architecture(), input.dtype, input.rows,
                                                   input.columns, input.width, starts);
-}
-
-Blocks make_blocks(const BoltzmannInput& input, int64_t elements) {
-  return make_blocks(input.rows, input.columns, kHopperTile, elements);
 }
 
 unsigned num_blocks(int64_t tiles) {
@@ -59,11 +46,11 @@ cudaError_t dispatch(DType dtype, const Body& body) {
   return dispatch_dtype<BFloat16, Float16>(dtype, body);
 }
 
-template <class... Params, class... Args>
+template <class Shared, class... Params, class... Args>
 cudaError_t launch_tiles(void (*kernel)(Params...), int64_t tiles, cudaStream_t stream,
                          Args&&... args) {
-  return launch_cluster(kernel, num_blocks(tiles), kClusterBlocks, kHopperThreads,
-                        sizeof(HopperShared), stream, static_cast<Args&&>(args)...);
+  return launch_cluster(kernel, num_blocks(tiles), kClusterBlocks, kHopperThreads, sizeof(Shared),
+                        stream, static_cast<Args&&>(args)...);
 }
 
 }  // namespace
@@ -72,9 +59,22 @@ cudaError_t launch_tiles(void (*kernel)(Params...), int64_t tiles, cudaStream_t 
 
 namespace {
 
-Partials place(const BoltzmannSumsParams& params, const Blocks& blocks, Scratch& scratch) {
-  return take_partials(scratch, params.input.dtype, blocks, kHalfTile, kNumSums, true,
-                       params.columns != nullptr);
+LineSums take_sums(Scratch& scratch, int64_t row_lines, int64_t height, int64_t column_lines,
+                   int64_t width) {
+  const auto take = [&](int64_t floats) {
+    return floats ? static_cast<float*>(scratch.take(floats * int64_t{sizeof(float)})) : nullptr;
+  };
+  return {take(row_lines * height), take(column_lines * width), height, width};
+}
+
+LineSums place(const BoltzmannSumsParams& params, const Blocks& patches, Scratch& scratch) {
+  const int64_t column_lines = params.columns ? patches.down * kHalves * kNumSums : 0;
+  return take_sums(scratch, patches.across * kNumSums, patches.down * patches.rows, column_lines,
+                   patches.across * patches.columns);
+}
+
+Blocks make_patches(const BoltzmannInput& input) {
+  return make_hopper_patches(input.rows, input.columns);
 }
 
 }  // namespace
@@ -85,66 +85,84 @@ bool takes_warpgroups(const BoltzmannSumsParams& params) {
 
 int64_t hopper_scratch_bytes(const BoltzmannSumsParams& params) {
   Scratch scratch(nullptr);
-  place(params, make_blocks(params.input, kSumsElements), scratch);
+  place(params, make_patches(params.input), scratch);
   return scratch.used();
 }
 
 cudaError_t launch_hopper(const BoltzmannSumsParams& params, void* memory, cudaStream_t stream) {
   const BoltzmannInput& input = params.input;
-  const Blocks blocks = make_blocks(input, kSumsElements);
+  const Blocks patches = make_patches(input);
   Scratch scratch(memory);
-  const Partials partials = place(params, blocks, scratch);
+  const LineSums sums = place(params, patches, scratch);
   FeatureMaps maps;
   if (const cudaError_t error = make_maps(&maps, input); error != cudaSuccess) return error;
-  return for_blocks(input, blocks, kHopperTile, [&](const Block& block) {
-    const cudaError_t error = dispatch(input.dtype, [&](auto type) {
-      using T = typename decltype(type)::type;
-      return launch_tiles(boltzmann_sums_hopper_kernel<T>, block.row_tiles * block.column_tiles,
-                          stream, params, block, partials, maps.z_hat, maps.z);
-    });
-    if (error != cudaSuccess) return error;
-    return add_partials(input, in_halves(block), kHalfTile, partials, kNumSums, params.rows,
-                        params.columns, stream);
+  const cudaError_t error = dispatch(input.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    return launch_tiles<SumsShared>(boltzmann_sums_hopper_kernel<T>, patches.down * patches.across,
+                                    stream, params, patches, sums, maps.z_hat, maps.z);
   });
+  if (error != cudaSuccess) return error;
+  const Reduction rows{sums.rows,  params.rows, patches.across, input.rows, sums.height,
+                       input.rows, true};
+  const Reduction columns{sums.columns,  params.columns, patches.down * kHalves,
+                          input.columns, sums.width,     input.columns,
+                          true};
+  return launch_reduction(input, rows, columns, kNumSums, stream);
 }
 
 // ---- Gradients ----------------------------------------------------------------------------------
 
 namespace {
 
-cudaError_t launch_logit_grads(const BoltzmannGradsParams& params, const Block& block,
-                               const GradsScratch& scratch, const FeatureMaps& maps,
-                               cudaStream_t stream) {
-  return dispatch(params.input.dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    const auto kernel = params.sigmoid ? boltzmann_logit_grads_hopper_kernel<T, true>
-                                       : boltzmann_logit_grads_hopper_kernel<T, false>;
-    return launch_tiles(kernel, block.row_tiles * block.column_tiles, stream, params, block,
-                        scratch, maps.z_hat, maps.z);
-  });
-}
-
-cudaError_t launch_feature_grads(const BoltzmannGradsParams& params, const Block& block,
-                                 const void* logit_grads, const FeatureMaps& maps,
-                                 cudaStream_t stream) {
-  const int64_t height = block.row_tiles * kHopperTile.rows;
-  const int64_t width = block.column_tiles * kHopperTile.columns;
-  const int64_t down =
-      ((params.grad_z_hat ? height : 0) + (params.grad_z ? width : 0)) / kHopperTile.rows;
-  if (down == 0) return cudaSuccess;
-  TensorMap g;
-  const cudaError_t error = make_map(&g, params.input.dtype, logit_grads, height, width);
-  if (error != cudaSuccess) return error;
-  return dispatch(params.input.dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    return launch_tiles(boltzmann_feature_grads_hopper_kernel<T>,
-                        down * divide_up(params.input.width, kHopperTile.columns), stream, params,
-                        block, g, maps.z_hat, maps.z);
-  });
-}
-
 Blocks make_blocks(const BoltzmannGradsParams& params) {
-  return make_blocks(params.input, grads_elements(params.input.dtype, architecture()));
+  const BoltzmannInput& input = params.input;
+  return boltzmann::make_blocks(input.rows, input.columns, kHopperTile,
+                                grads_elements(input.dtype, architecture()));
+}
+
+int64_t halves_down(const Blocks& blocks) { return blocks.rows / kHalfRows; }
+int64_t tiles_across(const Blocks& blocks) { return blocks.columns / kHopperTile.columns; }
+
+struct HopperGradsScratch {
+  HopperGradsMemory memory;
+  double* total;
+};
+
+HopperGradsScratch place(const BoltzmannGradsParams& params, const Blocks& blocks,
+                         Scratch& scratch) {
+  HopperGradsScratch pieces;
+  HopperGradsMemory& memory = pieces.memory;
+  memory.counters = static_cast<uint64_t*>(scratch.take(kNumCounters * sizeof(uint64_t)));
+  memory.logit_grads =
+      scratch.take(blocks.rows * blocks.columns * boltzmann::bytes_of(params.input.dtype));
+  const int64_t tiles = halves_down(blocks) * tiles_across(blocks);
+  memory.scale_grads = static_cast<double*>(scratch.take(tiles * int64_t{sizeof(double)}));
+  memory.sums =
+      take_sums(scratch, params.values ? tiles_across(blocks) : 0, blocks.down * blocks.rows,
+                params.grad_bias ? halves_down(blocks) : 0, blocks.across * blocks.columns);
+  pieces.total = static_cast<double*>(scratch.take(sizeof(double)));
+  return pieces;
+}
+
+cudaError_t launch_grads(const BoltzmannGradsParams& params, const Blocks& blocks,
+                         const HopperGradsMemory& memory, cudaStream_t stream) {
+  FeatureMaps maps;
+  cudaError_t error = make_maps(&maps, params.input);
+  if (error != cudaSuccess) return error;
+  TensorMap g;
+  error = make_map(&g, params.input.dtype, memory.logit_grads, blocks.rows, blocks.columns);
+  if (error != cudaSuccess) return error;
+  const int64_t down = blocks.rows / kHopperTile.rows, across = tiles_across(blocks);
+  const int64_t of_features = ((params.grad_z_hat ? down : 0) + (params.grad_z ? across : 0)) *
+                              divide_up(params.input.width, kHopperTile.columns);
+  const int64_t tiles = std::max(down * across, of_features);
+  return dispatch(params.input.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    const auto kernel = params.sigmoid ? boltzmann_grads_hopper_kernel<T, true>
+                                       : boltzmann_grads_hopper_kernel<T, false>;
+    return launch_tiles<HopperShared>(kernel, tiles, stream, params, blocks, memory, g, maps.z_hat,
+                                      maps.z);
+  });
 }
 
 }  // namespace
@@ -153,24 +171,35 @@ bool takes_warpgroups(const BoltzmannGradsParams& params) { return takes_warpgro
 
 int64_t hopper_scratch_bytes(const BoltzmannGradsParams& params) {
   Scratch scratch(nullptr);
-  take_grads_memory(scratch, params, make_blocks(params), kHalfTile);
+  place(params, make_blocks(params), scratch);
   return scratch.used();
 }
 
 cudaError_t launch_hopper(const BoltzmannGradsParams& params, void* memory, cudaStream_t stream) {
+  const BoltzmannInput& input = params.input;
   const Blocks blocks = make_blocks(params);
   Scratch scratch(memory);
-  const GradsMemory pieces = take_grads_memory(scratch, params, blocks, kHalfTile);
-  FeatureMaps maps;
-  if (const cudaError_t error = make_maps(&maps, params.input); error != cudaSuccess) return error;
-  return for_blocks(params.input, blocks, kHopperTile, [&](const Block& block) {
-    cudaError_t error = launch_logit_grads(params, block, pieces.tiles, maps, stream);
-    if (error == cudaSuccess) {
-      error = launch_feature_grads(params, block, pieces.tiles.logit_grads, maps, stream);
-    }
-    if (error != cudaSuccess) return error;
-    return add_partials(params, in_halves(block), kHalfTile, pieces, stream);
-  });
+  const HopperGradsScratch pieces = place(params, blocks, scratch);
+  const HopperGradsMemory& left = pieces.memory;
+  cudaError_t error =
+      cudaMemsetAsync(left.counters, 0, kNumCounters * sizeof(*left.counters), stream);
+  if (error == cudaSuccess) error = launch_grads(params, blocks, left, stream);
+  if (error != cudaSuccess) return error;
+  const Reduction rows{
+      left.sums.rows, params.values, tiles_across(blocks), input.rows, left.sums.height,
+      input.rows,     true};
+  const Reduction columns{left.sums.columns,
+                          params.grad_bias,
+                          halves_down(blocks),
+                          input.columns,
+                          left.sums.width,
+                          input.columns,
+                          true};
+  error = launch_reduction(input, rows, columns, 1, stream);
+  if (error != cudaSuccess) return error;
+  const int64_t halves = halves_down(blocks) * tiles_across(blocks);
+  return launch_total(left.scale_grads, halves, pieces.total,
+                      static_cast<float*>(params.grad_scale), input.run, stream);
 }
 
 }  // namespace m3i::boltzmann

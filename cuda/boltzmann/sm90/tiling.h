@@ -37,4 +37,16 @@ M3I_HOST_DEVICE constexpr int64_t persistent_clusters(int64_t tiles, int64_t mul
   return tiles < at_once ? tiles : at_once;
 }
 
+M3I_HOST_DEVICE constexpr Block make_hopper_block(const Blocks& blocks, int64_t rows,
+                                                  int64_t columns, int64_t down, int64_t across) {
+  constexpr Tile kTile = kHopperTile;  // which device code may not refer to
+  return make_block(blocks, kTile, rows, columns, down, across);
+}
+
+// Where a cluster adds its sums up. A quarter of a patch's rows has a line of its own.
+M3I_HOST_DEVICE constexpr Blocks make_hopper_patches(int64_t rows, int64_t columns) {
+  constexpr Tile kTile = kHopperTile;
+  return make_patches(rows, columns, kTile, kPatches);
+}
+
 }  // namespace m3i::boltzmann

@@ -10,6 +10,7 @@
 #include "emulator/access.h"
 #include "emulator/instructions/atomics.h"
 #include "emulator/instructions/cluster.h"
+#include "emulator/instructions/counter.h"
 #include "emulator/instructions/mbarrier.h"
 #include "emulator/instructions/registers.h"
 #include "emulator/instructions/tile.h"

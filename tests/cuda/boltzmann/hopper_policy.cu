@@ -25,6 +25,7 @@ static_assert(!takes_warpgroups(90, kBf16, 64, 64, 0, 0), "or one of no columns"
 static_assert(sizeof(Box) == 8192 && alignof(Box) == 1024, "whole patterns of the swizzle");
 static_assert(sizeof(RingStage) == 48 * 1024, "no gaps: its bytes are those that are expected");
 static_assert(sizeof(HopperShared) <= 227 * 1024, "what a block may have");
+static_assert(sizeof(SumsShared) <= 227 * 1024, "likewise");
 static_assert(kHopperTile.depth == kBoxSide && kHalfRows == kBoxSide, "a box of A a warpgroup");
 
 // ---- Tiles --------------------------------------------------------------------------------------

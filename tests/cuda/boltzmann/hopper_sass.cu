@@ -3,15 +3,12 @@
 
 namespace m3i::boltzmann {
 
-template __global__ void boltzmann_sums_hopper_kernel<BFloat16>(BoltzmannSumsParams, Block,
-                                                                Partials,
+template __global__ void boltzmann_sums_hopper_kernel<BFloat16>(BoltzmannSumsParams, Blocks,
+                                                                LineSums,
                                                                 const __grid_constant__ TensorMap,
                                                                 const __grid_constant__ TensorMap);
-template __global__ void boltzmann_logit_grads_hopper_kernel<BFloat16, false>(
-    BoltzmannGradsParams, Block, GradsScratch, const __grid_constant__ TensorMap,
-    const __grid_constant__ TensorMap);
-template __global__ void boltzmann_feature_grads_hopper_kernel<BFloat16>(
-    BoltzmannGradsParams, Block, const __grid_constant__ TensorMap,
+template __global__ void boltzmann_grads_hopper_kernel<BFloat16, false>(
+    BoltzmannGradsParams, Blocks, HopperGradsMemory, const __grid_constant__ TensorMap,
     const __grid_constant__ TensorMap, const __grid_constant__ TensorMap);
 
 }  // namespace m3i::boltzmann

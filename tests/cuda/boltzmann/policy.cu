@@ -54,12 +54,21 @@ constexpr bool blocks_hold(DType dtype, int64_t rows, int64_t columns, int64_t e
          last.column_begin + last.column_tiles * tile.columns >= columns && last.row_tiles <= 65535;
 }
 
+constexpr bool patches_hold(DType dtype, int64_t rows, int64_t columns) {
+  const Tile tile = tile_of(dtype);
+  const Blocks patches = make_patches(rows, columns, tile, kPatches);
+  return patches.rows % tile.rows == 0 && patches.columns % tile.columns == 0 &&
+         patches.down * patches.rows >= rows && (patches.down - 1) * patches.rows < rows &&
+         patches.across * patches.columns >= columns &&
+         (patches.across - 1) * patches.columns < columns && patches.down <= 65535;
+}
+
 constexpr bool all_blocks_hold() {
   constexpr int64_t kSizes[] = {1, 127, 128, 129, 1000, 4096, 21841, 32768, 1 << 20, (1 << 30) - 1};
   for (const int64_t rows : kSizes) {
     for (const int64_t columns : kSizes) {
       for (const DType dtype : {kBf16, kFp32, kFp64}) {
-        if (!blocks_hold(dtype, rows, columns, kSumsElements)) return false;
+        if (!patches_hold(dtype, rows, columns)) return false;
         for (const int architecture : kArchitectures) {
           if (!blocks_hold(dtype, rows, columns, grads_elements(dtype, architecture))) return false;
         }
@@ -70,14 +79,14 @@ constexpr bool all_blocks_hold() {
 }
 static_assert(all_blocks_hold(), "blocks of all sizes");
 
-constexpr Blocks sums_blocks(int64_t rows, int64_t columns) {
-  return make_blocks(rows, columns, tile_of(kBf16), kSumsElements);
+constexpr Blocks sums_patches(int64_t rows, int64_t columns) {
+  return make_patches(rows, columns, tile_of(kBf16), kPatches);
 }
-static_assert(sums_blocks(32768, 32768).down == 4 && sums_blocks(32768, 32768).across == 4,
-              "blocks of 8192 x 8192");
-static_assert(sums_blocks(256, 256).rows == 256 && sums_blocks(256, 256).columns == 256, "small");
-static_assert(sums_blocks(1, 1 << 20).across == 2, "a thin problem has wide blocks");
-static_assert(sums_blocks(1 << 20, 1).down == 2, "or high ones");
+static_assert(sums_patches(32768, 32768).down == 32 && sums_patches(32768, 32768).across == 32,
+              "patches of 1024 x 1024");
+static_assert(sums_patches(256, 256).rows == 128 && sums_patches(256, 256).columns == 128, "small");
+static_assert(sums_patches(1, 1 << 20).across <= 1024, "a thin problem has wide patches");
+static_assert(sums_patches(1 << 20, 1).down <= 1024, "or high ones");
 static_assert(make_blocks(4100, 128, tile_of(kBf16), 4096 * 128).rows == 2176, "parts alike");
 
 // Blocks of G lie in the second-level cache with room for the features of a block.
@@ -89,7 +98,7 @@ constexpr int64_t grads_bytes(DType dtype, int architecture) {
 static_assert(grads_bytes(kBf16, 80) > 20 << 20 && grads_bytes(kBf16, 80) <= 25165824, "40 MB");
 static_assert(grads_bytes(kBf16, 90) == 32 << 20 && grads_bytes(kFp64, 90) <= 32 << 20, "50 MB");
 
-constexpr Blocks kNone = make_blocks(0, 7, tile_of(kBf16), kSumsElements);
+constexpr Blocks kNone = make_patches(0, 7, tile_of(kBf16), kPatches);
 static_assert(kNone.down == 0 && kNone.across == 1, "no rows: no blocks, and their shape is real");
 static_assert(kNone.rows == 128 && kNone.columns == 128, "one tile");
 

@@ -3,9 +3,9 @@
 
 namespace m3i::boltzmann {
 
-template __global__ void boltzmann_maxima_kernel<BFloat16>(BoltzmannMaximaParams, Block, Partials);
+template __global__ void boltzmann_maxima_kernel<BFloat16>(BoltzmannMaximaParams, Blocks, Partials);
 template __global__ void boltzmann_sums_kernel<BFloat16, SumsMode::kShared>(BoltzmannSumsParams,
-                                                                            Block, Partials);
+                                                                            Blocks, Partials);
 template __global__ void boltzmann_logit_grads_kernel<BFloat16, false>(BoltzmannGradsParams, Block,
                                                                        GradsScratch);
 template __global__ void boltzmann_feature_grads_kernel<BFloat16>(BoltzmannGradsParams, Block,

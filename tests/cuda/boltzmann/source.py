@@ -26,13 +26,14 @@ def shrink(folder: Path, *, blocks: bool = False) -> None:
 
 def _limit_elements(folder: Path, elements: str) -> None:
     tiling = folder / "tiling.h"
-    _replace(tiling, "kSumsElements = int64_t{1} << 26", f"kSumsElements = {elements}")
+    _replace(tiling, "kPatches = 1024", "kPatches = 2")
+    _replace(tiling, "kManyPatches = 4 * kPatches", "kManyPatches = kPatches")
     whole = "(int64_t{architecture >= 90 ? kGradsMibH100 : kGradsMibA100} << 20) / bytes_of(dtype)"
     _replace(tiling, whole, f"{elements} + 0 * (architecture + bytes_of(dtype))")
 
 
 def limit_blocks(folder: Path, clusters: int) -> None:
-    """By warpgroups: blocks of two tiles, which so many clusters share out at most."""
+    """By warpgroups: blocks of two tiles and two patches, shared by so many clusters at most."""
     _limit_elements(folder, "int64_t{2} * 256 * 256")
     every = "at_once = multiprocessors / kClusterBlocks"
     _replace(folder / "sm90/tiling.h", every, f"at_once = {clusters} + 0 * multiprocessors")

@@ -58,8 +58,8 @@ FAULTS = {
     ),
     "tiles of one row share a place": Fault(
         "sm80/sums.cuh",
-        "(int64_t{blockIdx.x} * kinds + kind) * gridDim.y",
-        "(int64_t{blockIdx.x / 2} * kinds + kind) * gridDim.y",
+        "int64_t{blockIdx.x} * kinds + kind, height",
+        "int64_t{blockIdx.x / 2} * kinds + kind, height",
         "boltzmann_maxima",
         r"data race: write of 4 bytes .* a thread of another block of this launch wrote",
     ),

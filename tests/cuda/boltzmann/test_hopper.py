@@ -7,7 +7,6 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -59,15 +58,16 @@ def test_the_build_takes_warpgroups_where_it_has_code_for_90a() -> None:
 # ---- Instructions --------------------------------------------------------------------------------
 
 
-@cache
-def opcodes(folder: Path) -> dict[str, Counter[str]]:
-    source = Path(__file__).with_name("hopper_sass.cu")
-    return {name: Counter(code) for name, code in instructions(source, "90a", folder).items()}
+SASS = Path(__file__).with_name("hopper_sass.cu")
 
 
-@pytest.mark.parametrize(
-    ("stem", "layouts"), [("sums", 1), ("logit_grads", 1), ("feature_grads", 2)]
-)
+def code_of(stem: str, folder: Path) -> list[str]:
+    kernels = instructions(SASS, "90a", folder)
+    (code,) = (code for name, code in kernels.items() if f"boltzmann_{stem}_hopper_kernelI" in name)
+    return code
+
+
+@pytest.mark.parametrize(("stem", "layouts"), [("sums", 1), ("grads", 3)])
 def test_tensor_copies_feed_warpgroup_products(
     stem: str, layouts: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -75,13 +75,33 @@ def test_tensor_copies_feed_warpgroup_products(
 
     A wait for all products (`DEPBAR`) stands after the loop, one for all but the last inside it.
     """
-    sass = opcodes(tmp_path_factory.getbasetemp())
-    (code,) = (code for name, code in sass.items() if f"boltzmann_{stem}_hopper_kernelI" in name)
+    code = Counter(code_of(stem, tmp_path_factory.getbasetemp()))
     assert code["HGMMA.64x256x16.F32.BF16"] == 4 * layouts
     assert code["WARPGROUP.DEPBAR.LE"] == 2 * layouts
     assert code["UTMALDG.2D"] == code["UTMALDG.2D.MULTICAST"] == 2 * layouts
     assert code["USETMAXREG.TRY_ALLOC.CTAPOOL"] == code["USETMAXREG.DEALLOC.CTAPOOL"] == 1
     assert not [op for op in code if op.startswith(("HMMA", "LDGSTS", "LDSM", "STL", "LDL"))]
+
+
+def test_a_half_tile_is_summed_in_one_pass(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """At most 1,000 instructions with two groups of columns that have positives, over rows alone.
+
+    Each element has an exponential in the pass, and one where its group of columns has positives.
+    Row sums alone leave out what folds columns.
+    """
+    code = code_of("sums", tmp_path_factory.getbasetemp())
+    exponentials = [i for i, op in enumerate(code) if op == "MUFU.EX2"]
+    assert len(exponentials) == 128 + 128
+    barriers = [i for i, op in enumerate(code) if op.startswith("BAR.")]
+    end = min(i for i in barriers if i > exponentials[-1])
+    summed = code[exponentials[128] : end]
+    shuffles = Counter(summed)["SHFL.BFLY"]
+    assert shuffles == 4 * 14 + 2 * 2, "columns, then rows"
+    assert not [op for op in summed if op.startswith(("ISETP.EQ", "LDL", "STL"))]
+    group = (exponentials[124] - exponentials[0]) // 31  # its test, its rows and its columns
+    assert group <= 100 and len(summed) <= 800
+    tests = 2 * 32
+    assert len(summed) + tests + group <= 1000
 
 
 # ---- Results -------------------------------------------------------------------------------------

@@ -82,6 +82,20 @@ FAULTS = {
         "boltzmann_grads",
         DEADLOCK + r"waits for 0 of 1 arrivals and for 8192 bytes",
     ),
+    "a ticket is not awaited": Fault(
+        "sm90/work.cuh",
+        "  mbarrier_wait_cluster(&tickets.full[place.slot], place.parity);\n",
+        "",
+        "boltzmann_grads",
+        r"(read before written|data race): read of 8 bytes .* of dynamic shared memory",
+    ),
+    "G is multiplied before it is there": Fault(
+        "sm90/grads.cuh",
+        "            counter_wait(memory.counters + kDone, work.first * kHalves);\n",
+        "",
+        "boltzmann_grads",
+        r"data race: write of 16 bytes .* of an allocation",
+    ),
     # Outside
     "a row too many": Fault(
         "sm90/launch.cu",
@@ -100,17 +114,24 @@ FAULTS = {
     ),
     "ids of other threads are not awaited": Fault(
         "sm90/sums.cuh",
-        "const TileOrigin& tile) {\n  sync_warpgroup();\n",
-        "const TileOrigin& tile) {\n",
+        "          sync_warpgroup();\n          const WarpRows",
+        "          const WarpRows",
         "boltzmann_sums",
         r"(read before written|data race): read of 4 bytes .* of dynamic shared memory",
     ),
-    "the next tile's vectors overtake": Fault(
-        "sm90/sums.cuh",
-        "  sync_warpgroup();  // the folds may be written again\n",
+    "a warp's positives are added where others were": Fault(
+        "sm90/positives.cuh",
+        "  if (columns) clear_folds(shared);\n",
         "",
         "boltzmann_sums",
-        r"data race: write of 4 bytes .* of dynamic shared memory",
+        r"read before written: read of \d bytes .* of dynamic shared memory",
+    ),
+    "folds of other warps are not awaited": Fault(
+        "sm90/sums.cuh",
+        "  sync_warpgroup();\n#pragma unroll",
+        "#pragma unroll",
+        "boltzmann_sums",
+        r"(read before written|data race): read of \d bytes .* of dynamic shared memory",
     ),
 }
 

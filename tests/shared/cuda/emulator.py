@@ -309,13 +309,18 @@ def emulated_operators(
 
 
 @contextmanager
-def logged_launches(file: Path) -> Iterator[None]:
-    """Within it, each launch is a line of JSON at the end of the file (runtime/launch/log.h)."""
+def logged_launches(file: Path, *, run: bool = True) -> Iterator[None]:
+    """Within it, each launch is a line of JSON at the end of the file (runtime/launch/log.h).
+
+    run: False only checks and logs launches, so that those of large problems can be counted.
+    """
     runtime().m3i_emulator_log_launches(str(file).encode())
+    runtime().m3i_emulator_skip_launches(not run)
     try:
         yield
     finally:
         runtime().m3i_emulator_log_launches(None)
+        runtime().m3i_emulator_skip_launches(False)
 
 
 @contextmanager

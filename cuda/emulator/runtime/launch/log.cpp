@@ -10,6 +10,7 @@ namespace m3i::emulator {
 namespace {
 
 std::string file_of_log;  // empty: nothing is logged
+bool skip_launches = false;
 
 std::string to_json(dim3 extents) {
   return "[" + std::to_string(extents.x) + ", " + std::to_string(extents.y) + ", " +
@@ -33,5 +34,9 @@ void log_launch(const cudaLaunchConfig_t& config, const void* kernel, dim3 clust
 }
 
 void m3i_emulator_log_launches(const char* file) { file_of_log = file ? file : ""; }
+
+void m3i_emulator_skip_launches(bool skip) { skip_launches = skip; }
+
+bool skips_launches() { return skip_launches; }
 
 }  // namespace m3i::emulator

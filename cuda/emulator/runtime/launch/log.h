@@ -13,4 +13,8 @@ void log_launch(const cudaLaunchConfig_t& config, const void* kernel, dim3 clust
 // is.
 extern "C" M3I_EMULATOR_API void m3i_emulator_log_launches(const char* file);
 
+// From now on launches are checked and logged, but not run: to count those of large problems.
+extern "C" M3I_EMULATOR_API void m3i_emulator_skip_launches(bool skip);
+bool skips_launches();
+
 }  // namespace m3i::emulator

@@ -50,7 +50,7 @@ bool by_agent(Stamp stamp) { return thread_of(stamp) >= num_threads; }
 bool is_ordered(Stamp stamp, uint32_t id) {
   const uint64_t then = epoch_of(stamp);
   if (then < launch_epoch) return true;
-  if (then < cluster_epoch) return running_block->fenced;
+  if (then < cluster_epoch) return running_block->fenced || running_block->acquired;
   const uint32_t other = thread_of(stamp);
   if (by_agent(stamp)) {
     return clock_of(stamp) <= agents[other - num_threads].settled ||

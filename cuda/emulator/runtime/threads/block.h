@@ -132,6 +132,7 @@ struct Block {
       0;                        // of a thread; 0 where the kernel's launch bound does not fix them
   uint32_t free_registers = 0;  // of a lane: a warp takes 32 times as many
   bool fenced = false;          // a thread of it has called a memory fence
+  bool acquired = false;        // or read a counter that others add to
   // Of other blocks' threads that used its shared memory: the clock when they did it last
   std::map<uint32_t, uint32_t> visitors;
 
@@ -155,6 +156,7 @@ struct Block {
 struct Cluster {
   std::vector<Block> blocks;
   std::map<uintptr_t, Mbarrier> mbarriers;  // by their address
+  std::map<uintptr_t, SyncClock> counters;  // in global memory: what those knew who added to them
 
   // Its barrier: threads that have not returned, and of them those that have arrived
   uint32_t alive = 0;

@@ -90,4 +90,21 @@ __device__ inline void mbarrier_arrive_remote_relaxed(Mbarrier* barrier, uint32_
 #endif
 }
 
+// As mbarrier_wait, of one's own mbarrier, for what another block's threads stored before they
+// arrived.
+__device__ inline void mbarrier_wait_cluster(Mbarrier* barrier, uint32_t parity) {
+#ifdef M3I_EMULATOR
+  emulator::mbarrier_wait(barrier, parity);
+#else
+  uint32_t complete = 0;
+  while (!complete) {
+    M3I_ASM_90(
+        "{\n.reg .pred complete;\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 complete, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, complete;\n}" : "=r"(complete) : "r"(shared_address(barrier)),
+        "r"(parity) : "memory");
+  }
+#endif
+}
+
 }  // namespace m3i

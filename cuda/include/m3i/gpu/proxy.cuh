@@ -16,4 +16,12 @@ __device__ inline void fence_proxy_async() {
 #endif
 }
 
+// Likewise of global memory, between ordinary accesses and tensor copies: by who stored, before a
+// release, and by who copies, after the acquire.
+__device__ inline void fence_proxy_async_global() {
+#ifndef M3I_EMULATOR
+  M3I_ASM_90("fence.proxy.async.global;" :: : "memory");
+#endif
+}
+
 }  // namespace m3i
