@@ -139,11 +139,13 @@ def compile_candidate(subject: Subject, table: Table) -> Compiled:
         threads = 32 * policy["warps"]
         kernels = [
             f"m3i::dcnv3::dcnv3_kernel<{element}, 8, {threads}, {policy['blocks']}>",
-            f"m3i::dcnv3::dcnv3_bwd_kernel<{element}, 8, {threads}, {policy['bwd_blocks']}>",
+            f"m3i::dcnv3::dcnv3_bwd_kernel<{element}, 8, {threads}, {policy['bwd_blocks']}, true>",
+            f"m3i::dcnv3::dcnv3_bwd_window_kernel<{element}, 8, {threads}, {policy['bwd_blocks']}>",
         ]
         of_block = "m3i::dcnv3::block_bytes<float>(kTiling, kWarps, {})"
         constants = [of_block.format("false"), of_block.format("true")]
-        constants += ["kTiling.blocks", "kTiling.chunk"]
+        constants.append("m3i::dcnv3::window_block_bytes(kTiling, kWarps)")
+        constants += ["m3i::dcnv3::kMostShared", "kTiling.blocks", "kTiling.chunk"]
     else:
         hopper = "_hopper" if _is_hopper(subject) else ""
         mode = "" if hopper else ", m3i::boltzmann::SumsMode::kShared"
@@ -202,11 +204,14 @@ def predict(subject: Subject, table: Table, compiled: Compiled) -> Prediction:
     registers = [used.registers for used in compiled.kernels.values()]
     policy = table[subject.card][subject.kind]
     if subject.op == "dcnv3":
-        forward_bytes, backward_bytes, blocks, chunk = compiled.constants
+        forward_bytes, backward_bytes, window_bytes, most_bytes, blocks, chunk = compiled.constants
+        has_windows = window_bytes <= most_bytes  # else the launcher takes the kernel without
+        if has_windows:
+            backward_bytes = window_bytes
         threads = 32 * policy["warps"]
         fits = [
-            occupancy(gpu, threads, count, shared)
-            for count, shared in zip(registers, (forward_bytes, backward_bytes), strict=True)
+            occupancy(gpu, threads, registers[0], forward_bytes),
+            occupancy(gpu, threads, registers[2 if has_windows else 1], backward_bytes),
         ]
         if not min(fits):
             return Prediction(0, None, backward_bytes)

@@ -7,6 +7,7 @@
 #include "m3i/host/launch.h"
 
 #include <algorithm>
+#include <type_traits>
 
 namespace m3i {
 namespace {
@@ -15,8 +16,8 @@ using namespace dcnv3;
 
 uint64_t address(const void* array) { return reinterpret_cast<uintptr_t>(array); }
 
-dim3 make_grid(const Dcnv3Shape& shape, const Tiling& tiling) {
-  return dim3(static_cast<unsigned>(std::min<int64_t>(tiling.blocks, kMaxGridX)),
+dim3 make_grid(const Dcnv3Shape& shape, int64_t blocks) {
+  return dim3(static_cast<unsigned>(std::min<int64_t>(blocks, kMaxGridX)),
               static_cast<unsigned>(std::min<int64_t>(shape.batch, kMaxGridY)));
 }
 
@@ -67,7 +68,7 @@ cudaError_t launch_dcnv3(const Dcnv3Params& params, cudaStream_t stream) {
                              const Tiling tiling = make_tiling(shape, kVector, kPolicy);
                              return launch_with_shared(
                                  dcnv3_kernel<T, kVector, kThreads, kPolicy.blocks>,
-                                 make_grid(shape, tiling), kThreads,
+                                 make_grid(shape, tiling.blocks), kThreads,
                                  block_bytes<Accumulator<T>>(tiling, kPolicy.warps, false), stream,
                                  params, tiling);
                            });
@@ -102,10 +103,24 @@ cudaError_t launch_units(const Dcnv3BwdParams& params, void* grad_x, cudaStream_
           constexpr Policy kPolicy = decltype(tuned)::kPolicy;
           constexpr int kThreads = threads_of(kPolicy);
           const Tiling tiling = make_tiling(shape, kVector, kPolicy);
-          return launch_with_shared(dcnv3_bwd_kernel<T, kVector, kThreads, kPolicy.bwd_blocks>,
-                                    make_grid(shape, tiling), kThreads,
-                                    block_bytes<A>(tiling, kPolicy.warps, true), stream, params,
-                                    static_cast<A*>(grad_x), tiling);
+          if constexpr (kVector > 1 && std::is_same_v<A, float>) {
+            const int bytes = window_block_bytes(tiling, kPolicy.warps);
+            if (grad_x && has_windows(shape, kVector) && bytes <= kMostShared) {
+              const WindowTiling window = make_window_tiling(shape, kPolicy);
+              return launch_with_shared(
+                  dcnv3_bwd_window_kernel<T, kVector, kThreads, kPolicy.bwd_blocks>,
+                  make_grid(shape, window.blocks), kThreads, bytes, stream, params,
+                  static_cast<A*>(grad_x), tiling, window);
+            }
+          }
+          const auto launch_direct = [&](auto by_x) {
+            return launch_with_shared(
+                dcnv3_bwd_kernel<T, kVector, kThreads, kPolicy.bwd_blocks, decltype(by_x)::value>,
+                make_grid(shape, tiling.blocks), kThreads,
+                block_bytes<A>(tiling, kPolicy.warps, true), stream, params,
+                static_cast<A*>(grad_x), tiling);
+          };
+          return grad_x ? launch_direct(std::true_type{}) : launch_direct(std::false_type{});
         });
       });
 }
@@ -150,9 +165,10 @@ cudaError_t launch_fixed(const Dcnv3BwdParams& params, void* scratch, cudaStream
       constexpr Policy kPolicy = decltype(tuned)::kPolicy;
       constexpr int kThreads = threads_of(kPolicy);
       const Tiling tiling = make_tiling(shape, 1, kPolicy);
-      return launch_with_shared(
-          dcnv3_scatter_kernel<T, kThreads, kPolicy.bwd_blocks>, make_grid(shape, tiling), kThreads,
-          block_bytes<Accumulator<T>>(tiling, kPolicy.warps, false), stream, params, fixed, tiling);
+      return launch_with_shared(dcnv3_scatter_kernel<T, kThreads, kPolicy.bwd_blocks>,
+                                make_grid(shape, tiling.blocks), kThreads,
+                                block_bytes<Accumulator<T>>(tiling, kPolicy.warps, false), stream,
+                                params, fixed, tiling);
     });
   }
   if (error != cudaSuccess) return error;

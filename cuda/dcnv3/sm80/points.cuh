@@ -190,13 +190,14 @@ __device__ inline bool place(A offset, int base, int extent, int step, A step_fr
   return near && fraction >= 0 && whole < extent && (whole >= 0 || (whole == -1 && fraction > 0));
 }
 
-// Place of a point, without its weight, and the corners that lie inside; none if it is not valid.
+// Place of a point, without its weight, its upper left corner (x, y), and the corners that lie
+// inside; none if it is not valid.
 template <class A>
 __device__ inline unsigned locate(const Dcnv3Shape& shape, const Origin<A>& origin,
-                                  const Step<A>& step, A offset_x, A offset_y, Point<A>& point) {
+                                  const Step<A>& step, A offset_x, A offset_y, Point<A>& point,
+                                  int& x, int& y) {
   const int height = static_cast<int>(shape.height), width = static_cast<int>(shape.width);
   const A scale = static_cast<A>(shape.offset_scale);
-  int x, y;
   const bool valid_x =
       place(stretched(offset_x, scale), origin.x, width, step.x, step.x_fraction, x, point.x);
   const bool valid_y =
@@ -237,13 +238,13 @@ __device__ inline void normalise(const T* logits, int64_t num_points, bool exist
 
 // body(unit, k) for all of `count` points of the warp's units, each in one lane: neighbouring lanes
 // have neighbouring points.
-template <class Body>
-__device__ inline void for_each_point(int count, int num_units, const Body& body) {
+template <class Units, class Body>
+__device__ inline void for_each_point(int count, const Units& units, const Body& body) {
   const int lane = threadIdx.x % kWarpLanes;
   int unit = lane / count, k = lane % count;
   const int units_a_step = kWarpLanes / count, rest = kWarpLanes % count;
-  while (unit < num_units) {
-    body(unit, k);
+  while (unit < units.count) {
+    if (units.has(unit)) body(unit, k);
     unit += units_a_step;
     k += rest;
     if (k >= count) {
@@ -265,16 +266,18 @@ __device__ inline unsigned keep_if_lost(const Dcnv3Shape& shape, Point<A>& point
 }
 
 // Points [first, first + count) of the warp's units. `offset` and `mask` begin at its first unit.
-template <class T, class A>
+template <class T, class A, class Units, class Keep>
 __device__ inline void make_points(const Dcnv3Shape& shape, const Tiling& tiling, const T* offset,
-                                   const T* mask, int64_t first, int count, int num_units,
-                                   const Workspace<A>& work) {
-  for_each_point(count, num_units, [&](int unit, int k) {
-    const int64_t at = unit * shape.points + first + k;
+                                   const T* mask, int64_t first, int count, const Units& units,
+                                   const Workspace<A>& work, const Keep& keep) {
+  for_each_point(count, units, [&](int unit, int k) {
+    const int64_t at = units.past_first(unit) * shape.points + first + k;
     const Origin<A> origin = work.origins[unit];
     Point<A> point;
+    int x, y;
     unsigned inside = locate(shape, origin, work.steps[k], load_value(offset + 2 * at),
-                             load_value(offset + 2 * at + 1), point);
+                             load_value(offset + 2 * at + 1), point, x, y);
+    keep(unit * tiling.pitch + k, x, y, inside);
     const A value = load_value(mask + at);
     point.weight = shape.softmax ? exp_of(value - origin.largest) * origin.inverse_sum : value;
     if (inside == 0) inside = keep_if_lost(shape, point);
