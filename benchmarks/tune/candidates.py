@@ -136,14 +136,16 @@ def compile_candidate(subject: Subject, table: Table) -> Compiled:
     if op == "dcnv3":
         policy = table[subject.card][subject.kind]
         source += _dcnv3_constants(subject.shape, policy)
-        threads = 32 * policy["warps"]
+        threads, group_size = 32 * policy["warps"], subject.shape[3] // subject.shape[4]
         kernels = [
-            f"m3i::dcnv3::dcnv3_kernel<{element}, 8, {threads}, {policy['blocks']}>",
+            f"m3i::dcnv3::dcnv3_nine_kernel<{element}, {group_size}, {threads}, "
+            f"{policy['blocks']}>",
             f"m3i::dcnv3::dcnv3_bwd_kernel<{element}, 8, {threads}, {policy['bwd_blocks']}, true>",
             f"m3i::dcnv3::dcnv3_bwd_window_kernel<{element}, 8, {threads}, {policy['bwd_blocks']}>",
         ]
-        of_block = "m3i::dcnv3::block_bytes<float>(kTiling, kWarps, {})"
-        constants = [of_block.format("false"), of_block.format("true")]
+        layout = f"m3i::dcnv3::NineLayout<{element}, {group_size}>"
+        constants = [f"kWarps * {layout}::kWarpBytes"]
+        constants.append("m3i::dcnv3::block_bytes<float>(kTiling, kWarps, true)")
         constants.append("m3i::dcnv3::window_block_bytes(kTiling, kWarps)")
         constants += ["m3i::dcnv3::kMostShared", "kTiling.blocks", "kTiling.chunk"]
     else:

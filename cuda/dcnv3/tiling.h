@@ -135,6 +135,47 @@ M3I_HOST_DEVICE constexpr WindowTiling make_window_tiling(const Dcnv3Shape& shap
   return window;
 }
 
+// ---- The forward of nine points -----------------------------------------------------------------
+
+inline constexpr int kNinePoints = 9;
+
+// Division of 0 to 2^31 - 1 by one number, in three instructions.
+struct Divisor {
+  uint32_t multiplier, shift;
+
+  M3I_HOST_DEVICE static constexpr Divisor of(uint32_t divisor) {
+    uint32_t shift = 0;
+    while ((uint64_t{1} << shift) < divisor) ++shift;
+    const uint64_t power = uint64_t{1} << shift;
+    return {static_cast<uint32_t>(((power - divisor) << 32) / divisor + 1), shift};
+  }
+#ifdef __CUDACC__
+  __device__ int divide(int value) const {
+    return static_cast<int>((__umulhi(static_cast<uint32_t>(value), multiplier) + value) >> shift);
+  }
+#endif
+};
+
+// Whether that kernel serves a call with accesses of `vector` elements: 32 bits hold every offset
+// within an image, places without an offset are pixels, and offsets are scaled without a rounding.
+// `addresses`: the bitwise or of all arrays' addresses.
+M3I_HOST_DEVICE constexpr bool is_nine(const Dcnv3Shape& shape, int vector, uint64_t addresses) {
+  constexpr int64_t kElements = int64_t{1} << 31, kExtent = 1 << 19, kDilation = 64, kScale = 16;
+  const int64_t channels = shape.groups * shape.group_size;
+  const bool is_small = shape.height < kExtent && shape.width < kExtent &&
+                        shape.pad_height < kExtent && shape.pad_width < kExtent &&
+                        shape.dilation_height <= kDilation && shape.dilation_width <= kDilation &&
+                        shape.batch < kElements / 2;
+  bool is_power = false;
+  for (int64_t scale = 1; scale <= kScale; scale *= 2) {
+    is_power = is_power || shape.offset_scale == static_cast<double>(scale);
+  }
+  return vector > 1 && addresses % 16 == 0 && shape.points == kNinePoints &&
+         (shape.group_size == 16 || shape.group_size == 32) && is_small && is_power &&
+         shape.height * shape.width > 0 && shape.height * shape.width < kElements / channels &&
+         shape.out_height * shape.out_width < kElements / channels / 2;
+}
+
 // ---- Places in memory, in elements --------------------------------------------------------------
 // Products of extents may exceed 2^31 across images and within one. 32 bits hold a pixel of an
 // image, (H + 3) (W + 2) < 2^31, and a point within a warp.

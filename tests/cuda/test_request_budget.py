@@ -46,10 +46,10 @@ def test_lines_keep_their_budget(case: Case) -> None:
         ),
         pytest.param(
             "dcnv3: 14 x 14, 2 groups of 16, fp32",
-            "tiling.h",
-            "tiling.pitch = tiling.chunk | 1;",
-            "tiling.pitch = (tiling.chunk + 31) / 32 * 32;",
-            "shared read: const Point<A> point = points[k];",
+            "sm80/nine.cuh",
+            "kPitch = kTrips * kLanes | 1;",
+            "kPitch = (kTrips * kLanes + 31) / 32 * 32;",
+            "shared read: const float by[4] = {weights.x, weights.y, weights.z, weights.w};",
             id="bank conflict",
         ),
         pytest.param(

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "dcnv3/tiling.h"
+#include "m3i/numbers/fast_math.cuh"
 #include "m3i/numbers/vec.cuh"
 
 namespace m3i::dcnv3 {
@@ -40,6 +41,22 @@ inline constexpr int kByWeight = 2;       // the sample
 template <class A>
 struct PointGrads {
   A sums[3];
+};
+
+// The weights of a point's corners, in the order of their bits, with its mask.
+template <class A>
+struct CornerWeights {
+  A at[4];
+
+  __device__ explicit CornerWeights(const Point<A>& point)
+      : CornerWeights(point.x, point.y, point.weight) {}
+  __device__ CornerWeights(A right, A bottom, A mask) {
+    const A lower = bottom * mask, upper = fused(-bottom, mask, mask);
+    at[0] = fused(-right, upper, upper);
+    at[1] = right * upper;
+    at[2] = fused(-right, lower, lower);
+    at[3] = right * lower;
+  }
 };
 
 // What a warp owns, and the block's steps.
@@ -109,7 +126,7 @@ __device__ inline A sum_over_lanes(A value, int lanes) {
 
 // a / b, a >= 0, b > 0. Nearly always both fit 32 bits, which are divided in line; the compiler's
 // own division of 64 bits is a subroutine.
-__device__ inline int64_t quotient(int64_t a, int64_t b) {
+M3I_HOST_DEVICE inline int64_t quotient(int64_t a, int64_t b) {
   if ((a | b) >> 32 == 0) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
   int64_t result = 0, rest = 0;
   for (int bit = 62; bit >= 0; --bit) {
@@ -124,13 +141,13 @@ __device__ inline int64_t quotient(int64_t a, int64_t b) {
 
 // ---- Geometry -----------------------------------------------------------------------------------
 
-__device__ inline int64_t centre(int64_t kernel, int64_t dilation) {
+M3I_HOST_DEVICE inline int64_t centre(int64_t kernel, int64_t dilation) {
   return dilation * (kernel - 1) / 2;
 }
 
 // In double, once a block: a fraction is as exact as its type.
 template <class A>
-__device__ inline void split_step(int64_t distance, double scale, int& whole, A& fraction) {
+M3I_HOST_DEVICE inline void split_step(int64_t distance, double scale, int& whole, A& fraction) {
   const double scaled = static_cast<double>(distance) * scale;
   const double below = floor(scaled);
   const bool reachable = below > -2.0 * kFar && below < 2.0 * kFar;
@@ -140,7 +157,7 @@ __device__ inline void split_step(int64_t distance, double scale, int& whole, A&
 }
 
 template <class A>
-__device__ inline Step<A> make_step(const Dcnv3Shape& shape, int64_t k) {
+M3I_HOST_DEVICE inline Step<A> make_step(const Dcnv3Shape& shape, int64_t k) {
   const int64_t middle = shape.kernel_width / 2 * shape.kernel_height + shape.kernel_height / 2;
   if (shape.remove_center && k >= middle) ++k;
   const int64_t column = quotient(k, shape.kernel_height), row = k - column * shape.kernel_height;

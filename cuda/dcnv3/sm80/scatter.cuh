@@ -10,21 +10,6 @@
 
 namespace m3i::dcnv3 {
 
-// The weights of a point's corners, in the order of their bits.
-template <class A>
-struct CornerWeights {
-  A at[4];
-
-  __device__ explicit CornerWeights(const Point<A>& point) {
-    const A bottom = point.y * point.weight, top = (1 - point.y) * point.weight;
-    const A right = point.x, left = 1 - right;
-    at[0] = top * left;
-    at[1] = top * right;
-    at[2] = bottom * left;
-    at[3] = bottom * right;
-  }
-};
-
 // Adds a point to global memory. `at` is this lane's channels in its upper left pixel; `step` and
 // `row` are elements from pixel to pixel and from row to row.
 template <int kFloats, class A>

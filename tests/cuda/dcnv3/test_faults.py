@@ -47,6 +47,34 @@ FAULTS = {
         "dcnv3_kernel",
         r"data race: write of 16 bytes .* of an allocation .* which thread \(\d+, 0, 0\) wrote",
     ),
+    ("dcnv3_nine_kernel", "out of bounds by one"): Fault(
+        "sm80/nine.cuh",
+        "(has_right ? x + 1 : x)",
+        "(has_right ? x + 1 : x + 1)",
+        "dcnv3_nine_kernel",
+        r"out-of-bounds read of 16 bytes .* past the end of an allocation",
+    ),
+    ("dcnv3_nine_kernel", "missing barrier"): Fault(
+        "sm80/nine.cuh",
+        "__all_sync(0xffffffffu, all);\n      __syncwarp();",
+        "__all_sync(0xffffffffu, all);",
+        "dcnv3_nine_kernel",
+        r"(read before written|data race): read .* of dynamic shared memory",
+    ),
+    ("dcnv3_nine_kernel", "unwritten shared memory"): Fault(
+        "sm80/nine.cuh",
+        "at[k] = make_uint4(corner,",
+        "if (t > 0) at[k] = make_uint4(corner,",
+        "dcnv3_nine_kernel",
+        r"read before written: read of \d+ bytes .* of dynamic shared memory",
+    ),
+    ("dcnv3_nine_kernel", "racing write"): Fault(
+        "sm80/nine.cuh",
+        "int64_t index = int64_t{blockIdx.y} * shape.units + unit;",
+        "int64_t index = int64_t{blockIdx.y} * shape.units + unit / 2;",
+        "dcnv3_nine_kernel",
+        r"data race: write of 16 bytes .* of an allocation .* which thread \(\d+, 0, 0\) wrote",
+    ),
     ("dcnv3_bwd_kernel", "out of bounds by one"): Fault(
         "sm80/bwd.cuh",
         "out_begin(shape, units.image, unit) + channel), grad)",
@@ -139,7 +167,13 @@ FAULTS = {
         r"data race: (read|write) of 8 bytes .* which (thread|a thread of another block)",
     ),
 }
-KERNELS = ("dcnv3_kernel", "dcnv3_bwd_kernel", "dcnv3_bwd_window_kernel", "dcnv3_scatter_kernel")
+KERNELS = (
+    "dcnv3_kernel",
+    "dcnv3_nine_kernel",
+    "dcnv3_bwd_kernel",
+    "dcnv3_bwd_window_kernel",
+    "dcnv3_scatter_kernel",
+)
 
 
 def test_every_kind_is_planted_in_every_kernel() -> None:
@@ -149,10 +183,16 @@ def test_every_kind_is_planted_in_every_kernel() -> None:
 
 def call(kernel: str, needs_grad: list[bool] | None = None) -> None:
     """The one of the op's functions that launches the kernel, in float32."""
-    stride = 2 if kernel == "dcnv3_bwd_kernel" else 1  # windows serve a stride of 1 alone
-    config = Config(batch=2, image=(5, 6), group_size=32, stride=stride, softmax=True)
+    config = Config(
+        batch=2,
+        image=(5, 6),
+        group_size=32,
+        stride=2 if kernel == "dcnv3_bwd_kernel" else 1,  # windows serve a stride of 1 alone
+        remove_center=kernel == "dcnv3_kernel",  # nine points have a kernel of their own
+        softmax=True,
+    )
     inputs, grad_out = make(config)
-    if kernel == "dcnv3_kernel":
+    if kernel in ("dcnv3_kernel", "dcnv3_nine_kernel"):
         torch.ops.m3i.dcnv3(*inputs, *config.arguments)
         return
     by_x_alone = kernel == "dcnv3_scatter_kernel"  # the deterministic sum
