@@ -132,14 +132,18 @@ def compile_candidate(subject: Subject, table: Table) -> Compiled:
     if op == "dcnv3":
         policy = table[subject.card][subject.kind]
         source += _dcnv3_constants(subject.shape, policy)
-        threads = 32 * policy["warps"]
+        threads, group_size = 32 * policy["warps"], subject.shape[3] // subject.shape[4]
         kernels = [
-            f"m3i::dcnv3::dcnv3_kernel<{element}, 8, {threads}, {policy['blocks']}>",
-            f"m3i::dcnv3::dcnv3_bwd_kernel<{element}, 8, {threads}, {policy['bwd_blocks']}>",
+            f"m3i::dcnv3::dcnv3_nine_kernel<{element}, {group_size}, {threads}, "
+            f"{policy['blocks']}>",
+            f"m3i::dcnv3::dcnv3_bwd_kernel<{element}, 8, {threads}, {policy['bwd_blocks']}, true>",
+            f"m3i::dcnv3::dcnv3_bwd_window_kernel<{element}, 8, {threads}, {policy['bwd_blocks']}>",
         ]
-        of_block = "m3i::dcnv3::block_bytes<float>(kTiling, kWarps, {})"
-        constants = [of_block.format("false"), of_block.format("true")]
-        constants.append("kTiling.chunk")
+        layout = f"m3i::dcnv3::NineLayout<{element}, {group_size}>"
+        constants = [f"kWarps * {layout}::kWarpBytes"]
+        constants.append("m3i::dcnv3::block_bytes<float>(kTiling, kWarps, true)")
+        constants.append("m3i::dcnv3::window_block_bytes(kTiling, kWarps)")
+        constants += ["m3i::dcnv3::kMostShared", "kTiling.chunk"]
     else:
         stems = [
             f"sums_kernel<{element}, m3i::boltzmann::SumsMode::kShared>",
@@ -200,11 +204,14 @@ def predict(subject: Subject, table: Table, compiled: Compiled) -> Prediction:
     registers = [used.registers for used in compiled.kernels.values()]
     policy = table[subject.card][subject.kind]
     if subject.op == "dcnv3":
-        forward_bytes, backward_bytes, chunk = compiled.constants
+        forward_bytes, backward_bytes, window_bytes, most_bytes, chunk = compiled.constants
+        has_windows = window_bytes <= most_bytes  # else the launcher takes the kernel without
+        if has_windows:
+            backward_bytes = window_bytes
         threads = 32 * policy["warps"]
         fits = [
-            occupancy(gpu, threads, count, shared)
-            for count, shared in zip(registers, (forward_bytes, backward_bytes), strict=True)
+            occupancy(gpu, threads, registers[0], forward_bytes),
+            occupancy(gpu, threads, registers[2 if has_windows else 1], backward_bytes),
         ]
         if not min(fits):
             return Prediction(0, None, backward_bytes)

@@ -50,7 +50,7 @@ def test_resources_are_those_that_nvcc_gives(card: str, architecture: str) -> No
     of_call = subject("dcnv3", card, "small")
     compiled = compile_candidate(of_call, tiles.read("dcnv3"))
     budget = json.loads((CUDA / "dcnv3" / "budget.json").read_text())[architecture]
-    assert len(compiled.kernels) == 2
+    assert len(compiled.kernels) == 3
     for name, used in compiled.kernels.items():
         allowed = budget[name.replace("m3i::dcnv3::", "").replace("m3i::", "")]
         assert allowed["registers"] - 8 < used.registers <= allowed["registers"]

@@ -64,10 +64,12 @@ ALWAYS = {
 SIGMOID = {"boltzmann_sigmoid_loss_kernel"}  # of no step of the demo
 BY_MMA = {f"boltzmann_{name}_kernel" for name in ("logit_grads", "feature_grads")}
 BY_WARPGROUPS = {f"boltzmann_{name}_hopper_kernel" for name in ("sums", "grads")}
-DCNV3 = {"dcnv3_kernel", "dcnv3_bwd_kernel"}
+DCNV3 = {"dcnv3_nine_kernel"}
+OTHER_CALLS = {"dcnv3_kernel"}  # of no model's layer: not nine points, or other groups
+WINDOWED = {"dcnv3_bwd_window_kernel"}  # all gradients; those by offset and mask alone have none
 ROUNDED = {"dcnv3_round_kernel"}  # in bf16 gradients are summed in float32
 VIEWS = {"views_kernel"}  # of the loader, not of a step: contract_views.py launches it
-DETERMINISTIC = {f"dcnv3_{name}_kernel" for name in ("largest", "scatter", "sums")}
+DETERMINISTIC = {f"dcnv3_{name}_kernel" for name in ("largest", "scatter", "sums", "bwd")}
 
 
 def launch_of(record: dict[str, Any]) -> Launch:
@@ -185,7 +187,7 @@ def test_deterministic_steps_of_an_internimage_are_those_of_the_cpu(tmp_path: Pa
 def test_steps_of_an_internimage_in_bf16_sample_as_on_the_cpu(tmp_path: Path) -> None:
     flags = (*BF16, "--num-steps", "2", "--data.batch-size", "2")
     trained = train(tmp_path, "demo_internimage", INTERNIMAGE, *flags)
-    assert kernels_of(trained) == ALWAYS | BY_WARPGROUPS | DCNV3 | ROUNDED
+    assert kernels_of(trained) == ALWAYS | BY_WARPGROUPS | DCNV3 | WINDOWED | ROUNDED
     expect_losses(trained, CLOSE_WITH_CONVOLUTIONS)
 
 
@@ -198,8 +200,8 @@ def test_no_kernel_is_left_out() -> None:
             r"__global__ void __launch_bounds__.*?(\w+_kernel)\(", source.read_text(), re.S
         )
     }
-    of_ops = ALWAYS | SIGMOID | BY_MMA | BY_WARPGROUPS | DCNV3 | ROUNDED | DETERMINISTIC
-    assert found == of_ops | VIEWS
+    of_dcnv3 = DCNV3 | OTHER_CALLS | WINDOWED | ROUNDED | DETERMINISTIC
+    assert found == ALWAYS | SIGMOID | BY_MMA | BY_WARPGROUPS | of_dcnv3 | VIEWS
 
 
 def test_a_wrong_number_in_a_kernel_is_found_with_its_operator(tmp_path: Path) -> None:

@@ -1,8 +1,7 @@
 // dcnv3, device code: the backward kernel.
 #pragma once
 
-#include "dcnv3/sm80/walk.cuh"
-#include "m3i/gpu/red.cuh"
+#include "dcnv3/sm80/scatter.cuh"
 
 namespace m3i::dcnv3 {
 
@@ -75,38 +74,10 @@ struct Share {
   }
 };
 
-// ---- Gradient by x ------------------------------------------------------------------------------
-
-// Adds weight * grad.
-template <int kVector, class A>
-__device__ inline void add_to_pixel(A* to, A weight, const A (&grad)[kVector]) {
-  constexpr int kWidth = kVector < 4 ? kVector : 4;
-#pragma unroll
-  for (int i = 0; i < kVector; i += kWidth) {
-    A values[kWidth];
-#pragma unroll
-    for (int j = 0; j < kWidth; ++j) values[j] = weight * grad[i + j];
-    red_add(to + i, values);
-  }
-}
-
-// `grad_x` points to this lane's channels in pixel 0.
-template <int kVector, class A>
-__device__ inline void scatter(const Point<A>& point, unsigned corners, A* grad_x, int64_t step,
-                               int64_t row, const A (&grad)[kVector]) {
-  A* at = grad_x + point.pixel * step;
-  const A bottom = point.y * point.weight, top = (1 - point.y) * point.weight;
-  const A right = point.x, left = 1 - right;
-  if (corners & kTopLeft) add_to_pixel(at, top * left, grad);
-  if (corners & kTopRight) add_to_pixel(at + step, top * right, grad);
-  if (corners & kBottomLeft) add_to_pixel(at + row, bottom * left, grad);
-  if (corners & kBottomRight) add_to_pixel(at + row + step, bottom * right, grad);
-}
-
 // ---- Kernel -------------------------------------------------------------------------------------
 
-// One warp's units in the backward.
-template <class T, int kVector>
+// One warp's units in the gradients by offset and mask.
+template <class T, int kVector, class Units>
 struct BwdUnits {
   using A = Accumulator<T>;
 
@@ -114,19 +85,17 @@ struct BwdUnits {
   const Tiling& tiling;
   const Workspace<A>& work;
   const Units& units;
-  A* grad_x;  // [N, H, W, G, D] or null
 
   // Gradients by the points of a chunk, of the channels from `pass` on; added to those of earlier
   // passes. All lanes come: those of a unit add up. Returns the sum of weight * kByWeight, in the
   // lane that has_weights().
   __device__ A differentiate_chunk(int64_t pass, int count) const {
     const Dcnv3Shape& shape = params.shape;
-    const int64_t unit = units.first + units.own;
+    const int64_t unit = units.index(units.own);
     const int64_t channel = pass + units.lane * kVector;
     const bool has_channels = units.exists && channel < shape.group_size;
     const int64_t at = group_begin(shape, units.image, group_of(shape, unit)) + channel;
     const int64_t step = pixel_step(shape, 1), row = shape.width * step;
-    const bool of_points = params.grad_offset || params.grad_mask;
     A grad[kVector] = {};
     if (has_channels) {
       const T* grad_out = static_cast<const T*>(params.grad_out);
@@ -138,17 +107,13 @@ struct BwdUnits {
       const unsigned corners = units.exists ? work.inside[slot] : 0;
       Point<A> point{};
       if (corners) point = work.points[slot];
-      if (of_points) {
-        A sums[4] = {};
-        if (corners && has_channels) {
-          differentiate(point, corners, static_cast<const T*>(params.x) + at, step, row, grad,
-                        sums);
-        }
-        sum_four(sums, tiling.lanes, units.lane);
-        total += point.weight * (tiling.lanes == 1 ? sums[kByWeight] : sums[0]);
-        if (units.exists) add_to_grads(pass, slot, sums);
+      A sums[4] = {};
+      if (corners && has_channels) {
+        differentiate(point, corners, static_cast<const T*>(params.x) + at, step, row, grad, sums);
       }
-      if (grad_x && has_channels) scatter(point, corners, grad_x + at, step, row, grad);
+      sum_four(sums, tiling.lanes, units.lane);
+      total += point.weight * (tiling.lanes == 1 ? sums[kByWeight] : sums[0]);
+      if (units.exists) add_to_grads(pass, slot, sums);
     }
     return total;
   }
@@ -170,10 +135,10 @@ struct BwdUnits {
   __device__ void write_chunk(int64_t first, int count) const {
     const Dcnv3Shape& shape = params.shape;
     const A scale = static_cast<A>(shape.offset_scale);
-    const int64_t begin = points_begin(shape, units.image, units.first);
-    for_each_point(count, units.count, [&](int unit, int k) {
+    const int64_t begin = points_begin(shape, units.image, units.index(0));
+    for_each_point(count, units, [&](int unit, int k) {
       const int slot = unit * tiling.pitch + k;
-      const int64_t at = begin + unit * shape.points + first + k;
+      const int64_t at = begin + units.past_first(unit) * shape.points + first + k;
       const A* sums = work.grads[slot].sums;
       const A weight = work.points[slot].weight;
       const bool valid = work.inside[slot] != 0;
@@ -191,41 +156,67 @@ struct BwdUnits {
   }
 };
 
-// Grid: as the forward's. `grad_x`, to which the kernel adds, may be null, as may be the others.
+// All gradients by a warp's units. `scatter` adds that by x.
 //
 // The softmax's gradient needs a sum over all points of a unit: where they are more than a chunk,
 // a first sweep computes it.
-template <class T, int kVector, int kThreads, int kBlocks>
-__global__ void __launch_bounds__(kThreads, kBlocks)
-    dcnv3_bwd_kernel(const Dcnv3BwdParams params, Accumulator<T>* grad_x, const Tiling tiling) {
+template <class T, int kVector, class Units, class Scatter>
+__device__ inline void differentiate_units(const Dcnv3BwdParams& params, const Tiling& tiling,
+                                           const Workspace<Accumulator<T>>& work,
+                                           PointMaker<T>& maker, const Units& units,
+                                           const Scatter& scatter) {
   using A = Accumulator<T>;
   const Dcnv3Shape& shape = params.shape;
-  const Workspace<A> work =
-      make_workspace<A>(dynamic_shared(), tiling, threadIdx.x / kWarpLanes, true);
-  PointMaker<T> maker(shape, tiling, params.offset, params.mask, work);
   const bool of_points = params.grad_offset || params.grad_mask;
   const bool needs_total = shape.softmax && params.grad_mask;
   const int num_sweeps = needs_total && tiling.chunk < shape.points ? 2 : 1;
+  const BwdUnits<T, kVector, Units> bwd{params, tiling, work, units};
+  const auto keep = [&](int slot, int x, int y, unsigned inside) {
+    scatter.keep(slot, x, y, inside);
+  };
 
-  for_each_units<kThreads>(shape, tiling, [&](const Units& units) {
-    maker.begin(units);
-    A total = 0;
-    for (int sweep = num_sweeps - 1; sweep >= 0; --sweep) {
-      const BwdUnits<T, kVector> bwd{params, tiling, work, units, sweep == 0 ? grad_x : nullptr};
-      for_each_chunk(shape, tiling, [&](int64_t first, int count) {
-        maker.make(units, first, count);
+  maker.begin(units);
+  A total = 0;
+  for (int sweep = num_sweeps - 1; sweep >= 0; --sweep) {
+    for_each_chunk(shape, tiling, [&](int64_t first, int count) {
+      maker.make(units, first, count, keep);
+      if (of_points) {
         for (int64_t pass = 0; pass < shape.group_size; pass += tiling.lanes * kVector) {
           const A sum = bwd.differentiate_chunk(pass, count);
           if (sweep == num_sweeps - 1) total += sum;
         }
-        if (of_points && sweep == 0) {
-          if (units.exists && bwd.has_weights()) work.totals[units.own] = total;
-          __syncwarp();
-          bwd.write_chunk(first, count);
-        }
-      });
+      }
+      if (sweep > 0) return;
+      scatter.add(units, count);
+      if (of_points) {
+        if (units.exists && bwd.has_weights()) work.totals[units.own] = total;
+        __syncwarp();
+        bwd.write_chunk(first, count);
+      }
+    });
+  }
+  __syncwarp();
+}
+
+// Grid: as the forward's. kByX: adds to `grad_x`; without it the compiler needs fewer registers.
+// The others may be null.
+template <class T, int kVector, int kThreads, int kBlocks, bool kByX>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    dcnv3_bwd_kernel(const Dcnv3BwdParams params, [[maybe_unused]] Accumulator<T>* grad_x,
+                     const Tiling tiling) {
+  using A = Accumulator<T>;
+  const Workspace<A> work =
+      make_workspace<A>(dynamic_shared(), tiling, threadIdx.x / kWarpLanes, true);
+  PointMaker<T> maker(params.shape, tiling, params.offset, params.mask, work);
+
+  for_each_units<kThreads>(params.shape, tiling, [&](const Units& units) {
+    if constexpr (kByX) {
+      constexpr int kFloats = kVector > 1 && sizeof(A) == sizeof(float) ? kRedFloats : 1;
+      const DirectScatter<T, kFloats> scatter{params, tiling, work, grad_x};
+      differentiate_units<T, kVector>(params, tiling, work, maker, units, scatter);
+    } else {
+      differentiate_units<T, kVector>(params, tiling, work, maker, units, NoScatter{});
     }
-    __syncwarp();
   });
 }
 

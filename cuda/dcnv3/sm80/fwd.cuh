@@ -26,8 +26,7 @@ __device__ inline void add_samples(const Point<A>* points, const uint8_t* inside
     if (corners == 0) continue;
     const Point<A> point = points[k];
     const T* at = x + point.pixel * step;
-    const A bottom = point.y * point.weight, top = (1 - point.y) * point.weight;
-    const A left = 1 - point.x;
+    const CornerWeights<A> weights(point);
     if (corners == kAllCorners) {
       const auto top_left = load<kVector>(at), top_right = load<kVector>(at + step);
       const auto bottom_left = load<kVector>(at + row),
@@ -38,15 +37,15 @@ __device__ inline void add_samples(const Point<A>* points, const uint8_t* inside
       widen(bottom_left, values[2]);
       widen(bottom_right, values[3]);
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        sum[i] += top * left * values[0][i] + top * point.x * values[1][i] +
-                  bottom * left * values[2][i] + bottom * point.x * values[3][i];
+      for (int c = 0; c < 4; ++c) {  // in the same order as below and in nine.cuh
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) sum[i] += weights.at[c] * values[c][i];
       }
     } else {
-      if (corners & kTopLeft) add_corner<kVector>(at, top * left, sum);
-      if (corners & kTopRight) add_corner<kVector>(at + step, top * point.x, sum);
-      if (corners & kBottomLeft) add_corner<kVector>(at + row, bottom * left, sum);
-      if (corners & kBottomRight) add_corner<kVector>(at + row + step, bottom * point.x, sum);
+      if (corners & kTopLeft) add_corner<kVector>(at, weights.at[0], sum);
+      if (corners & kTopRight) add_corner<kVector>(at + step, weights.at[1], sum);
+      if (corners & kBottomLeft) add_corner<kVector>(at + row, weights.at[2], sum);
+      if (corners & kBottomRight) add_corner<kVector>(at + row + step, weights.at[3], sum);
     }
   }
 }

@@ -7,6 +7,7 @@
 #include "m3i/host/launch.h"
 
 #include <algorithm>
+#include <type_traits>
 
 namespace m3i {
 namespace {
@@ -15,8 +16,8 @@ using namespace dcnv3;
 
 uint64_t address(const void* array) { return reinterpret_cast<uintptr_t>(array); }
 
-dim3 make_grid(const Dcnv3Shape& shape, const Tiling& tiling) {
-  return dim3(static_cast<unsigned>(std::min<int64_t>(tiling.blocks, kMaxGridX)),
+dim3 make_grid(const Dcnv3Shape& shape, int64_t blocks) {
+  return dim3(static_cast<unsigned>(std::min<int64_t>(blocks, kMaxGridX)),
               static_cast<unsigned>(std::min<int64_t>(shape.batch, kMaxGridY)));
 }
 
@@ -54,24 +55,55 @@ cudaError_t dispatch_policy(const Dcnv3Shape& shape, const Body& body) {
 
 }  // namespace
 
+namespace {
+
+// Blocks go through images, as many as are at work at once.
+template <class T, int kGroupSize, class Tuned>
+cudaError_t launch_nine(const Dcnv3Params& params, cudaStream_t stream, Tuned) {
+  using Layout = NineLayout<T, kGroupSize>;
+  constexpr Policy kPolicy = Tuned::kPolicy;
+  constexpr int kThreads = threads_of(kPolicy);
+  const Dcnv3Shape& shape = params.shape;
+  const int block_units = kPolicy.warps * Layout::kUnits;
+  const int64_t blocks = divide_up(units_per_image(shape), block_units);
+  const int64_t at_once = multiprocessors() * int64_t{kPolicy.blocks};
+  const int64_t least = std::min(shape.batch, divide_up(at_once, blocks));
+  const int64_t rows = std::min(divide_up(shape.batch, divide_up(shape.batch, least)),
+                                static_cast<int64_t>(kMaxGridY));
+  return launch_with_shared(dcnv3_nine_kernel<T, kGroupSize, kThreads, kPolicy.blocks>,
+                            dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(rows)),
+                            kThreads, kPolicy.warps * Layout::kWarpBytes, stream, params,
+                            make_nine_shape(shape, block_units, rows));
+}
+
+}  // namespace
+
 cudaError_t launch_dcnv3(const Dcnv3Params& params, cudaStream_t stream) {
   const Dcnv3Shape& shape = params.shape;
   if (shape.batch == 0) return cudaSuccess;
-  return dispatch_vector(params.dtype, shape.group_size, address(params.x) | address(params.out),
-                         [&](auto type, auto size) {
-                           using T = typename decltype(type)::type;
-                           constexpr int kVector = decltype(size)::value;
-                           return dispatch_policy<T>(shape, [&](auto tuned) {
-                             constexpr Policy kPolicy = decltype(tuned)::kPolicy;
-                             constexpr int kThreads = threads_of(kPolicy);
-                             const Tiling tiling = make_tiling(shape, kVector, kPolicy);
-                             return launch_with_shared(
-                                 dcnv3_kernel<T, kVector, kThreads, kPolicy.blocks>,
-                                 make_grid(shape, tiling), kThreads,
-                                 block_bytes<Accumulator<T>>(tiling, kPolicy.warps, false), stream,
-                                 params, tiling);
-                           });
-                         });
+  const uint64_t addresses =
+      address(params.x) | address(params.out) | address(params.offset) | address(params.mask);
+  return dispatch_vector(
+      params.dtype, shape.group_size, address(params.x) | address(params.out),
+      [&](auto type, auto size) {
+        using T = typename decltype(type)::type;
+        constexpr int kVector = decltype(size)::value;
+        return dispatch_policy<T>(shape, [&](auto tuned) {
+          constexpr Policy kPolicy = decltype(tuned)::kPolicy;
+          constexpr int kThreads = threads_of(kPolicy);
+          if constexpr (kVector > 1 && sizeof(T) < sizeof(double)) {
+            if (is_nine(shape, kVector, addresses)) {
+              return shape.group_size == 16 ? launch_nine<T, 16>(params, stream, tuned)
+                                            : launch_nine<T, 32>(params, stream, tuned);
+            }
+          }
+          const Tiling tiling = make_tiling(shape, kVector, kPolicy);
+          return launch_with_shared(dcnv3_kernel<T, kVector, kThreads, kPolicy.blocks>,
+                                    make_grid(shape, tiling.blocks), kThreads,
+                                    block_bytes<Accumulator<T>>(tiling, kPolicy.warps, false),
+                                    stream, params, tiling);
+        });
+      });
 }
 
 // ---- Backward -----------------------------------------------------------------------------------
@@ -102,10 +134,24 @@ cudaError_t launch_units(const Dcnv3BwdParams& params, void* grad_x, cudaStream_
           constexpr Policy kPolicy = decltype(tuned)::kPolicy;
           constexpr int kThreads = threads_of(kPolicy);
           const Tiling tiling = make_tiling(shape, kVector, kPolicy);
-          return launch_with_shared(dcnv3_bwd_kernel<T, kVector, kThreads, kPolicy.bwd_blocks>,
-                                    make_grid(shape, tiling), kThreads,
-                                    block_bytes<A>(tiling, kPolicy.warps, true), stream, params,
-                                    static_cast<A*>(grad_x), tiling);
+          if constexpr (kVector > 1 && std::is_same_v<A, float>) {
+            const int bytes = window_block_bytes(tiling, kPolicy.warps);
+            if (grad_x && has_windows(shape, kVector) && bytes <= kMostShared) {
+              const WindowTiling window = make_window_tiling(shape, kPolicy);
+              return launch_with_shared(
+                  dcnv3_bwd_window_kernel<T, kVector, kThreads, kPolicy.bwd_blocks>,
+                  make_grid(shape, window.blocks), kThreads, bytes, stream, params,
+                  static_cast<A*>(grad_x), tiling, window);
+            }
+          }
+          const auto launch_direct = [&](auto by_x) {
+            return launch_with_shared(
+                dcnv3_bwd_kernel<T, kVector, kThreads, kPolicy.bwd_blocks, decltype(by_x)::value>,
+                make_grid(shape, tiling.blocks), kThreads,
+                block_bytes<A>(tiling, kPolicy.warps, true), stream, params,
+                static_cast<A*>(grad_x), tiling);
+          };
+          return grad_x ? launch_direct(std::true_type{}) : launch_direct(std::false_type{});
         });
       });
 }
@@ -150,9 +196,10 @@ cudaError_t launch_fixed(const Dcnv3BwdParams& params, void* scratch, cudaStream
       constexpr Policy kPolicy = decltype(tuned)::kPolicy;
       constexpr int kThreads = threads_of(kPolicy);
       const Tiling tiling = make_tiling(shape, 1, kPolicy);
-      return launch_with_shared(
-          dcnv3_scatter_kernel<T, kThreads, kPolicy.bwd_blocks>, make_grid(shape, tiling), kThreads,
-          block_bytes<Accumulator<T>>(tiling, kPolicy.warps, false), stream, params, fixed, tiling);
+      return launch_with_shared(dcnv3_scatter_kernel<T, kThreads, kPolicy.bwd_blocks>,
+                                make_grid(shape, tiling.blocks), kThreads,
+                                block_bytes<Accumulator<T>>(tiling, kPolicy.warps, false), stream,
+                                params, fixed, tiling);
     });
   }
   if (error != cudaSuccess) return error;

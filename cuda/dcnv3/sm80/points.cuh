@@ -2,6 +2,7 @@
 #pragma once
 
 #include "dcnv3/tiling.h"
+#include "m3i/numbers/fast_math.cuh"
 #include "m3i/numbers/vec.cuh"
 
 namespace m3i::dcnv3 {
@@ -40,6 +41,22 @@ inline constexpr int kByWeight = 2;       // the sample
 template <class A>
 struct PointGrads {
   A sums[3];
+};
+
+// The weights of a point's corners, in the order of their bits, with its mask.
+template <class A>
+struct CornerWeights {
+  A at[4];
+
+  __device__ explicit CornerWeights(const Point<A>& point)
+      : CornerWeights(point.x, point.y, point.weight) {}
+  __device__ CornerWeights(A right, A bottom, A mask) {
+    const A lower = bottom * mask, upper = fused(-bottom, mask, mask);
+    at[0] = fused(-right, upper, upper);
+    at[1] = right * upper;
+    at[2] = fused(-right, lower, lower);
+    at[3] = right * lower;
+  }
 };
 
 // What a warp owns, and the block's steps.
@@ -109,7 +126,7 @@ __device__ inline A sum_over_lanes(A value, int lanes) {
 
 // a / b, a >= 0, b > 0. Nearly always both fit 32 bits, which are divided in line; the compiler's
 // own division of 64 bits is a subroutine.
-__device__ inline int64_t quotient(int64_t a, int64_t b) {
+M3I_HOST_DEVICE inline int64_t quotient(int64_t a, int64_t b) {
   if ((a | b) >> 32 == 0) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
   int64_t result = 0, rest = 0;
   for (int bit = 62; bit >= 0; --bit) {
@@ -124,13 +141,13 @@ __device__ inline int64_t quotient(int64_t a, int64_t b) {
 
 // ---- Geometry -----------------------------------------------------------------------------------
 
-__device__ inline int64_t centre(int64_t kernel, int64_t dilation) {
+M3I_HOST_DEVICE inline int64_t centre(int64_t kernel, int64_t dilation) {
   return dilation * (kernel - 1) / 2;
 }
 
 // In double, once a block: a fraction is as exact as its type.
 template <class A>
-__device__ inline void split_step(int64_t distance, double scale, int& whole, A& fraction) {
+M3I_HOST_DEVICE inline void split_step(int64_t distance, double scale, int& whole, A& fraction) {
   const double scaled = static_cast<double>(distance) * scale;
   const double below = floor(scaled);
   const bool reachable = below > -2.0 * kFar && below < 2.0 * kFar;
@@ -140,7 +157,7 @@ __device__ inline void split_step(int64_t distance, double scale, int& whole, A&
 }
 
 template <class A>
-__device__ inline Step<A> make_step(const Dcnv3Shape& shape, int64_t k) {
+M3I_HOST_DEVICE inline Step<A> make_step(const Dcnv3Shape& shape, int64_t k) {
   const int64_t middle = shape.kernel_width / 2 * shape.kernel_height + shape.kernel_height / 2;
   if (shape.remove_center && k >= middle) ++k;
   const int64_t column = quotient(k, shape.kernel_height), row = k - column * shape.kernel_height;
@@ -190,13 +207,14 @@ __device__ inline bool place(A offset, int base, int extent, int step, A step_fr
   return near && fraction >= 0 && whole < extent && (whole >= 0 || (whole == -1 && fraction > 0));
 }
 
-// Place of a point, without its weight, and the corners that lie inside; none if it is not valid.
+// Place of a point, without its weight, its upper left corner (x, y), and the corners that lie
+// inside; none if it is not valid.
 template <class A>
 __device__ inline unsigned locate(const Dcnv3Shape& shape, const Origin<A>& origin,
-                                  const Step<A>& step, A offset_x, A offset_y, Point<A>& point) {
+                                  const Step<A>& step, A offset_x, A offset_y, Point<A>& point,
+                                  int& x, int& y) {
   const int height = static_cast<int>(shape.height), width = static_cast<int>(shape.width);
   const A scale = static_cast<A>(shape.offset_scale);
-  int x, y;
   const bool valid_x =
       place(stretched(offset_x, scale), origin.x, width, step.x, step.x_fraction, x, point.x);
   const bool valid_y =
@@ -237,13 +255,13 @@ __device__ inline void normalise(const T* logits, int64_t num_points, bool exist
 
 // body(unit, k) for all of `count` points of the warp's units, each in one lane: neighbouring lanes
 // have neighbouring points.
-template <class Body>
-__device__ inline void for_each_point(int count, int num_units, const Body& body) {
+template <class Units, class Body>
+__device__ inline void for_each_point(int count, const Units& units, const Body& body) {
   const int lane = threadIdx.x % kWarpLanes;
   int unit = lane / count, k = lane % count;
   const int units_a_step = kWarpLanes / count, rest = kWarpLanes % count;
-  while (unit < num_units) {
-    body(unit, k);
+  while (unit < units.count) {
+    if (units.has(unit)) body(unit, k);
     unit += units_a_step;
     k += rest;
     if (k >= count) {
@@ -265,16 +283,18 @@ __device__ inline unsigned keep_if_lost(const Dcnv3Shape& shape, Point<A>& point
 }
 
 // Points [first, first + count) of the warp's units. `offset` and `mask` begin at its first unit.
-template <class T, class A>
+template <class T, class A, class Units, class Keep>
 __device__ inline void make_points(const Dcnv3Shape& shape, const Tiling& tiling, const T* offset,
-                                   const T* mask, int64_t first, int count, int num_units,
-                                   const Workspace<A>& work) {
-  for_each_point(count, num_units, [&](int unit, int k) {
-    const int64_t at = unit * shape.points + first + k;
+                                   const T* mask, int64_t first, int count, const Units& units,
+                                   const Workspace<A>& work, const Keep& keep) {
+  for_each_point(count, units, [&](int unit, int k) {
+    const int64_t at = units.past_first(unit) * shape.points + first + k;
     const Origin<A> origin = work.origins[unit];
     Point<A> point;
+    int x, y;
     unsigned inside = locate(shape, origin, work.steps[k], load_value(offset + 2 * at),
-                             load_value(offset + 2 * at + 1), point);
+                             load_value(offset + 2 * at + 1), point, x, y);
+    keep(unit * tiling.pitch + k, x, y, inside);
     const A value = load_value(mask + at);
     point.weight = shape.softmax ? exp_of(value - origin.largest) * origin.inverse_sum : value;
     if (inside == 0) inside = keep_if_lost(shape, point);

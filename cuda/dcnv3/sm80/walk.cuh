@@ -26,6 +26,11 @@ struct Units {
     lane = in_warp % tiling.lanes;
     exists = own < count;
   }
+
+  // The number of the warp's unit in its image, and what it is past that of the first.
+  __device__ int64_t index(int unit) const { return first + unit; }
+  __device__ int past_first(int unit) const { return unit; }
+  __device__ bool has(int unit) const { return unit < count; }
 };
 
 // Makes points of units, in shared memory.
@@ -43,11 +48,12 @@ class PointMaker {
         work(work) {}
 
   // Bases and softmax of the warp's units. All lanes come, also those without a unit.
+  template <class Units>
   __device__ void begin(const Units& units) {
     Origin<A> origin{};
-    if (units.exists) origin = make_origin<A>(shape, units.first + units.own);
+    if (units.exists) origin = make_origin<A>(shape, units.index(units.own));
     if (shape.softmax) {
-      normalise(mask + points_begin(shape, units.image, units.first + units.own), shape.points,
+      normalise(mask + points_begin(shape, units.image, units.index(units.own)), shape.points,
                 units.exists, units.lane, tiling.lanes, origin);
     }
     if (units.exists && units.lane == 0) work.origins[units.own] = origin;
@@ -55,7 +61,9 @@ class PointMaker {
   }
 
   // Points [first, first + count) of the units, to be read after it. All threads of the block come.
-  __device__ void make(const Units& units, int64_t first, int count) {
+  // keep(slot, x, y, inside) is called with each point's upper left corner.
+  template <class Units, class Keep>
+  __device__ void make(const Units& units, int64_t first, int count, const Keep& keep) {
     if (first != filled) {
       __syncthreads();
       if (threadIdx.x < static_cast<unsigned>(count)) {
@@ -65,9 +73,13 @@ class PointMaker {
       filled = first;
     }
     __syncwarp();
-    const int64_t begin = points_begin(shape, units.image, units.first);
-    make_points(shape, tiling, offset + 2 * begin, mask + begin, first, count, units.count, work);
+    const int64_t begin = points_begin(shape, units.image, units.index(0));
+    make_points(shape, tiling, offset + 2 * begin, mask + begin, first, count, units, work, keep);
     __syncwarp();
+  }
+  template <class Units>
+  __device__ void make(const Units& units, int64_t first, int count) {
+    make(units, first, count, [](int, int, int, unsigned) {});
   }
 
  private:

@@ -65,6 +65,43 @@ static_assert(block_bytes<float>(tiling_of(1, 9, 1), kTuned.warps, true) <= 48 *
 static_assert(block_bytes<float>(tiling_of(16, 9, 8), kTuned.warps, false) <= 20 * 1024,
               "fp16, D = 16");
 
+// ---- Nine points --------------------------------------------------------------------------------
+
+constexpr Dcnv3Shape make_nine(int64_t side, int64_t groups, int64_t group_size, double scale) {
+  Dcnv3Shape shape = make_shape(2, side, side, groups, group_size, 9);
+  shape.offset_scale = scale;
+  shape.dilation_height = shape.dilation_width = 1;
+  return shape;
+}
+
+static_assert(is_nine(make_nine(14, 2, 16, 1.0), 8, 0), "a model's layer in bf16");
+static_assert(is_nine(make_nine(14, 7, 32, 2.0), 4, 32), "in float32, with a larger scale");
+static_assert(!is_nine(make_nine(14, 2, 16, 1.0), 1, 0), "no access of 16 bytes");
+static_assert(!is_nine(make_nine(14, 2, 16, 1.0), 8, 2), "an offset that is not aligned");
+static_assert(!is_nine(make_nine(14, 2, 24, 1.0), 8, 0), "another group size");
+static_assert(!is_nine(make_nine(14, 2, 16, 0.5), 8, 0), "places between pixels");
+static_assert(!is_nine(make_nine(0, 2, 16, 1.0), 8, 0), "an image without pixels");
+static_assert(is_nine(make_nine(1448, 32, 16, 1.0), 8, 0), "fewer than 2^30 channels of an output");
+static_assert(!is_nine(make_nine(1449, 32, 16, 1.0), 8, 0), "more");
+static_assert(!is_nine(make_nine(1 << 19, 1, 16, 1.0), 8, 0), "places that a float does not hold");
+
+constexpr bool divides(uint32_t divisor) {
+  const Divisor by = Divisor::of(divisor);
+  constexpr uint32_t kLast = 0x7fffffffu;
+  for (uint32_t i = 0; i < 100; ++i) {
+    for (const uint32_t n :
+         {i, i * divisor, i * divisor + divisor - 1, kLast - i, kLast / 3 * 2 - i}) {
+      if (n > kLast) continue;
+      const auto high = static_cast<uint32_t>(uint64_t{n} * by.multiplier >> 32);
+      if ((high + n) >> by.shift != n / divisor) return false;
+    }
+  }
+  return true;
+}
+static_assert(divides(1) && divides(2) && divides(3) && divides(7) && divides(56) && divides(641) &&
+                  divides(65535) && divides(65536) && divides((1 << 28) + 1),
+              "as the processor does");
+
 // ---- Policies -----------------------------------------------------------------------------------
 
 static_assert(policy_index(80, make_shape(1, 14, 14, 32, 16, 9)) == 0, "a100, small");

@@ -17,7 +17,7 @@ from tests.shared.ops.dcnv3_cases import Config, assert_right, make
 
 KINDS = ("out of bounds by one", "missing barrier", "unwritten shared memory", "racing write")
 
-# By kernel and kind. Lines of points.cuh and walk.cuh are part of all three kernels.
+# By kernel and kind. Lines of points.cuh and walk.cuh are part of all kernels.
 FAULTS = {
     ("dcnv3_kernel", "out of bounds by one"): Fault(
         "sm80/points.cuh",
@@ -28,8 +28,8 @@ FAULTS = {
     ),
     ("dcnv3_kernel", "missing barrier"): Fault(
         "sm80/walk.cuh",
-        "first, count, units.count, work);\n    __syncwarp();",
-        "first, count, units.count, work);",
+        "first, count, units, work, keep);\n    __syncwarp();",
+        "first, count, units, work, keep);",
         "dcnv3_kernel",
         r"(read before written|data race): read .* of dynamic shared memory",
     ),
@@ -47,6 +47,34 @@ FAULTS = {
         "dcnv3_kernel",
         r"data race: write of 16 bytes .* of an allocation .* which thread \(\d+, 0, 0\) wrote",
     ),
+    ("dcnv3_nine_kernel", "out of bounds by one"): Fault(
+        "sm80/nine.cuh",
+        "(has_right ? x + 1 : x)",
+        "(has_right ? x + 1 : x + 1)",
+        "dcnv3_nine_kernel",
+        r"out-of-bounds read of 16 bytes .* past the end of an allocation",
+    ),
+    ("dcnv3_nine_kernel", "missing barrier"): Fault(
+        "sm80/nine.cuh",
+        "__all_sync(0xffffffffu, all);\n      __syncwarp();",
+        "__all_sync(0xffffffffu, all);",
+        "dcnv3_nine_kernel",
+        r"(read before written|data race): read .* of dynamic shared memory",
+    ),
+    ("dcnv3_nine_kernel", "unwritten shared memory"): Fault(
+        "sm80/nine.cuh",
+        "at[k] = make_uint4(corner,",
+        "if (t > 0) at[k] = make_uint4(corner,",
+        "dcnv3_nine_kernel",
+        r"read before written: read of \d+ bytes .* of dynamic shared memory",
+    ),
+    ("dcnv3_nine_kernel", "racing write"): Fault(
+        "sm80/nine.cuh",
+        "int64_t index = int64_t{blockIdx.y} * shape.units + unit;",
+        "int64_t index = int64_t{blockIdx.y} * shape.units + unit / 2;",
+        "dcnv3_nine_kernel",
+        r"data race: write of 16 bytes .* of an allocation .* which thread \(\d+, 0, 0\) wrote",
+    ),
     ("dcnv3_bwd_kernel", "out of bounds by one"): Fault(
         "sm80/bwd.cuh",
         "out_begin(shape, units.image, unit) + channel), grad)",
@@ -56,7 +84,7 @@ FAULTS = {
     ),
     ("dcnv3_bwd_kernel", "missing barrier"): Fault(
         "sm80/bwd.cuh",
-        "__syncwarp();\n          bwd.write_chunk",
+        "__syncwarp();\n        bwd.write_chunk",
         "bwd.write_chunk",
         "dcnv3_bwd_kernel",
         r"(read before written|data race): read .* of dynamic shared memory",
@@ -76,11 +104,39 @@ FAULTS = {
         r"data race: write of 4 bytes .* of dynamic shared memory",
     ),
     ("dcnv3_bwd_kernel", "racing write, global"): Fault(
-        "sm80/bwd.cuh",
-        "red_add(to + i, values);",
-        "for (int j = 0; j < kWidth; ++j) to[i + j] += values[j];",
+        "sm80/scatter.cuh",
+        "red_add(to, values);",
+        "for (int j = 0; j < kFloats; ++j) to[j] += values[j];",
         "dcnv3_bwd_kernel",
         r"data race: read of 4 bytes .* which (thread|a thread of another block)",
+    ),
+    ("dcnv3_bwd_window_kernel", "out of bounds by one"): Fault(
+        "sm80/window.cuh",
+        "0 <= x && x < width",
+        "0 <= x && x <= width",
+        "dcnv3_bwd_window_kernel",
+        r"out-of-bounds atomic operation of 4 bytes .* past the end of an allocation",
+    ),
+    ("dcnv3_bwd_window_kernel", "missing barrier"): Fault(
+        "sm80/walk.cuh",
+        "first, count, units, work, keep);\n    __syncwarp();",
+        "first, count, units, work, keep);",
+        "dcnv3_bwd_window_kernel",
+        r"(read before written|data race): read .* of dynamic shared memory",
+    ),
+    ("dcnv3_bwd_window_kernel", "unwritten shared memory"): Fault(
+        "sm80/window.cuh",
+        "i += kWarpLanes) window[i] = 0",
+        "i += 2 * kWarpLanes) window[i] = 0",
+        "dcnv3_bwd_window_kernel",
+        r"read before written: read of 4 bytes .* of dynamic shared memory",
+    ),
+    ("dcnv3_bwd_window_kernel", "racing write"): Fault(
+        "sm80/window.cuh",
+        "cells[slot] = at;",
+        "cells[slot / 2] = at;",
+        "dcnv3_bwd_window_kernel",
+        r"data race: write of 4 bytes .* of dynamic shared memory",
     ),
     ("dcnv3_scatter_kernel", "out of bounds by one"): Fault(
         "sm80/fixed.cuh",
@@ -111,7 +167,13 @@ FAULTS = {
         r"data race: (read|write) of 8 bytes .* which (thread|a thread of another block)",
     ),
 }
-KERNELS = ("dcnv3_kernel", "dcnv3_bwd_kernel", "dcnv3_scatter_kernel")
+KERNELS = (
+    "dcnv3_kernel",
+    "dcnv3_nine_kernel",
+    "dcnv3_bwd_kernel",
+    "dcnv3_bwd_window_kernel",
+    "dcnv3_scatter_kernel",
+)
 
 
 def test_every_kind_is_planted_in_every_kernel() -> None:
@@ -119,15 +181,22 @@ def test_every_kind_is_planted_in_every_kernel() -> None:
     assert all(fault.launcher == kernel for (kernel, _), fault in FAULTS.items())
 
 
-def call(kernel: str) -> None:
+def call(kernel: str, needs_grad: list[bool] | None = None) -> None:
     """The one of the op's functions that launches the kernel, in float32."""
-    config = Config(batch=2, image=(5, 6), group_size=32, softmax=True)
+    config = Config(
+        batch=2,
+        image=(5, 6),
+        group_size=32,
+        stride=2 if kernel == "dcnv3_bwd_kernel" else 1,  # windows serve a stride of 1 alone
+        remove_center=kernel == "dcnv3_kernel",  # nine points have a kernel of their own
+        softmax=True,
+    )
     inputs, grad_out = make(config)
-    if kernel == "dcnv3_kernel":
+    if kernel in ("dcnv3_kernel", "dcnv3_nine_kernel"):
         torch.ops.m3i.dcnv3(*inputs, *config.arguments)
         return
     by_x_alone = kernel == "dcnv3_scatter_kernel"  # the deterministic sum
-    needs_grad = [True, not by_x_alone, not by_x_alone]
+    needs_grad = needs_grad or [True, not by_x_alone, not by_x_alone]
     torch.ops.m3i.dcnv3_bwd(grad_out, *inputs, *config.arguments, needs_grad, by_x_alone)
 
 
@@ -186,14 +255,40 @@ def test_compute_capability_9_0(folder: Path) -> None:
             assert_right(dcnv3, config, torch.float32)
 
 
-def test_gradients_by_x_are_added_by_16_bytes_on_9_0(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("kernel", "source", "added"),
+    [
+        ("dcnv3_bwd_kernel", "scatter.cuh", "red_add(to"),
+        ("dcnv3_bwd_window_kernel", "window.cuh", "red_add(to + x * step"),
+    ],
+)
+def test_gradients_by_x_are_added_by_16_bytes_on_9_0(
+    folder: Path, kernel: str, source: str, added: str
+) -> None:
     """One instruction, which no other address takes."""
-    source = folder / "sm80/bwd.cuh"
-    text, added = source.read_text(), "red_add(to + i, "
+    path = folder / "sm80" / source
+    text = path.read_text()
     assert text.count(added) == 1
-    source.write_text(text.replace(added, "red_add(to + i + 1, "))
+    path.write_text(text.replace(added, f"{added} + 1"))
     with (
         emulated("dcnv3", folder=folder.parent, architecture=90),
         pytest.raises(RuntimeError, match="misaligned atomic operation of 16 bytes"),
     ):
-        call("dcnv3_bwd_kernel")
+        call(kernel)
+
+
+def test_lanes_that_add_a_windows_row_wait_for_those_that_summed_it(folder: Path) -> None:
+    """On compute capability 9.0 a lane adds what four others have summed."""
+    fault = Fault(
+        "sm80/bwd.cuh",
+        "    });\n  }\n  __syncwarp();\n}",
+        "    });\n  }\n}",
+        "dcnv3_bwd_window_kernel",
+        r"data race: read of \d+ bytes .* of dynamic shared memory",
+    )
+    fault.plant(folder / fault.source)
+    with (
+        emulated("dcnv3", folder=folder.parent, architecture=90),
+        pytest.raises(RuntimeError, match=fault.report),
+    ):
+        call(fault.launcher, [True, False, False])  # with the others there is one more barrier

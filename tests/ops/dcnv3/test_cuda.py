@@ -101,6 +101,54 @@ def test_more_points_and_channels_than_fit_at_once(config: Config, device: str) 
     assert_right(dcnv3, config, torch.float32, device)
 
 
+# Strips, segments and slices of the windows that the gradient by x is summed in, full and in part.
+WINDOWS = {
+    "three strips, four segments": Config(batch=1, image=(15, 19), softmax=True),
+    "half a slice": Config(image=(6, 7), groups=3),
+    "five groups of 8": Config(image=(5, 9), group_size=8, groups=5),
+    "one group of 32": Config(image=(9, 4), group_size=32, groups=1),
+    "points in chunks": Config(batch=1, image=(5, 6), kernel=(5, 5), padding=(2, 2), softmax=True),
+    "most points outside": Config(image=(12, 12), reach=6.0),
+    "no padding": Config(image=(9, 11), padding=(0, 0)),
+}
+
+
+@on_every_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("config", WINDOWS.values(), ids=WINDOWS.keys())
+def test_windows(config: Config, dtype: torch.dtype, device: str) -> None:
+    assert_right(dcnv3, config, dtype, device)
+
+
+@on_every_device
+def test_windows_keep_what_is_not_finite_where_it_is(device: str) -> None:
+    """Of a gradient, a mask and an offset, as the kernel without windows does (stride 2 has none).
+
+    Each output pixel of the second call is one of the first, and the gradient of all others zero.
+    """
+    config = Config(batch=2, image=(9, 9), groups=2)
+    (x, offset, mask), grad_out = make(config)
+    grad_out[0, 2, 4, 5], grad_out[1, 0, 0, 20] = torch.nan, torch.inf
+    mask[1, 4, 4, 3], offset[1, 6, 2, 5] = -torch.inf, torch.nan
+    mask.view(2, 9, 9, 2, 9)[0, 8, 8, 1] = torch.nan
+    every = slice(None, None, 2)
+    few = Config(batch=2, image=(9, 9), groups=2, stride=2)
+    sparse = torch.zeros_like(grad_out)
+    sparse[:, every, every] = grad_out[:, every, every]
+    kept = torch.zeros_like(mask)
+    kept[:, every, every] = mask[:, every, every]
+    still = torch.zeros_like(offset)
+    still[:, every, every] = offset[:, every, every]
+    windowed = results(dcnv3, tuple(t.to(device) for t in (x, still, kept)), sparse.to(device),
+                       **config.options)  # fmt: skip
+    parts = (x, *(t[:, every, every].contiguous() for t in (offset, mask)))
+    direct = results(dcnv3, tuple(t.to(device) for t in parts), grad_out[:, every, every]
+                     .contiguous().to(device), **few.options)  # fmt: skip
+    finite = direct[1].isfinite()
+    assert not finite.all() and torch.equal(windowed[1].isfinite(), finite)
+    torch.testing.assert_close(windowed[1][finite], direct[1][finite])
+
+
 @on_every_device
 @pytest.mark.slow
 def test_more_images_than_a_grid_has_rows(device: str) -> None:

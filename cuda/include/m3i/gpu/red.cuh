@@ -5,13 +5,22 @@
 
 namespace m3i {
 
+// Floats that one instruction adds: what neighbouring lanes should have each, so that a warp's
+// instruction covers whole sectors.
+#if __CUDA_ARCH__ >= 900
+inline constexpr int kRedFloats = 4;
+#else
+inline constexpr int kRedFloats = 1;
+#endif
+
 // to[i] += values[i], each component by itself; `to` is aligned to all of it. One instruction on
 // sm_90, kSize of them before.
 template <int kSize>
 __device__ inline void red_add(float* to, const float (&values)[kSize]) {
   static_assert(kSize == 1 || kSize == 2 || kSize == 4, "the sizes that the hardware adds");
 #if defined(M3I_EMULATOR)
-  emulator::red_add(to, values, kSize);
+  constexpr int kOnce = kSize < kRedFloats ? kSize : kRedFloats;
+  for (int i = 0; i < kSize; i += kOnce) emulator::red_add(to + i, values + i, kOnce);
 #elif __CUDA_ARCH__ >= 900
   if constexpr (kSize == 1) {
     asm volatile("red.global.add.f32 [%0], %1;" ::"l"(to), "f"(values[0]) : "memory");

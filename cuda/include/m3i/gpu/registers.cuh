@@ -1,5 +1,6 @@
-// Registers that one warpgroup gives up and another one takes (sm_90a). Device code only.
+// Registers. Device code only.
 //
+// One warpgroup gives up some and another one takes them (sm_90a):
 // A block starts with as many registers a thread as its launch bound leaves: 168 where it is
 // __launch_bounds__(384, 1). (Without the 1 ptxas ignores all of this.) A warpgroup that only
 // issues copies goes down to 24, and two that multiply go up to 240; who goes up waits until enough
@@ -31,6 +32,14 @@ __device__ inline void setmaxnreg_dec() {
 #else
   M3I_ASM_90A("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
 #endif
+}
+
+// The value, which the compiler does not compute again later.
+__device__ inline int in_register(int value) {
+#ifndef M3I_EMULATOR
+  asm volatile("" : "+r"(value));
+#endif
+  return value;
 }
 
 }  // namespace m3i

@@ -12,6 +12,8 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   return value;
 }
 
+inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
+
 // 10 times the major number of the compute capability plus the minor one.
 inline int architecture() {
   return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor) +

@@ -9,6 +9,9 @@ namespace m3i {
 __device__ inline float fused(float a, float b, float c) { return fmaf(a, b, c); }
 __device__ inline double fused(double a, double b, double c) { return fma(a, b, c); }
 
+// The same, rounded downwards.
+__device__ inline float fused_down(float a, float b, float c) { return __fmaf_rd(a, b, c); }
+
 __device__ inline float larger(float a, float b) { return fmaxf(a, b); }
 __device__ inline double larger(double a, double b) { return fmax(a, b); }
 

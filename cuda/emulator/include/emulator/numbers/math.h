@@ -100,6 +100,14 @@ inline double rsqrt(double x) { return 1.0 / std::sqrt(x); }
 inline float __saturatef(float x) { return std::fmin(std::fmax(x, 0.0f), 1.0f); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline double __fma_rn(double a, double b, double c) { return std::fma(a, b, c); }
+// Rounded downwards: exact in double but for the last step, which an error of its own corrects.
+inline float __fmaf_rd(float a, float b, float c) {
+  const float nearest = std::fma(a, b, c);
+  const double product = static_cast<double>(a) * b;  // of 24 bits each
+  // nearest > product + c, without a rounding that could hide it
+  const double above = static_cast<double>(nearest) - c;
+  return above > product ? std::nextafter(nearest, -INFINITY) : nearest;
+}
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
