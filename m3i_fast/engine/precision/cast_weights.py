@@ -106,6 +106,6 @@ def _weights_of_products(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.
         for kind, names in OF_PRODUCTS.items():
             if isinstance(module, kind):
                 for name in names:
-                    parameter = module._parameters[name]
+                    parameter = module._parameters.get(name)
                     if parameter is not None:
                         yield module, name, parameter

@@ -9,11 +9,11 @@ from torch.utils.checkpoint import checkpoint
 
 from m3i_fast.engine.precision import cast_weights as module
 from m3i_fast.engine.precision.cast_weights import cast_weights
-from m3i_fast.models.transformer.blocks import Block, Linear
+from m3i_fast.models.transformer.blocks import Block, LayerNormLinear, Linear
 
 
 class Shared(nn.Module):
-    """Two blocks, of which the first runs twice, a convolution, and a weight in two places."""
+    """Two blocks, of which the first runs twice, a convolution, a weight in two places, no bias."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -21,11 +21,13 @@ class Shared(nn.Module):
         self.convolution = nn.Conv2d(1, 16, 2, stride=2)
         self.head, self.tied = Linear(16, 16), Linear(16, 16)
         self.tied.weight = self.head.weight
+        self.without_bias = LayerNormLinear(16, 16, bias=False)
         self.unused = Linear(4, 4)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.convolution(images).flatten(2).mT
         x = self.blocks[1](self.blocks[0](self.blocks[0](x)))
+        x = self.without_bias(x)
         return self.tied(self.head(x)).float().square().mean()
 
 
