@@ -82,7 +82,8 @@ class TrainConfig(Checked):
     cuda_graphs: bool = False
     """Replay each ViT, text encoder and decoder as one CUDA graph launch, forward and backward,
     with a graph for each shape: for kernels that are shorter than their launches, as those of ViT-S
-    and B. It needs a GPU, alone or with DDP; every graph keeps its activations."""
+    and B. It needs a GPU, alone or with DDP; every graph keeps its activations. Views of two sizes
+    and the questions to a decoder are calls by themselves, which round otherwise than packed."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device that trains; auto: the first GPU if there is one, else the CPU."""
     deterministic: bool = False

@@ -190,6 +190,7 @@ def replay_with_graphs(
         name = REPLAYED.get(type(module))
         if name is not None:
             graphed = GraphedMethod(module, getattr(module, name), capture or capture_on_gpu)
+            module.calls_apart = True  # type: ignore[assignment]
             setattr(module, name, graphed)
             graphed_methods.append(graphed)
 

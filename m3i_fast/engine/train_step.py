@@ -7,7 +7,9 @@ that they time, profile and predict the step that trains.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -28,6 +30,7 @@ from m3i_fast.engine.parallel.accumulation import (
 from m3i_fast.engine.parallel.local_shards import GradientNorm
 from m3i_fast.engine.parallel.ranks import World, average_replicated, distribute
 from m3i_fast.engine.precision.arithmetic import Arithmetic
+from m3i_fast.engine.precision.cast_weights import cast_weights
 from m3i_fast.engine.precision.cpu_products import fast_cpu_products
 from m3i_fast.engine.precision.fp8 import expect_fp8, forward_context, layers_of
 from m3i_fast.keyed_draws import Purpose, words
@@ -36,25 +39,40 @@ from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.objectives.step_context import Stage, no_stage
 from m3i_fast.pipelines.batch import Batch
 
+# (module, trained=...) -> the context of `cast_weights`
+CastWeights = Callable[..., AbstractContextManager[None]]
+
+
+def no_cast(model: nn.Module, *, trained: bool) -> AbstractContextManager[None]:
+    """Leave the weights as they are."""
+    return nullcontext()
+
 
 class ForwardPass(nn.Module):
     """Targets, inputs and objective as one module, whose gradients the ranks all-reduce."""
 
-    def __init__(self, objective: MutualInformation) -> None:
+    def __init__(self, objective: MutualInformation, cast: CastWeights = no_cast) -> None:
         super().__init__()
-        self.objective = objective
+        self.objective, self._cast = objective, cast
 
     def forward(
         self, batch: Batch, mix: Mix, stage: Stage, *, monitor: bool, measure: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss [] and the metrics of `MutualInformation`, each part in its stage."""
-        with stage("fwd.target"):
-            targets = self.objective.encode_targets(batch, mix)
+        objective = self.objective
+        with stage("fwd.target"), self._cast_targets():
+            targets = objective.encode_targets(batch, mix)
         with stage("fwd.input"):
-            encoded = self.objective.encode_inputs(batch, mix)
-        return self.objective(
+            encoded = objective.encode_inputs(batch, mix)
+        return objective(
             encoded, targets, batch, mix, monitor=monitor, measure=measure, stage=stage
         )
+
+    def _cast_targets(self) -> AbstractContextManager[None]:
+        """Cast the target encoder's weights, whose copies are freed with it."""
+        if not self.objective.cfg.uses(encoder="momentum"):
+            return nullcontext()
+        return self._cast(self.objective.target_encoder, trained=False)
 
 
 def no_backoff(step: int) -> float:
@@ -86,7 +104,8 @@ class TrainStep:
         expect_additive(cfg, objective)
         self.cfg, self.objective, self.world, self.arithmetic = cfg, objective, world, arithmetic
         self._stage, self._lr_scale = stage, lr_scale
-        self.model = _distribute(cfg, objective, world, arithmetic)
+        self._cast = _cast_of(cfg, world, arithmetic)
+        self.model = _distribute(cfg, objective, world, arithmetic, self._cast)
         self._named = list(objective.named_parameters())
         self.optimizer = build_optimizer(cfg.optim, objective)
         self.guard = Guard(cfg.guard, objective, world)
@@ -149,7 +168,7 @@ class TrainStep:
             is_last = index + 1 == len(batches)
             with stage("mix"):
                 mix = self.draw_mix(batch)
-            with gradient_sync(self.model, is_last):
+            with gradient_sync(self.model, is_last), self._cast(self.objective, trained=True):
                 with forward_context(self.arithmetic, self.world.device):
                     loss, metrics = self.model(
                         batch, mix, stage, monitor=monitor and is_last, measure=measure
@@ -235,11 +254,28 @@ def draw_step_mix(cfg: TrainConfig, batch: Batch, *, first_position: int, step: 
     return replace(mix, branch_priority=rows, local_branch_priority=local)
 
 
+def _cast_of(cfg: TrainConfig, world: World, arithmetic: Arithmetic) -> CastWeights:
+    """Return `cast_weights`, or a context that leaves the weights to who casts them otherwise.
+
+    FSDP2 gathers them in bf16, torch.compile casts them in its kernels, a captured graph casts what
+    it reads from the parameters' own memory, and FP8 layers quantise the parameters themselves.
+    """
+    elsewhere = world.shards_weights(cfg.parallel) or cfg.compile or cfg.cuda_graphs
+    low = arithmetic.compute_dtype != torch.float32
+    if low and arithmetic.backend == "torch" and not elsewhere:
+        return partial(cast_weights, dtype=arithmetic.compute_dtype)
+    return no_cast
+
+
 def _distribute(
-    cfg: TrainConfig, objective: MutualInformation, world: World, arithmetic: Arithmetic
+    cfg: TrainConfig,
+    objective: MutualInformation,
+    world: World,
+    arithmetic: Arithmetic,
+    cast: CastWeights,
 ) -> nn.Module:
     """Return the forward pass as the ranks run it, all-reducing gradients in the backward pass."""
-    forward = ForwardPass(objective)
+    forward = ForwardPass(objective, cast)
     expect_fp8(forward, arithmetic)
     if cfg.cuda_graphs:
         replay_with_graphs(forward, world.device)

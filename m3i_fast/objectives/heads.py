@@ -6,6 +6,9 @@ prototypes, E embedding width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -20,12 +23,27 @@ from m3i_fast.models.transformer.blocks import (
     Block,
     BlockLayers,
     Linear,
+    Sequences,
+    pack,
     reset_children,
+    unpack,
 )
-from m3i_fast.models.transformer.positions import grid_embedding, sincos_embedding
-from m3i_fast.objectives.row_statistics import wide
+from m3i_fast.models.transformer.positions import (
+    grid_embedding,
+    sincos_embedding,
+    sincos_frequencies,
+)
+from m3i_fast.objectives.row_statistics import unit_rows, wide
 
 LOG_SIZE_SCALE = 10.0  # SiameseIM embeds 10 ln(dh): the sines resolve steps of about 1
+
+
+class Question(NamedTuple):
+    """What a decoder is asked: targets at some positions, of images by their own tokens."""
+
+    tokens: Tensor  # [I, n, C]
+    token_index: Tensor  # [I, n] int64, the cells of the tokens
+    position: Tensor  # [I, Q, 4] of the targets (`relative_positions`)
 
 
 class DenseDecoder(nn.Module):
@@ -35,7 +53,10 @@ class DenseDecoder(nn.Module):
     carry its relative position. `projector` is an identity where the config has none.
     """
 
+    calls_apart = False
+    """Whether questions are answered one by one: in chunks, or in CUDA graphs."""
     own_position: Tensor  # [input_grid ** 2, D] fp32
+    frequencies: Tensor  # [D / 4] fp32
 
     def __init__(
         self,
@@ -70,10 +91,11 @@ class DenseDecoder(nn.Module):
         self.head = Linear(cfg.dim, output_dim)
         self.mask_token = nn.Parameter(torch.empty(cfg.dim))
         self.register_buffer("own_position", torch.empty(input_grid**2, cfg.dim), persistent=False)
+        self.register_buffer("frequencies", torch.empty(cfg.dim // 4), persistent=False)
         self._reset_own()
 
     def reset_parameters(self) -> None:
-        """Initialise every parameter and the position table, as after `to_empty`."""
+        """Initialise every parameter and the position tables, as after `to_empty`."""
         reset_children(self)
         self._reset_own()
 
@@ -81,23 +103,74 @@ class DenseDecoder(nn.Module):
         nn.init.normal_(self.mask_token, std=INIT_STD)
         table = grid_embedding(self.input_grid, self.cfg.dim, self.own_position.device)
         self.own_position.copy_(table)
+        self.frequencies.copy_(sincos_frequencies(self.cfg.dim, self.frequencies.device))
 
-    def forward(self, tokens: Tensor, token_index: Tensor, position: Tensor) -> Tensor:
+    def answer(self, questions: Sequence[Question]) -> list[Tensor]:  # [I, Q, output_dim] each
+        """Predict the targets of several questions, with all products of all of them together.
+
+        Each is a call by itself with a batch norm, whose statistics are those of a call, and where
+        calls have to be apart (`calls_apart`).
+        """
+        if len(questions) == 1 or self.calls_apart or self.cfg.projector == "batch_norm":
+            return [self(*question) for question in questions]
+        return list(self(*(tuple(part) for part in zip(*questions, strict=True))))
+
+    def forward(
+        self,
+        tokens: Tensor | tuple[Tensor, ...],
+        token_index: Tensor | tuple[Tensor, ...],
+        position: Tensor | tuple[Tensor, ...],
+    ) -> Tensor | tuple[Tensor, ...]:
         """Predict Q targets an image: [I, n, C] -> [I, Q, output_dim].
 
         token_index: [I, n] int64, the cells of the tokens. position: [I, Q, 4], py, px, ln(dh) and
-        ln(dw) of the target patches (`relative_positions`).
+        ln(dw) of the target patches (`relative_positions`). Tuples are of several questions, whose
+        answers are a tuple.
         """
-        own = self.embed(self.projector(tokens)) + F.embedding(token_index, self.own_position)
-        place, log_size = position.split(2, dim=-1)
-        place = sincos_embedding(torch.cat([place, LOG_SIZE_SCALE * log_size], -1), self.cfg.dim)
-        masked = self.position(place) + self.mask_token
+        if isinstance(tokens, tuple):
+            assert isinstance(token_index, tuple) and isinstance(position, tuple)
+            return self._answer_packed(tokens, token_index, position)
+        assert isinstance(token_index, Tensor) and isinstance(position, Tensor)
+        own = self._embed(self.projector(tokens), token_index)
+        masked = self._masked(position)
         x = torch.cat([own, masked.to(own.dtype)], dim=1)
         for block in self.blocks[:-1]:
             x = block(x)
         # The own tokens are not used after the last block.
         x = self.blocks[-1](x, num_last=masked.shape[1])
         return self.head(self.norm(x))
+
+    def _answer_packed(
+        self,
+        tokens: tuple[Tensor, ...],
+        token_index: tuple[Tensor, ...],
+        position: tuple[Tensor, ...],
+    ) -> tuple[Tensor, ...]:
+        shown = [Sequences(*part.shape[:2]) for part in tokens]
+        asked = [Sequences(*part.shape[:2]) for part in position]
+        index = torch.cat([part.flatten() for part in token_index])
+        own = self._embed(self.projector(pack(tokens)), index)
+        masked = self._masked(pack(position)).to(own.dtype)
+        of_each = zip(unpack(own, shown), unpack(masked, asked), strict=True)
+        whole = [torch.cat(both, dim=1) for both in of_each]
+        packed = tuple(Sequences(*part.shape[:2]) for part in whole)
+        x = pack(whole)
+        for block in self.blocks[:-1]:
+            x = block(x, packed=packed)
+        # The own tokens are not used after the last block.
+        last = tuple(p._replace(num_last=q.length) for p, q in zip(packed, asked, strict=True))
+        x = self.blocks[-1](x, packed=last)
+        return tuple(unpack(self.head(self.norm(x)), asked))
+
+    def _embed(self, tokens: Tensor, token_index: Tensor) -> Tensor:  # [..., C], [...] -> [..., D]
+        return self.embed(tokens) + F.embedding(token_index, self.own_position)
+
+    def _masked(self, position: Tensor) -> Tensor:  # [..., 4] -> [..., D]
+        """Return mask tokens that carry their positions."""
+        place, log_size = position.split(2, dim=-1)
+        place = torch.cat([place, LOG_SIZE_SCALE * log_size], -1)
+        place = sincos_embedding(place, self.cfg.dim, self.frequencies)
+        return self.position(place) + self.mask_token
 
 
 class GlobalHead(nn.Module):
@@ -116,7 +189,10 @@ class GlobalHead(nn.Module):
         reset_children(self)
 
     def forward(self, tokens: Tensor) -> Tensor:  # [I, n, C] -> [I, output_dim]
-        mean = tokens.mean(dim=1)
+        return self.of_means(tokens.mean(dim=1))
+
+    def of_means(self, mean: Tensor) -> Tensor:  # [I, C] -> [I, output_dim]
+        """Embed images by the means over their own tokens."""
         return self.output(mean if self.hidden is None else F.gelu(self.hidden(mean)))
 
 
@@ -176,5 +252,5 @@ class PrototypeHead(nn.Module):
     ) -> Tensor:  # [N, C] -> [N, K]
         """Return the cosines in fp32; prototypes: [K, E] to use instead of the head's own."""
         chosen = self.prototypes if prototypes is None else prototypes
-        rows = F.normalize(wide(self.mlp(features)), dim=-1)
-        return rows @ F.normalize(wide(chosen), dim=-1).T
+        rows = unit_rows(wide(self.mlp(features)))
+        return rows @ unit_rows(wide(chosen)).T

@@ -59,6 +59,13 @@ class Mix:
         rows = torch.arange(self.sample.shape[0], device=self.sample.device)
         return _of_images(rows.view(-1, self.num_inputs)[:, : self.num_asked], which)
 
+    def take(self, values: Tensor, which: Asked) -> Tensor:  # [I, ...] -> [A, ...] or [K * A, ...]
+        """Return the rows `asked(which)` of the images' values, without a copy where it can be."""
+        if which == "all" and self.num_asked < self.num_inputs:
+            return values[self.asked(which)]
+        first = self.sample.shape[0] - self.num_inputs if which == "last" else 0
+        return values if which == "all" else values[first : first + self.num_asked]
+
     def queries(self, which: Asked, *, own: bool) -> Tensor:  # [A, Q] int64, or [K * A, Q] of all
         """Return the cells to predict from images `asked(which)`, of their own or another view."""
         cells = self.own_query if own else self.other_query

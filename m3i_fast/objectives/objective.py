@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -209,7 +209,7 @@ class MutualInformation(nn.Module):
             images = [
                 normalise_views(
                     batch.global_views[view],
-                    mix.sample[_rows(mix, self._target_rows[name, view])],
+                    _take(mix, mix.sample, self._target_rows[name, view]),
                     autocast_dtype(mix.sample.device.type),
                 )
                 for _, view in sources
@@ -229,30 +229,48 @@ class MutualInformation(nn.Module):
         return encoders
 
     def encode_inputs(self, batch: Batch, mix: Mix) -> Encoded:
-        """Encode the inputs in one pass, of both views where a term uses them.
-
-        Local views, which have another size, take a second pass.
-        """
+        """Encode the inputs, of both views where a term uses them, and the local views."""
         views = batch.global_views[: self._num_views]
         images = torch.cat([_mixed(view, mix) for view in views])
         index = self._stacked(mix)
-        match self.cfg.mixing.mode:
-            case "own_image" | "masked":
-                assert isinstance(self.encoder, ViT)  # vision_conflicts
-                own = self.encoder.encode_alone(images, index, mix.branch_priority)
-            case "joint":
-                own = take_cells(self.encoder.encode_cells(images, mix.branch_priority), index)
-            case "blend":  # both images of an input share its tokens
-                own = self.encoder.encode_cells(images, mix.branch_priority).repeat(2, 1, 1)
-            case "none":
-                own = self.encoder.encode_cells(images, mix.branch_priority)
+        mode = self.cfg.mixing.mode
+        shown = index if mode in ("own_image", "masked") else None
+        own, local = self._encode_views(images, shown, batch, mix)
+        if mode == "joint":
+            own = take_cells(own, index)
+        elif mode == "blend":  # both images of an input share its tokens
+            own = own.repeat(2, 1, 1)
         by_view = own.unflatten(0, (-1, self._num_views, mix.num_inputs)).unbind(1)
-        local: tuple[Tensor, ...] = ()
-        if batch.local_views:
-            every = torch.cat(batch.local_views)
-            own = self._encode_whole(every, mix.local_branch_priority)
-            local = own.split(len(batch.local_views[0]))
         return Encoded(tuple(view.flatten(0, 1) for view in by_view), local)
+
+    def _encode_views(
+        self,
+        images: Tensor,  # [V P, 3, H, W]
+        shown: Tensor | None,  # [K V P, n] int64, cells of images that are encoded alone
+        batch: Batch,
+        mix: Mix,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:  # [K V P, n, C] or [V P, N, C], [B, m, C] each
+        """Encode inputs and local views, by a ViT with all products of both together."""
+        encoder, priority = self.encoder, mix.branch_priority
+        if not batch.local_views:
+            return self._encode_inputs(images, shown, priority), ()
+        local = torch.cat(batch.local_views)
+        if isinstance(encoder, ViT) and priority is None:
+            every = torch.arange(len(local), device=local.device)
+            pictures = normalise_views(local, every, autocast_dtype(local.device.type))
+            own, of_local = encoder.encode_views(images, shown, pictures)
+        else:
+            own = self._encode_inputs(images, shown, priority)
+            of_local = self._encode_whole(local, mix.local_branch_priority)
+        return own, of_local.split(len(batch.local_views[0]))
+
+    def _encode_inputs(
+        self, images: Tensor, shown: Tensor | None, priority: Tensor | None
+    ) -> Tensor:
+        if shown is None:
+            return self.encoder.encode_cells(images, priority)
+        assert isinstance(self.encoder, ViT)  # vision_conflicts
+        return self.encoder.encode_alone(images, shown, priority)
 
     def _stacked(self, mix: Mix) -> Tensor:  # [K V P, n]
         """Repeat the cells of images for all views, so that image i is in input i % (V P)."""
@@ -295,11 +313,13 @@ class MutualInformation(nn.Module):
         def log(name: str, value: Tensor) -> None:
             metrics[f"monitor/{name}"] = value.detach()
 
+        steps = {name: step.with_encoded(read_by[name]) if read_by else step for name in self.terms}
+        answers = self._answers(steps)
         for term in self._every_term():
             name = term.term.name
-            read = step.with_encoded(read_by[name]) if read_by else step
+            monitored = log if monitor else None
             with stage(f"loss.{name}"):
-                losses[name], members = term(read, log if monitor else None, **self._shared(term))
+                losses[name], members = term(steps[name], monitored, **answers.get(name, {}))
             metrics[f"loss/{name}"] = losses[name].detach()
             if isinstance(members, int):
                 members = losses[name].new_full((), members)
@@ -339,14 +359,24 @@ class MutualInformation(nn.Module):
         gradients, self._term_gradients = self._term_gradients, None
         return gradients.metrics() if gradients is not None else {}
 
-    def _shared(self, term: TermModule) -> dict[str, nn.Module]:
-        """Return the modules that a term shares with others: the decoder of its kind of target."""
-        if not isinstance(term, Dense) or term.decoder_key is None:
-            return {}
-        shared = {"decoder": self.decoders[term.decoder_key]}
-        if term.decoder_key in self.target_projectors:
-            shared["project"] = self.target_projectors[term.decoder_key]
-        return shared
+    def _answers(self, steps: Mapping[str, StepContext]) -> dict[str, dict[str, Any]]:
+        """Return the arguments asked, answers and project of terms that have a decoder, by name.
+
+        Each decoder answers all its terms at once; its time is that of the first one.
+        """
+        arguments: dict[str, dict[str, Any]] = {}
+        for key, decoder in self.decoders.items():
+            assert isinstance(decoder, DenseDecoder)
+            terms = {t.term.name: t for t in self.terms_of(Dense) if t.decoder_key == key}
+            first = next(iter(terms))
+            with steps[first].stage(f"loss.{first}"):
+                asked = {name: term.ask(steps[name]) for name, term in terms.items()}
+                answers = iter(decoder.answer([q for of in asked.values() for q in of.questions]))
+            for name, of in asked.items():
+                arguments[name] = {"asked": of, "answers": [next(answers) for _ in of.questions]}
+                if key in self.target_projectors:
+                    arguments[name]["project"] = self.target_projectors[key]
+        return arguments
 
     def _encoders(self) -> dict[str, ImageEncoder]:
         encoders: dict[str, ImageEncoder] = {"online": self.encoder}
@@ -389,7 +419,7 @@ class MutualInformation(nn.Module):
         views = step.encoded.views
         for (encoder, view), rows in self._target_rows.items():
             if encoder == "momentum" and view == int(self.cfg.uses(view="other")):
-                student = normalise_tokens(views[0][_rows(step.mix, rows)])
+                student = normalise_tokens(_take(step.mix, views[0], rows))
                 target = normalise_tokens(step.target_tokens(encoder, view, rows))
                 return metrics | target_monitors(target, student)
         student = normalise_tokens(views[0])
@@ -427,5 +457,5 @@ def _mixed(views: Tensor, mix: Mix) -> Tensor:  # [B, 3, H, W] uint8 -> [P, 3, H
     return mask_mix(views, mix.choice, mix.members, dtype=dtype)
 
 
-def _rows(mix: Mix, rows: Rows) -> Tensor | slice:
-    return slice(None) if rows == "every" else mix.asked(rows)
+def _take(mix: Mix, values: Tensor, rows: Rows) -> Tensor:  # [I, ...] -> [R, ...]
+    return values if rows == "every" else mix.take(values, rows)

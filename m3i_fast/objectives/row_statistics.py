@@ -16,7 +16,11 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+SHORTEST = 1e-12  # rows that are shorter are divided by it, as by F.normalize
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -25,6 +29,35 @@ R = TypeVar("R")
 def wide(x: Tensor) -> Tensor:
     """Cast to fp32; fp64 is kept, so that gradients can be checked in it."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+class _UnitRows(torch.autograd.Function):
+    """Rows over their lengths, whose gradient takes five operators where torch's takes fourteen."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        divisor = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(SHORTEST)
+        unit = x / divisor
+        ctx.save_for_backward(unit, divisor)
+        return unit
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        unit, divisor = ctx.saved_tensors
+        along = (grad * unit).sum(-1, keepdim=True)
+        return torch.addcmul(grad, unit, along, value=-1).div_(divisor)
+
+
+def unit_rows(x: Tensor) -> Tensor:  # [..., D] fp32 or fp64 -> [..., D]
+    """Scale rows to unit length, as `F.normalize`; differentiable once.
+
+    A row of zeros stays zero, with the gradient over 1e-12.
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        unit: Tensor = _UnitRows.apply(x)
+        return unit
+    return F.normalize(x, dim=-1)
 
 
 def full_precision(function: Callable[P, R]) -> Callable[P, R]:

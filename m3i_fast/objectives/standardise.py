@@ -37,6 +37,7 @@ class Standardise(nn.Module):
     ) -> None:
         super().__init__()
         self.over, self.process_group = over, process_group
+        self._has_pending = False  # whether rows were passed since the last fold
         if over == "running":
             self.register_buffer("mean", torch.empty(dim))
             self.register_buffer("variance", torch.empty(dim))
@@ -47,6 +48,7 @@ class Standardise(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initialise every buffer, as after `to_empty`."""
+        self._has_pending = False
         for buffer in self.buffers():
             buffer.zero_()
         if self.over == "running":
@@ -63,7 +65,10 @@ class Standardise(nn.Module):
             mean, variance = self.mean, self.variance
             if self.training:
                 newest = own_moments(rows.flatten(0, -2))
-                self.pending.copy_(join_moments(torch.stack([self.pending, newest])))
+                if self._has_pending:
+                    newest = join_moments(torch.stack([self.pending, newest]))
+                self.pending.copy_(newest)
+                self._has_pending = True
         return ((rows - mean) * (variance + EPS).rsqrt()).to(z.dtype)
 
     @torch.no_grad()
@@ -84,3 +89,4 @@ class Standardise(nn.Module):
         self.variance.lerp_(variance, rate)
         self.num_folds.copy_(folds)
         self.pending.zero_()
+        self._has_pending = False

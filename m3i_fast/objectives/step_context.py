@@ -89,10 +89,11 @@ class StepContext:
     encoders: Mapping[str, ImageEncoder]  # by online, momentum, frozen: those in use
     stage: Stage = no_stage
     _summaries: dict[int, Tensor] = field(default_factory=dict)
+    _means: dict[int, Tensor] = field(default_factory=dict)
 
     def with_encoded(self, encoded: Encoded) -> StepContext:
         """Return the same step with other tokens, which are summarised anew."""
-        return replace(self, encoded=encoded, _summaries={})
+        return replace(self, encoded=encoded, _summaries={}, _means={})
 
     def summary(self, view: int) -> Tensor:  # [I or B, s, P]
         """Summarise an encoded view, once a step.
@@ -106,13 +107,20 @@ class StepContext:
         return self._summaries[view]
 
     def embedding(self, view: int) -> Tensor:  # [I or B, P]
-        """Average the summary of an encoded view, by its index."""
-        return self.summary(view).mean(1)
+        """Average the summary of an encoded view, by its index, once a step."""
+        if view not in self._means:
+            self._means[view] = self.summary(view).mean(1)
+        return self._means[view]
 
-    @property
-    def summaries(self) -> list[Tensor]:
-        """Summaries of the first view's images and then of the local views."""
-        return [self.summary(0)] + [self.summary(view) for view in self.local_indices]
+    def mean_rows(self) -> Tensor:  # [I + L B, P]
+        """Return the embeddings of the first view's images and of the local views, once a step.
+
+        They are the rows of the label terms.
+        """
+        if -1 not in self._means:
+            rows = [self.embedding(view) for view in (0, *self.local_indices)]
+            self._means[-1] = torch.cat(rows)
+        return self._means[-1]
 
     @property
     def local_indices(self) -> range:
@@ -121,11 +129,11 @@ class StepContext:
 
     @property
     def num_rows(self) -> int:
-        """Number of rows of all `summaries` together, I + L B."""
+        """Number of `mean_rows`, I + L B."""
         return len(self.mix.sample) + sum(len(local) for local in self.encoded.local)
 
     def weighted_rows(self) -> list[tuple[Tensor | float, slice]]:
-        """Return (weight, slice) pairs that cover the rows of `summaries`.
+        """Return (weight, slice) pairs that cover `mean_rows`.
 
         All rows with weight 1; for blended images all first ones with their share, and all second
         ones with theirs.
@@ -136,7 +144,7 @@ class StepContext:
         return [(share, slice(num_inputs)), (1 - share, slice(num_inputs, None))]
 
     def per_row(self, values: Tensor) -> Tensor:  # [B] -> [I + L B]
-        """Repeat a value of each sample for every row of `summaries`."""
+        """Repeat a value of each sample for every one of `mean_rows`."""
         return torch.cat([values[self.mix.sample], *(values for _ in self.local_indices)])
 
     @torch.no_grad()
@@ -153,7 +161,7 @@ class StepContext:
             return tokens
         if encoded_rows == "every":
             assert rows != "every"
-            return tokens[self.mix.asked(rows)]
+            return self.mix.take(tokens, rows)
         assert encoded_rows == "all" and rows != "every"
         return tokens[: self.mix.num_asked] if rows == "first" else tokens[-self.mix.num_asked :]
 

@@ -231,6 +231,7 @@ def _count_graphs(objective: nn.Module) -> list[int]:
 
     for module in objective.modules():
         if (name := REPLAYED.get(type(module))) is not None:
+            module.calls_apart = True  # type: ignore[assignment]
             setattr(module, name, counted(getattr(module, name), module))
     return graphs
 

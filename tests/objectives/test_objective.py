@@ -123,7 +123,7 @@ def test_dense_terms_are_siameseims_of_normalised_targets() -> None:
             parameter.add_(0.2 * torch.randn_like(parameter))
     predictions: list[Tensor] = []
     decoder = model.decoders["features_momentum"]
-    decoder.register_forward_hook(lambda *call: predictions.append(call[-1].detach()))
+    decoder.register_forward_hook(lambda *call: predictions.extend(z.detach() for z in call[-1]))
     encoded, targets = model.encode_inputs(batch, mix), model.encode_targets(batch, mix)
     metrics = model(encoded, targets, batch, mix, monitor=True)[1]
     raws = (

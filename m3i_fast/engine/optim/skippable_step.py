@@ -40,10 +40,10 @@ def device_of(tensor: Tensor) -> torch.device:
 def step_with_skip(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:  # [] fp32, 1: no step
     """Take a step where `skip` is 0; where it is 1, keep weights and state bit for bit.
 
-    torch's fused optimisers take the flag themselves. Any other optimiser is stepped on some
-    tensors at a time, and copies of these are put back where the flag is set: all that its step
-    writes must be tensors on the device, in its parameters or in `optimizer.state`. State that a
-    skipped step creates is set to zeros.
+    torch's fused optimisers and Muon take the flag themselves. Any other optimiser is stepped on
+    some tensors at a time, and copies of these are put back where the flag is set: all that its
+    step writes must be tensors on the device, in its parameters or in `optimizer.state`. State that
+    a skipped step creates is set to zeros.
     """
     if getattr(optimizer, "_step_supports_amp_scaling", False):
         optimizer.found_inf = skip  # type: ignore[attr-defined]
@@ -65,6 +65,68 @@ def restore_where(skips: Tensor, tensors: Iterable[Tensor], saved: Iterable[Tens
     """Write `saved` into `tensors`, in place, where the flag [] bool is set."""
     for tensor, before in zip(tensors, saved, strict=True):
         torch.where(skips, before, tensor, out=tensor)
+
+
+@torch.no_grad()
+def lerp_unless(
+    skip: Tensor | None,  # [] fp32
+    tensors: list[Tensor],
+    ends: list[Tensor],
+    weight: float,
+) -> None:
+    """Move each tensor to its end, tensor <- (1 - weight) tensor + weight end, unless skip is 1.
+
+    skip: None moves them always; this also supports tensors without data.
+    """
+    if not tensors:
+        return
+    if skip is None:
+        torch._foreach_lerp_(tensors, ends, weight)
+    else:  # as a step down |tensor - end|^2 / 2: with decay 1 and the "gradient" end, maximised
+        _fused_sgd(skip, tensors, ends, rate=weight, decay=1.0, maximize=True)
+
+
+@torch.no_grad()
+def descend_unless(
+    skip: Tensor | None,  # [] fp32
+    tensors: list[Tensor],
+    directions: list[Tensor],
+    rate: float,
+    *,
+    decay: float,
+) -> None:
+    """Step tensor <- (1 - decay) tensor - rate direction, in place unless skip is 1."""
+    if skip is None:
+        torch._foreach_mul_(tensors, 1 - decay)
+        torch._foreach_add_(tensors, directions, alpha=-rate)
+    elif rate:
+        _fused_sgd(skip, tensors, directions, rate=rate, decay=decay / rate, maximize=False)
+
+
+def _fused_sgd(
+    skip: Tensor,
+    tensors: list[Tensor],
+    gradients: list[Tensor],
+    *,
+    rate: float,
+    decay: float,
+    maximize: bool,
+) -> None:
+    """Call the one fused kernel of torch, for any tensors, that takes a flag on the device."""
+    no_momenta: list[Tensor] = []
+    torch._fused_sgd_(
+        tensors,
+        gradients,
+        no_momenta,
+        weight_decay=decay,
+        momentum=0.0,
+        lr=rate,
+        dampening=0.0,
+        nesterov=False,
+        maximize=maximize,
+        is_first_step=False,
+        found_inf=skip,
+    )
 
 
 def split_by_size(params: list[Tensor]) -> Iterator[list[Tensor]]:

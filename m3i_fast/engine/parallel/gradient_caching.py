@@ -35,6 +35,7 @@ def encode_in_chunks(objective: MutualInformation, size: int) -> None:
     for module in objective.modules():
         method = ROW_WISE.get(type(module))
         if method is not None:
+            module.calls_apart = True  # type: ignore[assignment]
             setattr(module, method, partial(run_in_chunks, getattr(module, method), size))
 
 

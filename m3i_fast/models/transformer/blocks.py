@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from m3i_fast.models.transformer.positions import rotate
 LAYER_NORM_EPS = 1e-6  # timm, MAE and DINO; Transformer Engine's own default is 1e-5
 INIT_STD = 0.02
 QUICK_GELU = 1.702  # OpenAI's CLIP
+MASK_ALIGNMENT = 16  # elements, of the rows of a mask for torch's memory-efficient attention
 
 # (x [..., K], weight [N, K], bias [N] or None) -> [..., N], as F.linear
 Matmul = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -157,6 +159,14 @@ class LayerNormMLP(nn.Module):
         return self.matmul(x, self.fc2_weight, self.fc2_bias)
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which a product of `x` is computed: that of autocast where it is on."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
 def rotate_qk(qkv: Sequence[Tensor], rotation: Tensor | None) -> Sequence[Tensor]:
     """Apply rotary positions to q and k of (q, k, v), each [B, T, H, D / H].
 
@@ -178,19 +188,32 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads, self.head_dim, self.causal = num_heads, head_dim, causal
 
+    def prepare_mask(self, key_mask: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return what the kernels of all layers add to logits: [B, T] bool -> [B, 1, 1, T] `dtype`.
+
+        dtype: that of q and k. A mask of bool is converted and aligned anew in every layer.
+        """
+        length = key_mask.shape[1]
+        aligned = -(-length // MASK_ALIGNMENT) * MASK_ALIGNMENT
+        bias = key_mask.new_zeros(len(key_mask), 1, 1, aligned, dtype=dtype)[..., :length]
+        return bias.masked_fill_(~key_mask[:, None, None], -torch.inf)
+
     def forward(
         self, qkv: Tensor, key_mask: Tensor | None = None, rotation: Tensor | None = None
     ) -> Tensor:
         """Attend from every token to every token: [B, T, 3 D] -> [B, T, D].
 
         qkv: q, k and v side by side, each head after head. key_mask: [B, T] bool, True where the
-        token is real and may be attended to; none if causal, where padding at the end is after all
-        real tokens. rotation: [B, T, 2, D / H / 2] of the tokens' positions (`positions.rotary`).
+        token is real and may be attended to, or what `prepare_mask` makes of it; none if causal,
+        where padding at the end is after all real tokens. rotation: [B, T, 2, D / H / 2] of the
+        tokens' positions (`positions.rotary`).
         """
         B, T, _ = qkv.shape
         heads = qkv.view(B, T, 3, self.num_heads, self.head_dim).unbind(2)
         q, k, v = (x.transpose(1, 2) for x in rotate_qk(heads, rotation))
-        mask = None if key_mask is None else key_mask[:, None, None, :]
+        mask = key_mask
+        if mask is not None and mask.dtype == torch.bool:
+            mask = mask[:, None, None, :]
         out = F.scaled_dot_product_attention(  # [B, H, T, D / H]
             q, k, v, attn_mask=mask, is_causal=self.causal
         )
@@ -310,6 +333,31 @@ TORCH_LAYERS = BlockLayers(
 )
 
 
+class Sequences(NamedTuple):
+    """Size of a batch among several that are packed."""
+
+    batch_size: int
+    length: int
+    num_last: int | None = None
+    """Tokens that a block returns, the last ones of each sequence; None for all."""
+
+    @property
+    def start(self) -> int:
+        """Return the first token that a block returns."""
+        return 0 if self.num_last is None else self.length - self.num_last
+
+
+def pack(batches: Sequence[Tensor]) -> Tensor:  # [B, T, D] each -> [B T of all, D]
+    """Put batches of sequences of several lengths behind one another."""
+    return torch.cat([batch.flatten(0, 1) for batch in batches])
+
+
+def unpack(tokens: Tensor, packed: Sequence[Sequences]) -> list[Tensor]:
+    """Undo `pack`: [B T of all, D] -> [B, T, D] each, views."""
+    parts = tokens.split([of.batch_size * of.length for of in packed])
+    return [part.view(of.batch_size, of.length, -1) for part, of in zip(parts, packed, strict=True)]
+
+
 class Block(nn.Module):
     """A pre-norm Transformer block with optional LayerScale and DropPath: [B, T, D] -> [B, T, D].
 
@@ -375,6 +423,7 @@ class Block(nn.Module):
         num_last: int | None = None,
         rotation: Tensor | None = None,
         priority: Tensor | None = None,
+        packed: Sequence[Sequences] = (),
     ) -> Tensor:
         """Run the block: [B, T, D] -> [B, T, D], or [B, num_last, D].
 
@@ -382,10 +431,31 @@ class Block(nn.Module):
         num_last: return the last tokens only, without computing the others.
         rotation: [B, T, 2, D / H / 2] of rotary positions, applied to queries and keys.
         priority: [B, 2] int32 of `DropPath`, for attention and for the MLP.
+        packed: x is [B T of all, D], sequences of several lengths of which each attends to itself,
+        as `pack` makes it; then num_last is theirs, and key_mask, rotation and priority are None.
         """
+        arguments = x, key_mask, num_last, rotation, priority, packed
         if self.checkpoint is None or not torch.is_grad_enabled():
-            return self._run(x, key_mask, num_last, rotation, priority)
-        return self.checkpoint(self._run, x, key_mask, num_last, rotation, priority)
+            return self._run(*arguments)
+        return self.checkpoint(self._run, *arguments)
+
+    def _run_packed(self, x: Tensor, packed: Sequence[Sequences]) -> Tensor:
+        """Run the block on sequences of several lengths: products of all, attention of each."""
+        assert not self.training or self.drop_path.rate == 0.0, "a row of x is no sample"
+        each = unpack(self._qkv(x), packed)
+        attended = [self.attention(qkv, None, None) for qkv in each]
+        if any(of.num_last is not None for of in packed):
+            attended = [a[:, of.start :] for a, of in zip(attended, packed, strict=True)]
+            last = zip(unpack(x, packed), packed, strict=True)
+            x = pack([tokens[:, of.start :] for tokens, of in last])
+        add = self.drop_path.add
+        x = add(x, self.proj(pack(attended)), self.layer_scale_1, None)
+        return add(x, self.layernorm_mlp(x), self.layer_scale_2, None)
+
+    def prepare_mask(self, key_mask: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return what all blocks of a stack take as key_mask: [B, T] bool -> as `Attention`'s."""
+        prepared: Tensor = self.attention.prepare_mask(key_mask, dtype)  # type: ignore[operator]
+        return prepared
 
     def _run(
         self,
@@ -394,7 +464,10 @@ class Block(nn.Module):
         num_last: int | None,
         rotation: Tensor | None,
         priority: Tensor | None,
+        packed: Sequence[Sequences],
     ) -> Tensor:
+        if packed:
+            return self._run_packed(x, packed)
         drop, (first, second) = self.drop_path, branch_priorities(priority)
         rows = drop.draw(x, first)
         key_mask = None if key_mask is None else take_rows(key_mask, rows)

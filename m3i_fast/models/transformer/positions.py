@@ -12,18 +12,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def sincos_embedding(coordinates: Tensor, dim: int) -> Tensor:
+def sincos_frequencies(dim: int, device: torch.device | None = None) -> Tensor:  # [dim / 4] fp32
+    """Return the frequencies w of `sincos_embedding`."""
+    quarter = dim // 4
+    exponent = torch.arange(quarter, device=device, dtype=torch.float32) / quarter
+    return torch.pow(10000.0, -exponent)
+
+
+def sincos_embedding(coordinates: Tensor, dim: int, frequencies: Tensor | None = None) -> Tensor:
     """Embed each coordinate in dim / 2 sines and cosines: [..., K] -> [..., K * dim / 2] fp32.
 
     Per coordinate p: sin(p w) then cos(p w), w_k = 10000 ** (-k / (dim / 4)), k < dim / 4.
-    Two coordinates (row, column) give `dim` numbers, four (position and size) 2 * `dim`. Raises
-    ValueError where `dim` is no multiple of 4.
+    Two coordinates (row, column) give `dim` numbers, four (position and size) 2 * `dim`.
+    frequencies: those of `sincos_frequencies`, where they are kept. Raises ValueError where `dim`
+    is no multiple of 4.
     """
     if dim % 4:
         raise ValueError(f"dim: expected a multiple of 4 for a sine-cosine position, got {dim}")
-    quarter = dim // 4
-    exponent = torch.arange(quarter, device=coordinates.device, dtype=torch.float32) / quarter
-    angles = coordinates.float().unsqueeze(-1) * torch.pow(10000.0, -exponent)
+    if frequencies is None:
+        frequencies = sincos_frequencies(dim, coordinates.device)
+    angles = coordinates.float().unsqueeze(-1) * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2)
 
 
@@ -112,14 +120,37 @@ def relative_positions(
             raise ValueError(
                 f"{name}: expected [{target_index.shape[0]}, 5], got {list(boxes.shape)}"
             )
-    y, x, height, width, flip = input_boxes.float().unsqueeze(-1).unbind(1)  # each [I, 1]
-    y_t, x_t, height_t, width_t, flip_t = target_boxes.float().unsqueeze(-1).unbind(1)
-    row = (target_index // target_grid + 0.5) / target_grid
-    column = (target_index % target_grid + 0.5) / target_grid
-    column = torch.where(flip_t > 0.5, 1 - column, column)
-    across = (x_t - x + width_t * column) / width
-    across = torch.where(flip > 0.5, 1 - across, across)
-    down = (y_t - y + height_t * row) / height
-    size = torch.cat([height_t / height, width_t / width], 1) * (input_grid / target_grid)
-    position = torch.stack([down, across], -1) * input_grid - 0.5  # [I, Q, 2]
-    return torch.cat([position, size.log()[:, None].expand_as(position)], -1)
+    fraction, ratio = relative_fractions(
+        input_boxes, target_boxes, target_index, target_grid=target_grid
+    )
+    return grid_positions(fraction, ratio, input_grid=input_grid, target_grid=target_grid)
+
+
+def relative_fractions(
+    input_boxes: Tensor,  # [..., I, 5] as `relative_positions`
+    target_boxes: Tensor,  # [..., I, 5]
+    target_index: Tensor,  # [I, Q] int64
+    *,
+    target_grid: int,
+) -> tuple[Tensor, Tensor]:  # [..., I, Q, 2], [..., I, 1, 2] fp32
+    """Compute target patches' centres in fractions of the input view, and h' / h and w' / w."""
+    boxes, targets = input_boxes.float().unsqueeze(-2), target_boxes.float().unsqueeze(-2)
+    axis = torch.arange(2, device=boxes.device, dtype=boxes.dtype)  # a mirror keeps y and turns x
+    turned, target_turned = boxes[..., 4:] * axis, targets[..., 4:] * axis
+    cell = torch.stack([target_index // target_grid, target_index % target_grid], -1)
+    centre = (target_turned - (cell + 0.5) / target_grid).abs()  # 1 - c where the target is turned
+    size, target_size = boxes[..., 2:4], targets[..., 2:4]
+    fraction = (targets[..., :2] - boxes[..., :2] + target_size * centre) / size
+    return turned + (1 - 2 * turned) * fraction, target_size / size
+
+
+def grid_positions(
+    fraction: Tensor,  # [..., I, Q, 2]
+    ratio: Tensor,  # [..., I, 1, 2]
+    *,
+    input_grid: int,
+    target_grid: int,
+) -> Tensor:  # [..., I, Q, 4]
+    """Return the positions of `relative_positions` of what `relative_fractions` computes."""
+    log_size = (ratio * (input_grid / target_grid)).log().expand_as(fraction)
+    return torch.cat([fraction * input_grid - 0.5, log_size], -1)

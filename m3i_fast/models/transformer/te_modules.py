@@ -107,6 +107,10 @@ class Attention(nn.Module):
         self.num_heads, self.head_dim = num_heads, head_dim
         self.core = DotProductAttention(num_heads, head_dim, causal)
 
+    def prepare_mask(self, key_mask: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the mask itself, [B, T] bool."""
+        return key_mask
+
     def forward(
         self, qkv: Tensor, key_mask: Tensor | None = None, rotation: Tensor | None = None
     ) -> Tensor:

@@ -15,6 +15,7 @@ from m3i_fast.models.transformer.blocks import (
     Block,
     BlockLayers,
     Linear,
+    product_dtype,
     reset_children,
 )
 
@@ -78,6 +79,10 @@ class TextEncoder(nn.Module):
         # an empty caption attends to its first padding: a softmax over nothing is NaN
         key_mask = None if is_causal else place < num_tokens.clamp(min=1)[:, None]  # [B, T]
         x = self.token_embedding(token_ids) + self.pos_embed[:, :length]
+        if key_mask is not None:
+            first = self.blocks[0]
+            assert isinstance(first, Block)
+            key_mask = first.prepare_mask(key_mask, product_dtype(x))
         for block in self.blocks:
             x = block(x, key_mask)
         x = self.norm(x)

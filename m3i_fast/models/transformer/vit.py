@@ -7,6 +7,7 @@ D width, H heads, I images in inputs.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m3i_fast.config.models.vit import ViTConfig
@@ -15,8 +16,11 @@ from m3i_fast.models.transformer.blocks import (
     TORCH_LAYERS,
     Block,
     BlockLayers,
+    Sequences,
     layer_priorities,
+    pack,
     reset_children,
+    unpack,
 )
 from m3i_fast.models.transformer.positions import (
     grid_embedding,
@@ -28,11 +32,30 @@ from m3i_fast.models.transformer.positions import (
 PREFIX_STD = 1e-6  # timm's class and register tokens
 
 
+def embed_patches(
+    images: Tensor,  # [B, 3, H, W]
+    weight: Tensor,  # [D, 3, P, P]
+    bias: Tensor | None,  # [D]
+) -> Tensor:  # [B, N, D]
+    """Compute the convolution of stride P as one matrix product over the pixels of the patches.
+
+    Its result is contiguous by token. That of a convolution is contiguous by channel, so that each
+    norm and sum of the blocks that follow copies or strides.
+    """
+    size = weight.shape[-1]
+    pixels = images.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # [B, 3, h, P, w, P]
+    patches = pixels.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # [B, N, 3 P P]
+    return F.linear(patches, weight.flatten(1), bias)
+
+
 class ViT(ImageEncoder):
     """A Vision Transformer in three steps: `embed` patches, select some, `encode` the selected.
 
     On the meta device `to_empty` and then `reset_parameters` give the weights of a direct build.
     """
+
+    calls_apart = False
+    """Whether batches of several lengths are encoded one by one: in chunks, or in CUDA graphs."""
 
     def __init__(self, cfg: ViTConfig, *, layers: BlockLayers = TORCH_LAYERS) -> None:
         super().__init__()
@@ -101,7 +124,7 @@ class ViT(ImageEncoder):
                 f"images: expected [B, 3, H, W] with H and W multiples of patch_size = {patch}, "
                 f"got {list(images.shape)}"
             )
-        tokens = self.patch_embed(images).flatten(2).transpose(1, 2)
+        tokens = embed_patches(images, self.patch_embed.weight, self.patch_embed.bias)
         if self.pos_embed is None:
             return tokens
         old, new = (self.cfg.grid, self.cfg.grid), (height // patch, width // patch)
@@ -133,15 +156,18 @@ class ViT(ImageEncoder):
                 f"centres: expected {'none' if centres is not None else '[B, n, 2]'} with position "
                 f"= {self.cfg.position}, got {None if centres is None else list(centres.shape)}"
             )
-        prefix = [p for p in (self.class_token, self.register_tokens) if p is not None]
-        if prefix:
-            tokens = torch.cat([*(p.expand(tokens.shape[0], -1, -1) for p in prefix), tokens], 1)
-        tokens = self.norm_pre(tokens)
+        tokens = self.norm_pre(self._with_prefix(tokens))
         rotation = None if centres is None else self._rotation(centres)
         for i, block in enumerate(self.blocks):
             own = layer_priorities(priority, i)
             tokens = block(tokens, rotation=rotation, priority=own)
         return self.norm(tokens)
+
+    def _with_prefix(self, tokens: Tensor) -> Tensor:  # [B, n, D] -> [B, R + n, D]
+        prefix = [p for p in (self.class_token, self.register_tokens) if p is not None]
+        if not prefix:
+            return tokens
+        return torch.cat([*(p.expand(tokens.shape[0], -1, -1) for p in prefix), tokens], 1)
 
     def _rotation(self, centres: Tensor) -> Tensor:  # [B, n, 2] -> [B, R + n, 2, D / H / 2]
         """Compute the rotations of all tokens; those of prefix tokens have the angle 0."""
@@ -177,6 +203,34 @@ class ViT(ImageEncoder):
         if centres is not None:
             centres = take_cells(centres, token_index)
         return self.encode(tokens, centres, priority)[:, self.num_prefix :]
+
+    def encode_views(
+        self,
+        images: Tensor,  # [B, 3, H, W]
+        token_index: Tensor | None,  # [I, n] int64 as `encode_alone`
+        local: Tensor,  # [L, 3, h, w]
+    ) -> tuple[Tensor, Tensor]:  # [I, n, D] or [B, N, D], [L, m, D]
+        """Encode images, alone where cells are given, and whole pictures of another size.
+
+        As `encode_alone` or `encode_cells`, and `encode_cells`, with all products of both together;
+        in two calls with rotary positions or stochastic depth, which are of whole batches, or where
+        calls have to be apart (`calls_apart`).
+        """
+        of_batches = self.cfg.position != "absolute" or self.cfg.drop_path_rate > 0
+        if self.calls_apart or of_batches:
+            if token_index is None:
+                return self.encode_cells(images), self.encode_cells(local)
+            return self.encode_alone(images, token_index), self.encode_cells(local)
+        tokens = self.embed(images)
+        if token_index is not None:
+            tokens = take_cells(tokens, token_index)
+        whole = [self._with_prefix(tokens), self._with_prefix(self.embed(local))]
+        packed = tuple(Sequences(*x.shape[:2]) for x in whole)
+        x = self.norm_pre(pack(whole))
+        for block in self.blocks:
+            x = block(x, packed=packed)
+        own, of_local = unpack(self.norm(x), packed)
+        return own[:, self.num_prefix :], of_local[:, self.num_prefix :]
 
     def summarise(self, tokens: Tensor) -> Tensor:
         """Return all tokens unchanged: [B, n, D]."""

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from m3i_fast.config.objective import ObjectiveConfig, Term
 from m3i_fast.models.transformer.blocks import Linear
-from m3i_fast.models.transformer.positions import relative_positions
-from m3i_fast.objectives.heads import DenseDecoder, Mlp
+from m3i_fast.models.transformer.positions import grid_positions, relative_fractions
+from m3i_fast.objectives.heads import Mlp, Question
 from m3i_fast.objectives.monitors import log_prediction
 from m3i_fast.objectives.standardise import Standardise
 from m3i_fast.objectives.step_context import Monitor, StepContext
@@ -23,6 +25,14 @@ from m3i_fast.objectives.targets import (
     prefer_cells,
 )
 from m3i_fast.objectives.terms.base import Sizes, TermModule, log_spread, momentum_copy
+from m3i_fast.ops import gaussian
+
+
+class Asked(NamedTuple):
+    """What a term asks of its decoder, of its own view and then of all local views together."""
+
+    query: Tensor  # [A, Q] int64, the cells to predict
+    questions: list[Question]
 
 
 class Dense(TermModule):
@@ -45,95 +55,97 @@ class Dense(TermModule):
         if term.predictor == "linear":
             self.predictor = Linear(vision.dim, dim)
 
+    def ask(self, step: StepContext) -> Asked:
+        """Return what is asked of the decoder of `decoder_key`, and which cells it predicts."""
+        term, mix, local = self.term, step.mix, step.encoded.local
+        query = self._query(step)
+        samples = mix.take(mix.sample, term.asked)
+        boxes = step.batch.boxes[samples]  # [A, V + L, 5]
+        inputs = [boxes[:, :1]]
+        if asks_local := bool(local) and term.view == "other":
+            first = len(step.batch.global_views)
+            inputs.append(boxes[:, first : first + len(local)])
+        fraction, ratio = relative_fractions(
+            torch.cat(inputs, 1).transpose(0, 1),  # [1 + L, A, 5]
+            boxes[:, int(term.view == "other")],
+            query,
+            target_grid=self.grid,
+        )
+        place = partial(grid_positions, target_grid=self.grid)
+        own = Question(
+            mix.take(step.encoded.views[0], term.asked),
+            mix.take(mix.token_index, term.asked),
+            place(fraction[0], ratio[0], input_grid=self.grid),
+        )
+        if not asks_local:
+            return Asked(query, [own])
+        side = math.isqrt(local[0].shape[1])
+        position = place(fraction[1:], ratio[1:], input_grid=side).flatten(0, 1)
+        tokens = torch.cat([view.index_select(0, samples) for view in local])
+        # Cell (u, v) of a smaller grid has the position code of cell (u, v) of the large one.
+        line = torch.arange(side, device=tokens.device)
+        index = (line[:, None] * self.grid + line[None, :]).flatten().expand(len(tokens), -1)
+        return Asked(query, [own, Question(tokens, index, position)])
+
     def forward(
         self,
         step: StepContext,
         monitor: Monitor | None,
-        decoder: DenseDecoder | None = None,
         project: nn.Module | None = None,
+        asked: Asked | None = None,
+        answers: Sequence[Tensor] = (),
     ) -> tuple[Tensor, Tensor | int]:
         """Compute the loss as `TermModule.forward`.
 
-        decoder: the one of `decoder_key`. project: the EMA of its projector, applied to targets.
+        project: the EMA of the decoder's projector, applied to targets. asked, answers: the
+        questions and the decoder's predictions, [A, Q, E] and of local views [L A, Q, E].
         """
-        term, mix = self.term, step.mix
-        rows = mix.asked(term.asked)
-        query = self._query(step, rows)
-        target = self._target(step, rows, query, project)
-        tokens = step.encoded.views[0][rows]
-        if decoder is None:
-            z_hat = self.predictor(gather_cells(tokens, query))
-        else:
-            index = mix.token_index[rows]
-            position = self._position(step, rows, query, view=0, input_grid=self.grid)
-            z_hat = decoder(tokens, index, position)
+        term = self.term
+        query = asked.query if asked is not None else self._query(step)
+        target = self._target(step, query, project)
+        if not answers:
+            tokens = step.mix.take(step.encoded.views[0], term.asked)
+            answers = [self.predictor(gather_cells(tokens, query))]
         if monitor is not None:
             z = normalise_tokens(target) if term.target == "features" else target
-            log_prediction(monitor, term.name, z_hat=z_hat, z=z)
-        of_views = [z_hat]
-        if term.view == "other" and decoder is not None and step.encoded.local:
-            of_views += self._from_local(step, rows, query, decoder)
-        losses = [self.loss(z_hat, target) for z_hat in of_views]
-        return torch.stack(losses).mean(), len(rows)
+            log_prediction(monitor, term.name, z_hat=answers[0], z=z)
+        z_hat = torch.cat(list(answers)) if len(answers) > 1 else answers[0]
+        return self._mean_loss(z_hat, target), len(query)
 
-    def _query(self, step: StepContext, rows: Tensor) -> Tensor:  # [A, Q] int64
+    def _mean_loss(self, z_hat: Tensor, target: Tensor) -> Tensor:  # [V A, Q, E], [A, Q, E] -> []
+        """Return the mean loss over V predictions of one target."""
+        count = len(z_hat) // len(target)
+        if count == 1:
+            return self.loss(z_hat, target)
+        if getattr(self.loss, "func", None) is gaussian:  # itself a mean over rows
+            return self.loss(z_hat, target.repeat(count, 1, 1))
+        return torch.stack([self.loss(each, target) for each in z_hat.chunk(count)]).mean()
+
+    def _query(self, step: StepContext) -> Tensor:  # [A, Q] int64
         """Return the cells to predict; with min_contrast those of enough contrast first."""
         term = self.term
         query = step.mix.queries(term.asked, own=term.view == "same")
         if not self.min_contrast:
             return query
         views = step.batch.global_views[int(term.view == "other")]
-        contrast = cell_contrast(views[step.mix.sample[rows]], self.patch_size)
+        samples = step.mix.take(step.mix.sample, term.asked)
+        contrast = cell_contrast(views[samples], self.patch_size)
         most = query.shape[1]
         number = min(self.num_queries or most, most)
         return prefer_cells(query, contrast >= self.min_contrast, number)
 
     @torch.no_grad()
     def _target(
-        self, step: StepContext, rows: Tensor, query: Tensor, project: nn.Module | None
+        self, step: StepContext, query: Tensor, project: nn.Module | None
     ) -> Tensor:  # [A, Q, E]
         term, view = self.term, int(self.term.view == "other")
         if term.target == "features":
             tokens = gather_cells(step.target_tokens(term.encoder, view, term.asked), query)
             tokens = tokens if project is None else project(tokens)
             return tokens if self.standardise is None else self.standardise(tokens)
-        images = normalise_views(
-            step.batch.global_views[view], step.mix.sample[rows], torch.float32
-        )
+        samples = step.mix.take(step.mix.sample, term.asked)
+        images = normalise_views(step.batch.global_views[view], samples, torch.float32)
         return gather_cells(normalised_pixels(images, self.patch_size), query)
-
-    def _position(
-        self, step: StepContext, rows: Tensor, query: Tensor, *, view: int, input_grid: int
-    ) -> Tensor:  # [A, Q, 4]
-        boxes = step.batch.boxes[step.mix.sample[rows]]  # [A, V + L, 5]
-        return relative_positions(
-            boxes[:, view],
-            boxes[:, int(self.term.view == "other")],
-            query,
-            input_grid=input_grid,
-            target_grid=self.grid,
-        )
-
-    def _from_local(
-        self,
-        step: StepContext,
-        rows: Tensor,
-        query: Tensor,
-        decoder: DenseDecoder,
-    ) -> tuple[Tensor, ...]:  # [A, Q, E] of each local view
-        """Predict the same cells of the other view from all local views, in one decoder call."""
-        samples, local = step.mix.sample[rows], step.encoded.local
-        side = math.isqrt(local[0].shape[1])
-        first = len(step.batch.global_views)
-        position = [
-            self._position(step, rows, query, view=first + number, input_grid=side)
-            for number in range(len(local))
-        ]
-        tokens = torch.cat([view[samples] for view in local])
-        # Cell (u, v) of a smaller grid has the position code of cell (u, v) of the large one.
-        line = torch.arange(side, device=tokens.device)
-        index = (line[:, None] * self.grid + line[None, :]).flatten().expand(len(tokens), -1)
-        return decoder(tokens, index, torch.cat(position)).split(len(samples))
 
 
 def dense_dim(term: Term, cfg: ObjectiveConfig, sizes: Sizes) -> int:
@@ -165,11 +177,10 @@ class DenseContrast(TermModule):
 
     def forward(self, step: StepContext, monitor: Monitor | None) -> tuple[Tensor, Tensor | int]:
         term = self.term
-        rows = step.mix.asked(term.asked)
-        tokens = step.encoded.views[0][rows]
+        tokens = step.mix.take(step.encoded.views[0], term.asked)
         target_tokens = step.target_tokens(term.encoder, int(term.view == "other"), term.asked)
         z_hat = self.projector(tokens)
         with torch.no_grad():
             z = self.momentum(target_tokens)
         log_spread(monitor, term.name, z_hat=None, z=z.flatten(0, 1))
-        return self.loss(z_hat, z, tokens.detach(), target_tokens), len(rows)
+        return self.loss(z_hat, z, tokens.detach(), target_tokens), len(tokens)

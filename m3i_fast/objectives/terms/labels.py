@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m3i_fast.config.objective import MAX_SCALE, ObjectiveConfig, Term
 from m3i_fast.models.transformer.text_encoder import TextEncoder
 from m3i_fast.objectives.heads import GlobalHead
 from m3i_fast.objectives.mixing import drop_tokens
-from m3i_fast.objectives.row_statistics import full_precision, sum_over_ranks, wide
+from m3i_fast.objectives.row_statistics import (
+    full_precision,
+    sum_over_ranks,
+    unit_rows,
+    wide,
+)
 from m3i_fast.objectives.step_context import Monitor, StepContext
 from m3i_fast.objectives.terms.base import Sizes, TermModule
 from m3i_fast.ops import IGNORED
@@ -44,11 +48,11 @@ class Label(TermModule):
 
     def embed(self, summary: Tensor) -> Tensor:  # [I, s, P] -> [I, E] fp32, unit length
         """Embed images by their summaries, in the space of the targets."""
-        return F.normalize(self.project(summary), dim=-1)
+        return unit_rows(self.project(summary))
 
     def _rows(self, step: StepContext) -> Tensor:  # [I + L B, E]
         """Embed every image in an input, then every local view."""
-        return torch.cat([self.embed(summary) for summary in step.summaries])
+        return unit_rows(wide(self.head.of_means(step.mean_rows())))
 
     def _known_empty(self, members: Tensor) -> bool:
         """Return whether it is known without a host synchronisation that no row has a target.
@@ -58,13 +62,13 @@ class Label(TermModule):
         known = members.device.type == "cpu" and self.process_group is None
         return known and not bool(members.any())
 
-    def _share(self, members: Tensor) -> Tensor:  # [N] bool -> [] fp32
+    def _share(self, members: Tensor) -> Tensor | float:  # [N] bool -> [] fp32
         """Return the factor of a mean over members: members / rows of all ranks, or 1.
 
         members: the rows that have a target.
         """
         if self.term.mean == "members":
-            return members.new_ones((), dtype=torch.float32)
+            return 1.0
         counts = torch.stack([members.sum(), members.new_full((), len(members), dtype=torch.int64)])
         num_members, num_rows = sum_over_ranks(counts, self.process_group).float().unbind()
         return num_members / num_rows.clamp_min(1)
@@ -94,7 +98,7 @@ class Category(Label):
 
     def class_embeddings(self) -> Tensor:  # [K, E], unit length
         """Return the embeddings of all categories."""
-        return F.normalize(self.embedding, dim=-1)
+        return unit_rows(self.embedding)
 
     def logits(self, summary: Tensor) -> Tensor:  # [I, s, P] -> [I, K] fp32
         """Return the logits of the categories of images, whose softmax the loss is taken of."""
@@ -102,15 +106,23 @@ class Category(Label):
 
     def forward(self, step: StepContext, monitor: Monitor | None) -> tuple[Tensor, Tensor | int]:
         targets = step.per_row(step.batch.label)
-        if self._known_empty(targets != IGNORED):
+        members = targets != IGNORED
+        if self._known_empty(members):
             return self._nothing()
         z = self.class_embeddings()
         z_hat, scale = self._rows(step), self.log_scale.exp()
-        value = self.log_scale.new_zeros(())
-        for weight, rows in step.weighted_rows():
-            weight = weight * self._share(targets[rows] != IGNORED)
-            value = value + weight * self.loss(z_hat[rows], z, scale, targets=targets[rows])
-        return value, (targets != IGNORED).sum()
+        values = [
+            _weighted(
+                weight * self._share(members[rows]),
+                self.loss(z_hat[rows], z, scale, targets=targets[rows]),
+            )
+            for weight, rows in step.weighted_rows()
+        ]
+        return sum(values[1:], start=values[0]), members.sum()
+
+
+def _weighted(weight: Tensor | float, value: Tensor) -> Tensor:  # [], [] -> []
+    return value if isinstance(weight, float) and weight == 1.0 else weight * value
 
 
 @full_precision
@@ -142,7 +154,7 @@ class Caption(Label):
 
     def embed_captions(self, token_ids: Tensor, num_tokens: Tensor) -> Tensor:
         """Embed captions: [B, T] int, [B] int64 -> [B, E] fp32, unit length."""
-        return F.normalize(self.project_captions(token_ids, num_tokens), dim=-1)
+        return unit_rows(self.project_captions(token_ids, num_tokens))
 
     def forward(self, step: StepContext, monitor: Monitor | None) -> tuple[Tensor, Tensor | int]:
         batch, mix = step.batch, step.mix
@@ -154,9 +166,9 @@ class Caption(Label):
         ids = batch.group_id.masked_fill(batch.num_tokens == 0, IGNORED)
         row_ids = step.per_row(ids)
         z_hat, scale = self._rows(step), self.log_scale.exp()
-        value = self.log_scale.new_zeros(())
+        members, values = row_ids != IGNORED, []
         for weight, rows in step.weighted_rows():
             ids_of = {"row_ids": row_ids[rows], "col_ids": ids}
-            weight = weight * self._share(row_ids[rows] != IGNORED)
-            value = value + weight * self.loss(z_hat[rows], z, scale, bias=self.bias, **ids_of)
-        return value, (row_ids != IGNORED).sum()
+            value = self.loss(z_hat[rows], z, scale, bias=self.bias, **ids_of)
+            values.append(_weighted(weight * self._share(members[rows]), value))
+        return sum(values[1:], start=values[0]), members.sum()

@@ -115,7 +115,8 @@ def test_a_step_is_torchs_within_bf16(dtype: torch.dtype, monkeypatch: pytest.Mo
         assert torch.equal(states[0]["momentum_buffer"], states[1]["momentum_buffer"])
 
 
-def test_a_cpu_multiplies_in_fp32_matrices_of_one_shape_together() -> None:
+def test_a_cpu_multiplies_in_fp32_matrices_of_one_short_side_together() -> None:
+    """Iterations are of all of them; two products a shape are with the matrices themselves."""
     parameters = with_gradients(*SHAPES, *SHAPES, *SHAPES)
     alone = with_gradients(SHAPES[0])
     with Products() as products:
@@ -123,7 +124,58 @@ def test_a_cpu_multiplies_in_fp32_matrices_of_one_shape_together() -> None:
     with Products() as products_of_one:
         Muon(alone, lr=0.1, weight_decay=0.0).step()
     assert {dtype for dtype, _ in products.seen} == {torch.float32}
-    assert len(products.seen) == len(SHAPES) * len(products_of_one.seen)
+    sides = {min(shape) for shape in SHAPES}
+    iterations = len(products_of_one.seen) - 2
+    assert len(products.seen) == len(sides) * iterations + 2 * len(SHAPES)
+
+
+def test_bf16_matrices_of_one_short_side_are_padded_where_they_are_small(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As torch's, alone or padded, in as many products for all shapes as for one."""
+    monkeypatch.setattr(muon, "matmul_dtype", lambda device: torch.bfloat16)
+    shapes = [shape for shape in SHAPES if min(shape) == 16]
+    padded, alone = (with_gradients(*shapes, *shapes) for _ in range(2))
+    with Products() as products:
+        Muon(padded, lr=0.1, weight_decay=0.3).step()
+    assert [dtype for dtype, _ in products.seen] == [torch.bfloat16] * 3 * NUM_STEPS
+    monkeypatch.setattr(muon, "_MAX_PADDED", 0)
+    with Products() as products:
+        Muon(alone, lr=0.1, weight_decay=0.3).step()
+    assert len(products.seen) == 3 * NUM_STEPS * len(shapes)
+    for a, b, before in zip(padded, alone, with_gradients(*shapes, *shapes), strict=True):
+        assert (a - b).norm() < 5e-3 * (b - before).norm()
+
+
+def test_a_flag_on_the_device_skips_a_step_of_gradients_that_are_not_finite() -> None:
+    """Weights and momenta keep their bits; without the flag a step is that without skipping."""
+    skipped, kept, plain = (with_gradients(*SHAPES) for _ in range(3))
+    optimizers = [Muon(params, lr=0.1, weight_decay=0.3) for params in (skipped, kept, plain)]
+    skippable_step.step_with_skip(optimizers[0], torch.tensor(0.0))
+    state = [optimizers[0].state[p]["momentum_buffer"].clone() for p in skipped]
+    weights = [p.detach().clone() for p in skipped]
+    for p in skipped:
+        assert p.grad is not None
+        p.grad.fill_(torch.nan)
+    skippable_step.step_with_skip(optimizers[0], torch.tensor(1.0))
+    for p, weight, momentum in zip(skipped, weights, state, strict=True):
+        assert torch.equal(p, weight)
+        assert torch.equal(optimizers[0].state[p]["momentum_buffer"], momentum)
+    for _ in range(3):
+        skippable_step.step_with_skip(optimizers[1], torch.tensor(0.0))
+        optimizers[2].step()
+    for a, b, before in zip(kept, plain, with_gradients(*SHAPES), strict=True):
+        assert (a - b).norm() < 1e-4 * (b - before).norm()
+
+
+def test_a_skipped_first_step_leaves_momenta_of_zeros() -> None:
+    params = with_gradients(*SHAPES)
+    optimizer = Muon(params, lr=0.1, weight_decay=0.0)
+    for p in params:
+        assert p.grad is not None
+        p.grad.fill_(torch.inf)
+    skippable_step.step_with_skip(optimizer, torch.tensor(1.0))
+    assert all(not optimizer.state[p]["momentum_buffer"].any() for p in params)
 
 
 def test_what_is_multiplied_together_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,6 +114,9 @@ def test_order_of_the_words_matters() -> None:
 class NaiveAttention(Attention):
     """The softmax as written: over nothing it is NaN, which some backends' own kernels avoid."""
 
+    def prepare_mask(self, key_mask: Tensor, dtype: torch.dtype) -> Tensor:
+        return key_mask
+
     def forward(
         self, qkv: Tensor, key_mask: Tensor | None = None, rotation: Tensor | None = None
     ) -> Tensor:
