@@ -266,7 +266,9 @@ def _emulated_kernel(emulated_op: torch._ops.OpOverload) -> Callable[..., object
         copies = pytree.tree_map_only(Tensor, guarded, arguments)
         with guarded_memory():
             result = emulated_op(*copies)
-        for argument, copy, described in zip(arguments, copies, written, strict=True):
+        # torch leaves out arguments at the end that have their default
+        given = written[: len(arguments)]
+        for argument, copy, described in zip(arguments, copies, given, strict=True):
             if described and isinstance(argument, Tensor):
                 argument.copy_(copy)
         return pytree.tree_map_only(Tensor, torch.clone, result)
