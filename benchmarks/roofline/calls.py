@@ -141,11 +141,8 @@ def _views(figures: Figures) -> Call:
 
 
 _OF_ROW: dict[str, Callable[[Figures], Call]] = {
-    "dcnv3": _dcnv3,
-    "boltzmann": _boltzmann,
-    "gaussian": _gaussian,
-    "mask_mix": _mask_mix,
-    "views": _views,
+    describe.__name__.removeprefix("_"): describe
+    for describe in (_dcnv3, _boltzmann, _gaussian, _mask_mix, _views)
 }
 OPS = tuple(_OF_ROW)
 

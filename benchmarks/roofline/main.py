@@ -31,14 +31,18 @@ class Config:
     """Our kernels; published times, the worst prediction first; constants with their sources."""
     card: Literal["a100", "h100", "h200", "gh200"] = "h100"
     """The card that our kernels are predicted on."""
-    op: Literal["all", "dcnv3", "boltzmann", "gaussian", "mask_mix", "views"] = "all"
-    """Whose kernels."""
+    op: str = "all"
+    """Whose kernels: an op's name, as dcnv3, or all."""
     phases: bool = False
     """A line for each phase of a call."""
     measured: Path | None = None
     """Folder with rows of the op benchmarks, <op>.jsonl: write predicted beside measured there."""
 
     def __post_init__(self) -> None:
+        from m3i_fast.benchmarks.roofline.calls import OPS
+
+        if self.op not in ("all", *OPS):
+            raise ValueError(f"op: expected all or one of {', '.join(OPS)}; got {self.op!r}")
         if self.measured is not None and not self.measured.is_dir():
             raise ValueError(f"measured: expected a folder with <op>.jsonl, got {self.measured}")
 

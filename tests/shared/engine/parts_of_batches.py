@@ -16,6 +16,7 @@ from m3i_fast.config import TrainConfig
 from m3i_fast.config.parallel import ParallelConfig
 from m3i_fast.engine.checkpoint.checkpoints import tensors_of
 from m3i_fast.engine.trainer import Trainer
+from m3i_fast.models.transformer import vit
 from m3i_fast.objectives.terms import dense
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.loader import Loader
@@ -39,14 +40,15 @@ def in_double_precision() -> Iterator[None]:
         single = torch.float32
         return tuple(x.double() if getattr(x, "dtype", None) == single else x for x in given)
 
-    pixels = dense.normalised_pixels
+    pixels, embed = dense.normalised_pixels, vit.embed_patches
     hook = register_module_forward_pre_hook(widen)
     torch.set_default_dtype(torch.float64)
     dense.normalised_pixels = lambda *a: pixels(*a).double()
+    vit.embed_patches = lambda images, *weights: embed(images.double(), *weights)
     try:
         yield
     finally:
-        dense.normalised_pixels = pixels
+        dense.normalised_pixels, vit.embed_patches = pixels, embed
         torch.set_default_dtype(torch.float32)
         hook.remove()
 
