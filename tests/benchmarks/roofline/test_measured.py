@@ -94,6 +94,9 @@ def test_every_size_of_a_gpus_benchmark_is_predicted_or_says_why() -> None:
     ]
     for figures in found:
         assert call_of("boltzmann", figures).predict(rates_of("h100")).ms > 1
+    for form in {size.form for size in GPU_SIZES} - {"softmax", "classes"}:
+        with pytest.raises(NotDescribed, match=f"form {form}, described is softmax, classes"):
+            call_of("boltzmann", {**found[0], "form": form})
     for size in dcnv3.GPU_SIZES:
         sizes = {name: getattr(size, name) for name in
                  ("batch_size", "height", "width", "channels", "groups")}  # fmt: skip
