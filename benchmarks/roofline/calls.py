@@ -95,6 +95,8 @@ def _boltzmann(figures: Figures) -> Call:
     )
 
     def phases(rates: Rates) -> tuple[Phase, ...]:
+        if not call.symmetric:
+            return boltzmann.rows_alone(call, rates, backward=_is_backward(figures))
         made = boltzmann.sums(call, rates)
         if _is_backward(figures):
             made += boltzmann.logit_grads(call, rates) + boltzmann.feature_grads(call, rates)

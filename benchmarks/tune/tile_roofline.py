@@ -92,6 +92,7 @@ def dcnv3_ms(
     in_flight = blocks * layout.warps_of_block * 32 * 12 * 16 * rates.multiprocessors
     gathered = s.corners() * s.group_size * s.size
     waiting = 1e3 * gathered / in_flight * LATENCY / rates.clock_hz * last_round(kernel, rates)
-    rounds = ceil(layout.blocks / rates.multiprocessors / blocks)
+    of_pass = layout.window_blocks if backward else layout.blocks_of_image * s.batch
+    rounds = ceil(of_pass / rates.multiprocessors / blocks)
     barriers = 1e3 * rounds * (ceil(s.kernel**2 / chunk) - 1) * BARRIERS / rates.clock_hz
     return ms + max(predict_phase(kernel, rates).ms, waiting) + barriers

@@ -25,7 +25,7 @@ from m3i_fast.benchmarks.tune.candidates import (
 )
 from m3i_fast.benchmarks.tune.compile import code_digest, compile_cubin
 from m3i_fast.benchmarks.tune.tile_roofline import GPUS, boltzmann_ms, occupancy
-from m3i_fast.costs.kernels.boltzmann import SUMS_ELEMENTS, Tiles, tiles_of
+from m3i_fast.costs.kernels.boltzmann import MANY_PATCHES, PATCHES, Tiles, tiles_of
 from m3i_fast.costs.kernels.constants import Rates
 from m3i_fast.doctor.probes import fatbin_architectures
 from m3i_fast.ops import dcnv3, tiles
@@ -73,12 +73,12 @@ def test_what_the_model_fixes_is_what_the_sources_fix() -> None:
     names = ("kHopperTile.rows", "kHopperTile.columns", "kHopperTile.depth", "kClusterBlocks")
     names += ("kConsumers", "kHalfRows", "kWarpgroupThreads")
     source = '#include "boltzmann/sm90/tiling.h"\nusing namespace m3i::boltzmann;'
-    more = ("kSumsElements", "grads_elements(m3i::DType::kBFloat16, 90)")
+    more = ("kPatches", "kManyPatches", "grads_elements(m3i::DType::kBFloat16, 90)")
     compiled = compile_cubin(source, [], "sm_90a", constants=[*names, *more])
     assert compiled.constants == (
         *(tiles.rows * tiles.multicast, tiles.columns, tiles.depth, tiles.multicast),
         *(warpgroups, tiles.half_rows, 32 * tiles.num_warps // warpgroups),
-        *(SUMS_ELEMENTS, tiles.grads_bytes // tiles.size),
+        *(PATCHES, MANY_PATCHES, tiles.grads_bytes // tiles.size),
     )
 
 
@@ -167,8 +167,8 @@ def compiled_half(of_call: Subject, policy: dict[str, int]) -> tune.Candidate:
 
 
 def test_spills_are_dropped() -> None:
-    """Two blocks of 1024 threads leave 32 registers a thread."""
-    policy = {"warps": 32, "blocks": 2, "bwd_blocks": 2, "slots": 288, "chunk": 64}
+    """Four blocks of 512 threads leave 32 registers a thread."""
+    policy = {"warps": 16, "blocks": 4, "bwd_blocks": 4, "slots": 288, "chunk": 64}
     candidate = compiled_half(subject("dcnv3", "a100", "large"), policy)
     assert candidate.resources["registers"] <= 32
     current = known(1, "another", 1.0, current=True)
