@@ -61,7 +61,7 @@ def flops_of(event: Event) -> float:
             return _product(dims[1], dims[2])
         if name == "aten::bmm":
             return _product(dims[0], dims[1])
-        if re.match(r"aten::_scaled_dot_product_\w*attention\w*$", name):
+        if re.match(r"aten::_scaled_dot_product_(?!attention_math)\w*attention\w*$", name):
             return _attention(dims, backward=name.endswith("backward"))
         if name in ("m3i::boltzmann_sums", "m3i::boltzmann_grads") and not _is_exact(event):
             product = 2.0 * dims[0][0] * dims[1][0] * dims[0][1]

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 @contextmanager
@@ -51,9 +52,9 @@ def by_onednn(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 
 def keeps_fp32() -> bool:
     """Return whether oneDNN multiplies fp32 matrices without rounding them to bf16 here."""
-    beyond_bf16 = torch.full((64, 64), 1 + 2**-12)
-    with _onednn_for_fp32():
-        return torch.equal(beyond_bf16 @ torch.eye(64), beyond_bf16)
+    with _disable_current_modes(), _onednn_for_fp32():  # also where tensors have no data
+        beyond_bf16 = torch.full((64, 64), 1 + 2**-12, device="cpu")
+        return torch.equal(beyond_bf16 @ torch.eye(64, device="cpu"), beyond_bf16)
 
 
 @contextmanager
