@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map
 
 from m3i_fast.ops import boltzmann_rows
+from m3i_fast.ops.library import m3i
 
 aten = torch.ops.aten
 # What leaves its bytes unset, and what the runtime does itself.
@@ -167,7 +168,17 @@ def _added_wide_product(
     return torch.addmm(to, a.to(dtype), b.to(dtype), beta=beta, alpha=alpha, out=out)
 
 
+def _rows_pass(products: Tensor, *others: Any) -> None:
+    """Compute G in the place of the products, and round it, which the CPU's kernel does not."""
+    *before, rounded, writes_products = others
+    is_rounded = rounded is not None
+    m3i.boltzmann_rows_pass.default(products, *before, None, writes_products or is_rounded)
+    if is_rounded:
+        rounded.copy_(products)
+
+
 OF_CPU = {
+    m3i.boltzmann_rows_pass.default: _rows_pass,
     aten.mm.dtype_out: _wide_product,
     aten.addmm.dtype_out: _added_wide_product,
     aten._scaled_dot_product_flash_attention.default: _attention,
