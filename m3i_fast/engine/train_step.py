@@ -32,7 +32,12 @@ from m3i_fast.engine.parallel.ranks import World, average_replicated, distribute
 from m3i_fast.engine.precision.arithmetic import Arithmetic
 from m3i_fast.engine.precision.cast_weights import cast_weights
 from m3i_fast.engine.precision.cpu_products import fast_cpu_products
-from m3i_fast.engine.precision.fp8 import expect_fp8, forward_context, layers_of
+from m3i_fast.engine.precision.fp8 import (
+    expect_fp8,
+    forward_context,
+    keep_calls_apart,
+    layers_of,
+)
 from m3i_fast.keyed_draws import Purpose, words
 from m3i_fast.objectives.mixing import Mix, draw_branch_priority, draw_mix
 from m3i_fast.objectives.objective import MutualInformation
@@ -276,6 +281,7 @@ def _distribute(
 ) -> nn.Module:
     """Return the forward pass as the ranks run it, all-reducing gradients in the backward pass."""
     forward = ForwardPass(objective, cast)
+    keep_calls_apart(forward, arithmetic)
     expect_fp8(forward, arithmetic)
     if cfg.cuda_graphs:
         replay_with_graphs(forward, world.device)

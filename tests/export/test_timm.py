@@ -105,7 +105,8 @@ def features_and_image_gradient(function: Any, images: Tensor) -> tuple[Tensor, 
     images = images.requires_grad_()
     features = function(images)
     torch.manual_seed(1)
-    (gradient,) = torch.autograd.grad((features * torch.randn_like(features)).sum(), images)
+    noise = torch.randn(features.shape)  # randn_like would draw in the order of memory
+    (gradient,) = torch.autograd.grad((features * noise).sum(), images)
     return features, gradient
 
 

@@ -67,7 +67,7 @@ cudaError_t launch_nine(const Dcnv3Params& params, cudaStream_t stream, Tuned) {
   const int block_units = kPolicy.warps * Layout::kUnits;
   const int64_t blocks = divide_up(units_per_image(shape), block_units);
   const int64_t at_once = multiprocessors() * int64_t{kPolicy.blocks};
-  const int64_t least = std::min(shape.batch, divide_up(at_once, blocks));
+  const int64_t least = std::min(shape.batch, std::max<int64_t>(1, at_once / blocks));
   const int64_t rows = std::min(divide_up(shape.batch, divide_up(shape.batch, least)),
                                 static_cast<int64_t>(kMaxGridY));
   return launch_with_shared(dcnv3_nine_kernel<T, kGroupSize, kThreads, kPolicy.blocks>,

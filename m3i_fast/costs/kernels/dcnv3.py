@@ -314,7 +314,7 @@ def forward(
     count = instructions_of("dcnv3", "dcnv3_nine_kernel")
     units = layout.units_of_warp
     corner = request_wavefronts(units * max(1, s.group_size * s.size / LINE), 512)
-    least = min(s.batch, ceil(rates.multiprocessors * at_once / layout.blocks_of_image))
+    least = min(s.batch, max(1, rates.multiprocessors * at_once // layout.blocks_of_image))
     images = ceil(s.batch / ceil(s.batch / least))  # at work at once
     starts = images * layout.blocks_of_image * layout.warps_of_block
     image = s.pixels * s.channels * s.size

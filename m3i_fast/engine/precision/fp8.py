@@ -38,6 +38,14 @@ def forward_context(arithmetic: Arithmetic, device: torch.device) -> Iterator[No
         yield
 
 
+def keep_calls_apart(model: nn.Module, arithmetic: Arithmetic) -> None:
+    """Have products in FP8 see one batch at a time, of the rows that `gemm_shapes` checked."""
+    if arithmetic.is_fp8:
+        for module in model.modules():
+            if hasattr(module, "calls_apart"):
+                module.calls_apart = True  # type: ignore[assignment]
+
+
 def expect_fp8(model: nn.Module, arithmetic: Arithmetic) -> None:
     """Raise RuntimeError after the first forward pass of `model` if no product ran in FP8.
 

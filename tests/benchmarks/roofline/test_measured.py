@@ -149,7 +149,7 @@ def test_the_first_hour_writes_it_from_the_rows_of_its_folder(
     rows = [row("dcnv3", MAPS, 0.3), row("dcnv3", {**MAPS, "groups": 4}, 3.0)]
     (tmp_path / "dcnv3.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
     worst, other = run_program(tmp_path)
-    assert worst["got"].startswith("3 ms; predicted / measured 0.07") and worst["holds"] is None
+    assert worst["got"].startswith("3 ms; predicted / measured 0.06") and worst["holds"] is None
     assert other["got"].startswith("0.3 ms; predicted / measured ")
     assert worst["expected"].endswith("bound by wavefronts")
     assert (tmp_path / "predicted.md").is_file()

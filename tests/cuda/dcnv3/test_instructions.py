@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests.shared.cuda.nvcc import ARCHITECTURES, compile_options, find_nvdisasm, run_nvcc
+from m3i_fast.benchmarks.core.cuda_toolkit import ARCHITECTURES
+from tests.shared.cuda.nvcc import compile_options, find_nvdisasm, run_nvcc
 
 # A warp's units are 16 at 16 channels in half types, and 8 in float32.
 MOST = {"8BFloat16": 900, "7Float16": 900, "f": 500}

@@ -27,7 +27,12 @@ from m3i_fast.engine.precision.arithmetic import (
     log_arithmetic,
     resolve_precision,
 )
-from m3i_fast.engine.precision.fp8 import expect_fp8, forward_context, layers_of
+from m3i_fast.engine.precision.fp8 import (
+    expect_fp8,
+    forward_context,
+    keep_calls_apart,
+    layers_of,
+)
 from m3i_fast.engine.train_step import ForwardPass
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.models.transformer import float8
@@ -230,7 +235,9 @@ def test_what_is_narrow_stays_in_bf16_and_the_model_must_have_something_wide() -
 def _step(cfg: TrainConfig, choice: Arithmetic) -> ForwardPass:
     """Objective of a run; its FP8 products are those of `choice`."""
     torch.manual_seed(0)
-    return ForwardPass(build_objective(cfg, layers=layers_of(choice, cfg.fp8_min_dim)))
+    step = ForwardPass(build_objective(cfg, layers=layers_of(choice, cfg.fp8_min_dim)))
+    keep_calls_apart(step, choice)
+    return step
 
 
 def _forward(step: ForwardPass, cfg: TrainConfig, choice: Arithmetic) -> torch.Tensor:
