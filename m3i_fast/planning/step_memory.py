@@ -70,6 +70,7 @@ def trace(cfg: TrainConfig, *, bf16: bool, cuda: bool = True, num_shards: int = 
     num_shards: ranks that share a gradient, for `sharded_peak`.
     """
     one_batch, has_graphs = replace(cfg.parallel, accumulate=1), cfg.cuda_graphs
+    casts_apart = cfg.compile or has_graphs or num_shards > 1
     cfg = replace(cfg, compile=False, cuda_graphs=False, parallel=one_batch)
     mix, objective = draw_first_mix(cfg), build_on_meta(cfg)
     tracker = TensorTracker(num_shards=num_shards)
@@ -87,7 +88,11 @@ def trace(cfg: TrainConfig, *, bf16: bool, cuda: bool = True, num_shards: int = 
             _widen_norms(objective)
         with tracker.within(BUFFERS):
             train_step = _StepOfMix(
-                cfg, objective, World(torch.device("cpu")), _arithmetic(bf16), stage=stages.stage
+                replace(cfg, compile=casts_apart),  # the model is not; only casts ask for it
+                objective,
+                World(torch.device("cpu")),
+                _arithmetic(bf16),
+                stage=stages.stage,
             )
         train_step.mix = mix
         tracker.reset_peak()
@@ -250,9 +255,15 @@ def _widen_norms(objective: nn.Module) -> None:
 
 
 class _StepOfMix(TrainStep):
-    """A training step whose mix is given: a draw reads values, which fake tensors have none of."""
+    """A training step whose mix is given: a draw reads values, which fake tensors have none of.
+
+    Attention is fused, as on a GPU, whatever CPU this is.
+    """
 
     mix: Mix
+
+    def __call__(self, *batches: Batch, monitor: bool = False) -> dict[str, Tensor]:
+        return self._take(batches, monitor)
 
     def draw_mix(self, batch: Batch) -> Mix:
         return self.mix

@@ -77,7 +77,9 @@ def test_a_real_profile_splits_the_step(profiled: Path) -> None:
     assert sum(row["share"] for row in summary["families"]) == pytest.approx(1)
     assert 0 < summary["pace"]["before_ms"] and 0.5 < summary["pace"]["slowdown"]
     rows = {row["name"]: row for row in summary["kernels"]}
-    assert rows["aten::addmm"]["flop_s"] > 0 and rows["m3i::boltzmann_grads"]["calls"] == 2
+    assert rows["aten::addmm"]["flop_s"] > 0
+    # Of captions; categories are over columns alone.
+    assert rows["m3i::boltzmann_grads"]["calls"] == rows["m3i::boltzmann_rows_pass"]["calls"] == 1
 
 
 def test_a_real_profile_finds_the_lines_that_wait(profiled: Path) -> None:

@@ -195,7 +195,8 @@ class Attention(nn.Module):
         """
         length = key_mask.shape[1]
         aligned = -(-length // MASK_ALIGNMENT) * MASK_ALIGNMENT
-        bias = key_mask.new_zeros(len(key_mask), 1, 1, aligned, dtype=dtype)[..., :length]
+        shape = key_mask.shape[0], 1, 1, aligned
+        bias = key_mask.new_zeros(shape, dtype=dtype)[..., :length]
         return bias.masked_fill_(~key_mask[:, None, None], -torch.inf)
 
     def forward(

@@ -210,8 +210,14 @@ def _load_op(op: str, folder: Path, architecture: int) -> tuple[str, torch.libra
     host = [source / "op_cuda.cpp", EMULATOR / "torch" / "shims.cpp"]
     kernels = sorted(source.glob("sm*/*.cu"))
     library = build_kernels(kernels, host, include=[folder], architecture=architecture)
+    return _register(library, tuple(_registered_in(source / "op_cuda.cpp")))
+
+
+@cache
+def _register(library: Path, names: tuple[str, ...]) -> tuple[str, torch.library.Library]:
+    """Once a library, which several folders of the same sources share."""
     definitions = torch.library.Library(_namespace_of(library), "DEF")
-    for name in _registered_in(source / "op_cuda.cpp"):
+    for name in names:
         schema = str(getattr(torch.ops.m3i, name).default._schema)
         definitions.define(schema.removeprefix("m3i::"))
     ctypes.CDLL(str(library))
