@@ -116,7 +116,19 @@ def _results(name: str, out: Any, args: tuple[Any, ...], written: list[int]) -> 
     results = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     if name == "boltzmann_rows_pass":
         return [result[..., : args[2]] if result.dim() == 2 else result for result in results]
-    return results
+    return [_together(name, result) if place in PARTS.get(name, ()) else result
+            for place, result in enumerate(results)]  # fmt: skip
+
+
+# Results [parts, 4] that the next kernel puts together: each device has parts of its own.
+PARTS = {"boltzmann_prepare": (3,), "boltzmann_totals": (0,)}
+
+
+def _together(name: str, parts: Tensor) -> Tensor:  # [parts, 4] -> [4]
+    """Add parts up; of boltzmann_prepare's extremes the first three are maxima."""
+    if name == "boltzmann_totals":
+        return parts.sum(0)
+    return torch.cat([parts[:, :3].amax(0), parts[:, 3:].sum(0)])
 
 
 def _written(operator: Any, args: tuple[Any, ...]) -> list[int]:
