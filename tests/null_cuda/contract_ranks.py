@@ -174,19 +174,17 @@ def statistics(num_ranks: int) -> Calls:
     moments = 2 * 128 + 1  # of a projector of 128 features
     return Counter(
         {
-            # Two decorrelations: correlations and means, forward and backward.
-            ("ncclAllReduce", 4 * dim * dim): 4,
-            ("ncclAllReduce", 4 * dim): 4,
-            # Members and rows of the label terms, and their weights.
-            ("ncclAllReduce", 4 * 4): 2,
+            # A decorrelation of all terms: correlations and means, forward and backward.
+            ("ncclAllReduce", 4 * dim * dim): 2,
+            ("ncclAllReduce", 4 * dim): 2,
+            # Members and rows of the label terms, and their weights; extremes of the likelihood.
+            ("ncclAllReduce", 4 * 4): 2 + 1,
             ("ncclAllReduce", 4): 3 + 1,  # and whether the likelihood's sums are exact
-            # The likelihood over all rows: shifts, sums by column, the gradients of two scalars.
-            ("ncclAllReduce", 4 * 3): 1,
+            # The likelihood over all rows: sums by column, the gradients of two scalars.
             ("ncclAllReduce", 4 * WHOLE_BATCH): 1,
             ("ncclAllReduce", 4 * 4 * WHOLE_BATCH): 2,
             ("ncclAllReduce", 4 * 2): 1 + 1,  # and the guard's flag and loss
-            # Its ids of rows and of columns, of which the pictures have three and one, and biases.
-            ("ncclAllGather", 8 * 3 * rows): 1,
+            # Its ids of columns, of which a picture has one, and biases.
             ("ncclAllGather", 8 * rows): 1,
             ("ncclAllGather", 4 * rows): 1,
             ("ncclAllGather", 4 * moments): 2,
