@@ -128,8 +128,12 @@ class TrainStep:
         batches: `parallel.accumulate` of them. monitor: also compute the collapse monitors.
         Afterwards `guard.skip` is 1 if the step was skipped.
         """
-        with fast_cpu_products(self.world.device, self.arithmetic.compute_dtype):
+        with self.matrix_products():
             return self._take(batches, monitor)
+
+    def matrix_products(self) -> AbstractContextManager[None]:
+        """Return the context of a step, in which this CPU multiplies matrices fastest."""
+        return fast_cpu_products(self.world.device, self.arithmetic.compute_dtype)
 
     def _take(self, batches: Sequence[Batch], monitor: bool) -> dict[str, Tensor]:
         step, stage = self.steps_taken, self._stage

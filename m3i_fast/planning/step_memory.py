@@ -9,7 +9,7 @@ themselves, fragmentation, and what torch.compile changes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -262,8 +262,8 @@ class _StepOfMix(TrainStep):
 
     mix: Mix
 
-    def __call__(self, *batches: Batch, monitor: bool = False) -> dict[str, Tensor]:
-        return self._take(batches, monitor)
+    def matrix_products(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def draw_mix(self, batch: Batch) -> Mix:
         return self.mix
