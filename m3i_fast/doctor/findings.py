@@ -356,7 +356,8 @@ def _code_of(machine: Machine, gpu: Facts) -> tuple[str, str]:
     if not usable:
         return f"is {_sm(gpu)}", _build_anew(machine)
     if own := [code for code in usable if code.startswith("sm_")]:
-        return f"takes {own[-1]}", ""
+        newer = gpu["capability"][0] >= 10  # than Hopper, which has kernels of its own
+        return f"takes {own[-1]}{', from the kernels of Ampere' if newer else ''}", ""
     cuda = tuple(machine.facts["driver"]["cuda"])
     compiles = f"is {_sm(gpu)}: its driver compiles {usable[-1]} when it loads"
     if machine.ptx is None or machine.ptx <= _ptx_of_driver(cuda):

@@ -324,9 +324,18 @@ def card(name: str, *capability: int, cuda: tuple[int, int] = (13, 0)) -> dict[s
         (card("A100", 8, 0), "ok: .*; A100 takes sm_80; its kernels run"),
         (card("L40S", 8, 9), "ok: .*; L40S takes sm_80; its kernels run"),
         (card("H100", 9, 0), "ok: .*; H100 takes sm_90a; its kernels run"),
-        (card("B200", 10, 0), "ok: .*; B200 takes sm_100; its kernels run"),
-        (card("B300", 10, 3), "ok: .*; B300 takes sm_100; its kernels run"),
-        (card("RTX 5090", 12, 0), "ok: .*; RTX 5090 takes sm_120; its kernels run"),
+        (
+            card("B200", 10, 0),
+            "ok: .*; B200 takes sm_100, from the kernels of Ampere; its kernels run",
+        ),
+        (
+            card("B300", 10, 3),
+            "ok: .*; B300 takes sm_100, from the kernels of Ampere; its kernels run",
+        ),
+        (
+            card("RTX 5090", 12, 0),
+            "ok: .*; RTX 5090 takes sm_120, from the kernels of Ampere; its kernels run",
+        ),
         (
             card("Thor", 11, 0, cuda=(13, 2)),
             "ok: .*; Thor is sm_110: its driver compiles compute_80 when it loads; its kernels run",
