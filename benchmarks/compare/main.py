@@ -2,13 +2,15 @@
 
     m3i-fast bench compare SUBJECT                   the ledger's rows of this commit and of another
     m3i-fast bench compare SUBJECT --against REF     both versions in turns, here and now
+    m3i-fast bench compare step --against REF --recipes demo m3i_vit_s       whole training steps
     m3i-fast bench compare SUBJECT --self-test 20    how often the gate errs on this machine
 
 Only rows of one machine class are compared, and only those that measured the same. --against builds
 the other commit and takes samples of both in turns, which leaves out what a busy machine does to
-both: it is the fair one, for the ops (`m3i_fast/op_registry.py` has their work). --self-test
-compares this version with itself, and with itself doing a tenth of the work again; its row goes to
-the ledger. gate.py says when a difference is an alarm, docs/measure/comparing.md what was measured.
+both: it is the fair one, for the ops (`m3i_fast/op_registry.py` has their work) and for recipes'
+steps (steps.py), whose rows go to the ledger. --self-test compares this version with itself, and
+with itself doing a tenth of the work again; its row goes to the ledger. gate.py says when a
+difference is an alarm, docs/measure/comparing.md what was measured.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Annotated, Any
 
@@ -26,23 +28,35 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from m3i_fast.benchmarks.compare import steps
 from m3i_fast.benchmarks.compare.gate import Verdict, judge, judge_in_looks
 from m3i_fast.benchmarks.compare.versions import Plan, Version, built, sample_in_turns
 from m3i_fast.benchmarks.core.command import read_command
 from m3i_fast.benchmarks.ledger import rows as ledger
+from m3i_fast.config import TrainConfig
 from m3i_fast.op_registry import OPS
+from m3i_fast.recipes import recipes
 from m3i_fast.terminal import make_console
 
 SUBJECT = "gate"  # of the rows of --self-test
+STEP, OF_STEPS = "step", "step_versions"  # with --against: its subject, and that of its rows
 OURS = "m3i_fast"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
     subject: Annotated[str, tyro.conf.Suppress]
-    """A subject of the ledger; with --against or --self-test the name of an op."""
+    """A subject of the ledger; with --against or --self-test the name of an op, or step."""
     against: str | None = None
     """A commit, tag or branch: build it and measure both versions in turns."""
+    recipes: tuple[str, ...] = ("demo",)
+    """With step --against: whose training steps are compared, one after the other."""
+    batch_size: int = 64
+    """Pictures of such a step."""
+    curve: int = 12
+    """First steps whose losses both versions have to share; they are not timed."""
+    loss_bound: float = 1e-5
+    """The most that these losses may differ by, relative to the other version's: rounding."""
     baseline: str | None = None
     """Without --against: the commit whose rows are the baseline; the newest other one if absent."""
     self_test: int = 0
@@ -64,27 +78,37 @@ class Config:
     threads: int = 1
     """Of each process. One process works at a time."""
     record: bool = True
-    """Append the row of --self-test to the ledger, benchmarks/results/gate.jsonl."""
+    """Append rows to the ledger: of steps to benchmarks/results/step_versions.jsonl, of --self-test
+    to gate.jsonl."""
 
     def __post_init__(self) -> None:
-        for name in ("pairs", "looks", "samples", "threads"):
+        for name in ("pairs", "looks", "samples", "threads", "curve"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if not 0 < self.alpha < 1:
             raise ValueError(f"alpha: expected a probability between 0 and 1, got {self.alpha}")
-        for name in ("threshold", "self_test", "planted"):
+        for name in ("threshold", "self_test", "planted", "loss_bound"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
         if abs(10 * self.planted - round(10 * self.planted)) > 1e-9:
             raise ValueError(f"planted: expected whole tenths, got {self.planted}")
         if sum(map(bool, (self.against, self.baseline, self.self_test))) > 1:
             raise ValueError("expected one of --against, --baseline and --self-test")
-        names = [op.name for op in OPS]
+        names = [op.name for op in OPS] + [STEP] * bool(self.against)
         if (self.against or self.self_test) and self.subject not in names:
             raise ValueError(
                 f"subject: expected one of {', '.join(names)} for measuring in turns, "
                 f"got {self.subject!r}"
             )
+        if self.against and self.subject == STEP:
+            self._check_recipes()
+
+    def _check_recipes(self) -> None:
+        if not self.recipes:
+            raise ValueError("recipes: expected one or more, as demo m3i_vit_s, got none")
+        for name in self.recipes:
+            if name not in recipes():
+                raise ValueError(f"recipes: expected some of {', '.join(recipes())}, got {name!r}")
 
     @property
     def plan(self) -> Plan:
@@ -191,6 +215,47 @@ def compare_versions(cfg: Config, baseline: Version, candidate: Version, seed: i
     )
 
 
+def configs_of(cfg: Config) -> dict[str, TrainConfig]:
+    """Return by name the recipes whose steps are compared; ValueError as `steps.config_of`."""
+    num_steps = cfg.curve + cfg.samples
+    return {
+        recipe: steps.config_of(recipe, batch_size=cfg.batch_size, num_steps=num_steps)
+        for recipe in cfg.recipes
+    }
+
+
+def compare_recipes(
+    cfg: Config,
+    configs: Mapping[str, TrainConfig],
+    versions: tuple[Version, Version],
+    console: Console,
+) -> dict[str, Verdict]:
+    """Compare the steps of each recipe; print what they take, and append it to the ledger."""
+    judge_steps = partial(
+        judge_in_looks,
+        looks=cfg.looks,
+        alpha=cfg.alpha / len(cfg.recipes),
+        threshold=cfg.threshold,
+    )
+    verdicts = {}
+    for recipe, train in configs.items():
+        compared = steps.compare_steps(
+            recipe,
+            train,
+            cfg.plan,
+            versions,
+            curve=cfg.curve,
+            loss_bound=cfg.loss_bound,
+            judge=judge_steps,
+        )
+        console.print(steps.table(compared))
+        if cfg.record:
+            path = ledger.append_row(OF_STEPS, compared.figures, config=train)
+            console.print(f"a row appended to {path}")
+        verdicts[recipe] = compared.verdict
+    return verdicts
+
+
 def self_test(cfg: Config, console: Console) -> dict[str, Any]:
     """Return a row's figures: alarms on this version against itself, and against a slower one."""
     tables: dict[str, Any] = {}
@@ -209,7 +274,8 @@ def self_test(cfg: Config, console: Console) -> dict[str, Any]:
             "pairs": [verdict.num_groups for verdict in verdicts],
             "seconds_a_comparison": (time.monotonic() - begun) / len(verdicts),
         }
-    settings = asdict(cfg.plan) | {
+    settings = {name: value for name, value in asdict(cfg.plan).items() if name != "steps"}
+    settings |= {
         "looks": cfg.looks,
         "alpha": cfg.alpha,
         "threshold": cfg.threshold,
@@ -274,7 +340,10 @@ def parse(argv: list[str]) -> Config:
             f"{' '.join(argv[:1]) or 'none'}; type m3i-fast bench compare SUBJECT --flag value"
         )
     subject, rest = (OPS[0].name, argv) if is_help else (argv[0], argv[1:])
-    return read_command(Config, "compare SUBJECT", rest, default=Config(subject=subject))
+    default = Config(subject=subject)
+    if subject == STEP:  # whose processes are larger and whose samples last longer than an op's
+        default = replace(default, pairs=3, looks=3, samples=12)
+    return read_command(Config, "compare SUBJECT", rest, default=default)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -286,9 +355,12 @@ def main(argv: list[str] | None = None) -> int:
             console.print(f"a row appended to {ledger.append_row(SUBJECT, figures)}")
         return 0
     if cfg.against:
-        with built(cfg.against) as site:
-            verdict = compare_versions(cfg, Version(site=site), Version())
-        return _conclude(
-            console, f"{cfg.subject}, this version against {cfg.against}", {cfg.subject: verdict}
-        )
+        configs = configs_of(cfg) if cfg.subject == STEP else {}
+        with built(cfg.against) as other:
+            if configs:
+                verdicts = compare_recipes(cfg, configs, (other, Version()), console)
+            else:
+                verdicts = {cfg.subject: compare_versions(cfg, other, Version())}
+        title = f"{cfg.subject}, this version against {cfg.against}"
+        return _conclude(console, title, verdicts)
     return _conclude(console, f"{cfg.subject}, rows of the ledger", compare_rows(cfg))

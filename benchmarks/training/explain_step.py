@@ -2,7 +2,8 @@
 
 A step is recorded by torch.profiler on one batch in memory, and divided by stage and by family of
 operators. The rate that it is held against is that of one large square product of the same dtype,
-timed in the same run: what the machine's library reaches where nothing else is in the way.
+timed in the same run: what the faster of the machine's libraries reaches where nothing else is in
+the way.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from m3i_fast.benchmarks.core.harness import Device, measure, resolve
+from m3i_fast.benchmarks.core.product_rate import SQUARE, rate_gflop_s, square_products
 from m3i_fast.benchmarks.core.random_batch import draw_batch
 from m3i_fast.config import TrainConfig
 from m3i_fast.costs.gemm_shapes import gemm_shapes
@@ -36,8 +38,6 @@ from m3i_fast.profiling.kernel_families import family
 from m3i_fast.profiling.recording import BETWEEN, STEP, Recording, self_times
 from m3i_fast.profiling.torch_trace import read_trace
 
-SQUARE = 2048
-"""Side of the product whose rate the step is held against."""
 COLUMNS = {
     "gemm": "products",
     "attention": "attention",
@@ -123,15 +123,13 @@ def explain(train: TrainConfig, *, num_samples: int) -> dict[str, Any]:
         train.backend,
         compiled=train.compile,
     )
-    a, b = (torch.randn(SQUARE, SQUARE, device=device) for _ in range(2))
-    a, b = a.to(arithmetic.compute_dtype), b.to(arithmetic.compute_dtype)
+    products = square_products(device, arithmetic.compute_dtype)
     step = build_step(train, arithmetic, no_stage)
-    timings = measure(
-        {"step": step, "product": lambda: torch.mm(a, b)}, device=device, num_samples=num_samples
-    )
+    timings = measure({"step": step, **products}, device=device, num_samples=num_samples)
     recorded = build_step(train, arithmetic, record_function)
     rows = stage_rows(record(recorded, num_steps=min(num_samples, 5)))
-    step_ms, rate = timings["step"].median_ms, 2 * SQUARE**3 / timings["product"].median_ms / 1e6
+    step_ms = timings["step"].median_ms
+    rate = rate_gflop_s({name: timings[name].median_ms for name in products})
     gflop = sum(row["gflop"] for row in rows)
     return {
         "device": train.device,

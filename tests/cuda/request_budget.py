@@ -117,7 +117,7 @@ def count(case: Case, folder: Path = CUDA) -> dict[str, Lines]:
             counted_requests(file),
         ):
             case.call()
-        rows = read_requests(file)
+        rows = read_requests(file, copies=folder)
     found: defaultdict[str, defaultdict[str, int]] = defaultdict(lambda: defaultdict(int))
     for row in rows:
         kind = row.memory if row.memory == "barrier" else f"{row.memory} {row.access}"

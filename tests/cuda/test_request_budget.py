@@ -65,10 +65,13 @@ def test_lines_keep_their_budget(case: Case) -> None:
 def test_a_worse_line_is_named(
     tmp_path: Path, name: str, source: str, before: str, after: str, line: str
 ) -> None:
+    """Also from a library that was built from a folder that is gone."""
     case = CASES[NAMES.index(name)]
-    shutil.copytree(CUDA / case.op, tmp_path / case.op)
-    text = (tmp_path / case.op / source).read_text()
-    assert text.count(before) == 1
-    (tmp_path / case.op / source).write_text(text.replace(before, after))
-    worse = changes(budget_of(case), count(case, tmp_path))
-    assert any(line in text for text in worse[:3]), worse
+    for folder in (tmp_path / "first", tmp_path / "second"):
+        shutil.copytree(CUDA / case.op, folder / case.op)
+        text = (folder / case.op / source).read_text()
+        assert text.count(before) == 1
+        (folder / case.op / source).write_text(text.replace(before, after))
+        worse = changes(budget_of(case), count(case, folder))
+        assert any(line in text for text in worse[:3]), worse
+        shutil.rmtree(folder)

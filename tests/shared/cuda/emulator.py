@@ -28,6 +28,8 @@ CUDA = ROOT / "cuda"
 EMULATOR = CUDA / "emulator"
 BUILD = ROOT / "build" / "emulator"
 KERNELS = Path(__file__).parent / "kernels"  # of no op: for the tests alone
+COPIES = Path("/copies")
+"""The name in libraries of a folder with changed sources, which may be another one next time."""
 
 SUCCESS, INVALID_VALUE, INVALID_CONFIGURATION, OUT_OF_RESOURCES = 0, 1, 9, 701
 
@@ -161,7 +163,8 @@ def build_kernels(
 ) -> Path:
     """A library of `.cu` sources, instrumented, and of host sources that use torch.
 
-    Its `include` folders are those where the op's own folder is found.
+    Its `include` folders are those where the op's own folder is found. Those outside of this
+    checkout go by the name of COPIES in the library, which is kept when they are gone.
     """
     runtime_library = Path(runtime()._name)
     rooms = {_room_of(source, include) for source in [*kernels, *host]}
@@ -171,6 +174,7 @@ def build_kernels(
     name = f"{room}-{_digest([], digest, runtime_library.name)}.so"
     options = [f"-I{EMULATOR / 'include'}", f"-I{CUDA / 'include'}", *(f"-I{i}" for i in include)]
     options += ["-DM3I_EMULATOR"]
+    options += [f"-ffile-prefix-map={i}={COPIES}" for i in include if ROOT not in i.parents]
 
     def build(library: Path, folder: Path) -> None:
         for_kernels = [*options, f"-D__CUDA_ARCH__={architecture}0"]

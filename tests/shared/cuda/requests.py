@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.shared.cuda.emulator import CUDA, EMULATOR, runtime
+from tests.shared.cuda.emulator import COPIES, CUDA, EMULATOR, runtime
 
 _HELPERS = (EMULATOR, CUDA / "include")  # of all kernels: a line that calls them says more
 
@@ -53,8 +53,11 @@ def counted_requests(file: Path) -> Iterator[None]:
         runtime().m3i_emulator_count_requests(None)
 
 
-def read_requests(file: Path) -> list[LineRequests]:
-    """Return what was counted, the most units first."""
+def read_requests(file: Path, *, copies: Path = CUDA) -> list[LineRequests]:
+    """Return what was counted, the most units first.
+
+    copies: the folder that the kernels were built from, where it is outside of this checkout.
+    """
     launches = [json.loads(line) for line in file.read_text().splitlines()]
     lines = _lines_of([place for launch in launches for place in launch["places"]])
     sums: defaultdict[tuple[Any, ...], list[int]] = defaultdict(lambda: [0, 0, 0])
@@ -62,6 +65,8 @@ def read_requests(file: Path) -> list[LineRequests]:
         for place in launch["places"]:
             file_line = lines.get((place.get("module"), place.get("offset")))
             source, line = file_line or (place["file"], place["line"])
+            if Path(source).is_relative_to(COPIES):
+                source = str(copies / Path(source).relative_to(COPIES))
             total = sums[launch["kernel"], source, line, place["memory"], place["access"]]
             for i, name in enumerate(("requests", "lanes", "units")):
                 total[i] += place[name]
