@@ -143,9 +143,8 @@ def add_layer_norm(
     the branch has the dtype of the branch.
 
     One kernel forward; backward one for the gradients by x and the branch, and one for those by
-    weight and bias. On the CPU and on CUDA the same bits at every run. Under torch.compile and
-    torch.export it is torch's own expression, which a compiler fuses with what stands around it.
-    Differentiable once, but under torch.compile.
+    weight and bias. On the CPU and on CUDA the same bits at every run, eager and compiled. Under
+    torch.export it is torch's own expression, which other runtimes know. Differentiable once.
 
     Args:
         x: float32, float64, float16 or bfloat16; D at most 4,096. A tensor that is not contiguous
@@ -163,7 +162,7 @@ def add_layer_norm(
     dtype = x.dtype if dtype is None else dtype
     wide = _accumulator(x.dtype)
     weight, bias = weight.to(wide), bias.to(wide)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_exporting():
         total = x if branch is None else x + branch
         return total, F.layer_norm(total.to(wide), weight.shape, weight, bias, eps).to(dtype)
     x = contiguous("add_layer_norm", "x", x)

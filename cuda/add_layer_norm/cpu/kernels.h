@@ -60,62 +60,58 @@ void forward_as(const AddLayerNormParams& params, int64_t begin, int64_t end) {
 
 // ---- Backward -----------------------------------------------------------------------------------
 
-template <class A>
-struct Pull {
-  A shift, along;  // the means of g w and of g w n
-};
-
-// Leaves n in `unit` and g w in `pulled`, and adds the row to the sums over rows.
+// The gradients of a row, whose sums over rows are added to those given. Two or four rows at once
+// store these sums less often, and took 1.6 and 2 times as long where rows come from memory.
 template <class X, class P>
-Pull<Accumulator<X>> pull_row(const AddLayerNormBwdParams& params, int64_t r, Accumulator<X>* unit,
-                              Accumulator<X>* pulled, Accumulator<X>* of_weight,
-                              Accumulator<X>* of_bias) {
+void backward_row(const AddLayerNormBwdParams& params, int64_t r, Accumulator<X>* of_weight,
+                  Accumulator<X>* of_bias) {
   using A = Accumulator<X>;
-  const int64_t width = params.of.width;
-  const X* sum = static_cast<const X*>(params.sum) + r * width;
-  const P* grad = static_cast<const P*>(params.grad_normed) + r * width;
+  const int64_t width = params.of.width, offset = r * width;
+  const X* sum = static_cast<const X*>(params.sum) + offset;
+  const P* grad = static_cast<const P*>(params.grad_normed) + offset;
   const A* weight = static_cast<const A*>(params.weight);
-  const A mean = static_cast<const A*>(params.mean)[r],
-          rstd = static_cast<const A*>(params.rstd)[r];
-  Lanes<A> shift = {}, along = {};
+  const A* mean = static_cast<const A*>(params.mean) + r;
+  const A* rstd = static_cast<const A*>(params.rstd) + r;
+  const auto unit_at = [&](int64_t at) -> Lanes<A> {
+    return (load_lanes<A>(sum, at, width) - *mean) * *rstd;
+  };
+  const auto grad_at = [&](int64_t at) -> Lanes<A> {  // zeros past the end
+    return load_lanes<A>(grad, at, width);
+  };
+  Lanes<A> shift = {}, along = {};  // sums of g w and of g w n
   for (int64_t at = 0; at < width; at += kLanes<A>) {
-    const auto n = (load_lanes<A>(sum, at, width) - mean) * rstd;
-    const auto g = load_lanes<A>(grad, at, width);  // zeros past the end
-    store(of_weight + at, load<kLanes<A>>(of_weight + at) + g * n);
-    store(of_bias + at, load<kLanes<A>>(of_bias + at) + g);
-    const auto gw = g * load_lanes<A>(weight, at, width);
-    shift += gw;
-    along += gw * n;
-    store(unit + at, n);
-    store(pulled + at, gw);
+    const Lanes<A> w = load_lanes<A>(weight, at, width);
+    Lanes<A> weights = load<kLanes<A>>(of_weight + at), biases = load<kLanes<A>>(of_bias + at);
+    const Lanes<A> g = grad_at(at), n = unit_at(at);
+    weights += g * n;
+    biases += g;
+    shift += g * w;
+    along += g * w * n;
+    store(of_weight + at, weights);
+    store(of_bias + at, biases);
   }
-  return {sum_of<A>(shift) / static_cast<A>(width), sum_of<A>(along) / static_cast<A>(width)};
+  const A mean_shift = sum_of<A>(shift) / static_cast<A>(width);
+  const A mean_along = sum_of<A>(along) / static_cast<A>(width);
+  const X* grad_sum = static_cast<const X*>(params.grad_sum) + (params.grad_sum ? offset : 0);
+  X* grad_x = static_cast<X*>(params.grad_x) + offset;
+  P* grad_branch = static_cast<P*>(params.grad_branch) + (params.grad_branch ? offset : 0);
+  for (int64_t at = 0; at < width; at += kLanes<A>) {
+    const Lanes<A> pulled = grad_at(at) * load_lanes<A>(weight, at, width);
+    Lanes<A> value = (pulled - mean_shift - unit_at(at) * mean_along) * *rstd;
+    if (params.grad_sum) value += load_lanes<A>(grad_sum, at, width);
+    store_lanes<A>(grad_x, at, width, value);
+    if (params.grad_branch) store_lanes<A>(grad_branch, at, width, value);
+  }
 }
 
 template <class X, class P>
 void backward_as(const AddLayerNormBwdParams& params, int64_t begin, int64_t end, int64_t block) {
   using A = Accumulator<X>;
   const int64_t width = params.of.width, padded = width + kLanes<A>;
-  std::vector<A> buffer(4 * padded);
-  A* const unit = buffer.data();
-  A* const pulled = unit + padded;
-  A* const of_weight = pulled + padded;
+  std::vector<A> sums(2 * padded);
+  A* const of_weight = sums.data();
   A* const of_bias = of_weight + padded;
-  for (int64_t r = begin; r < end; ++r) {
-    const Pull<A> pull = pull_row<X, P>(params, r, unit, pulled, of_weight, of_bias);
-    const A rstd = static_cast<const A*>(params.rstd)[r];
-    const X* grad_sum = static_cast<const X*>(params.grad_sum) + (params.grad_sum ? r * width : 0);
-    X* grad_x = static_cast<X*>(params.grad_x) + r * width;
-    P* grad_branch = static_cast<P*>(params.grad_branch) + (params.grad_branch ? r * width : 0);
-    for (int64_t at = 0; at < width; at += kLanes<A>) {
-      auto value =
-          (load<kLanes<A>>(pulled + at) - pull.shift - load<kLanes<A>>(unit + at) * pull.along) *
-          rstd;
-      if (params.grad_sum) value += load_lanes<A>(grad_sum, at, width);
-      store_lanes<A>(grad_x, at, width, value);
-      if (params.grad_branch) store_lanes<A>(grad_branch, at, width, value);
-    }
-  }
+  for (int64_t r = begin; r < end; ++r) backward_row<X, P>(params, r, of_weight, of_bias);
   if (!params.partials) return;
   A* partials = static_cast<A*>(params.partials) + block * 2 * width;
   std::memcpy(partials, of_weight, width * sizeof(A));
