@@ -11,7 +11,7 @@ STABLE_TORCH_LIBRARY(m3i, library) {
       "ScalarType dtype)"
       " -> (Tensor sum, Tensor normed, Tensor mean, Tensor rstd)");
   library.def(
-      "add_layer_norm_bwd(Tensor? grad_sum, Tensor grad_normed, Tensor sum, Tensor weight, "
+      "add_layer_norm_bwd(Tensor grad_normed, Tensor? grad_sum, Tensor sum, Tensor weight, "
       "Tensor mean, Tensor rstd, bool needs_branch, bool needs_affine)"
       " -> (Tensor grad_x, Tensor grad_branch, Tensor grad_weight, Tensor grad_bias)");
   // covariance: of the targets, [0] where decorrelation_weight is 0; mean and rstd are [0] unless

@@ -117,8 +117,8 @@ struct AddLayerNormBwdCall {
 
 // Checks the arguments and allocates the gradients, on the device of sum.
 inline AddLayerNormBwdCall prepare_add_layer_norm_bwd(
-    const std::optional<torch::stable::Tensor>& grad_sum,  // [..., D]
     const torch::stable::Tensor& grad_normed,              // [..., D]
+    const std::optional<torch::stable::Tensor>& grad_sum,  // [..., D]
     const torch::stable::Tensor& sum,                      // [..., D]
     const torch::stable::Tensor& weight,                   // [D]
     const torch::stable::Tensor& mean,                     // [R]

@@ -25,11 +25,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_cuda(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd_cuda(
-    const std::optional<Tensor>& grad_sum, const Tensor& grad_normed, const Tensor& sum,
+    const Tensor& grad_normed, const std::optional<Tensor>& grad_sum, const Tensor& sum,
     const Tensor& weight, const Tensor& mean, const Tensor& rstd, bool needs_branch,
     bool needs_affine) {
   const torch::stable::accelerator::DeviceGuard guard(sum.get_device_index());
-  AddLayerNormBwdCall call = prepare_add_layer_norm_bwd(grad_sum, grad_normed, sum, weight, mean,
+  AddLayerNormBwdCall call = prepare_add_layer_norm_bwd(grad_normed, grad_sum, sum, weight, mean,
                                                         rstd, needs_branch, needs_affine);
   const AddLayerNormRows& of = call.params.of;
   if (of.rows == 0) {

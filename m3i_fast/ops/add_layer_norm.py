@@ -66,8 +66,8 @@ def _fake(
 
 @torch.library.register_fake("m3i::add_layer_norm_bwd")
 def _fake_bwd(
-    grad_sum: Tensor | None,  # [..., D]
     grad_normed: Tensor,  # [..., D]
+    grad_sum: Tensor | None,  # [..., D]
     sum: Tensor,  # [..., D]
     weight: Tensor,  # [D]
     mean: Tensor,  # [R]
@@ -101,8 +101,8 @@ def _backward(
         return grad_sum, of_branch, None, None, None, None
     needs_affine = any(ctx.needs_input_grad[2:4])
     grad, of_branch, of_weight, of_bias = m3i.add_layer_norm_bwd.default(
-        None if grad_sum is None else grad_sum.contiguous(),
         grad_normed.contiguous(),
+        None if grad_sum is None else grad_sum.contiguous(),
         *ctx.saved_tensors,
         needs_branch,
         needs_affine,

@@ -35,7 +35,7 @@ class GatherCounter:
         if torch._C._current_graph_task_id() != -1:  # run again in the backward pass
             return
         self._count(name)
-        *_, output = (x for x in tree_leaves(result) if isinstance(x, Tensor))  # of a Residual
+        output = [x for x in tree_leaves(result) if isinstance(x, Tensor)][-1]  # of a Residual
         if output.requires_grad:
             output.register_hook(partial(self._count, name))
             if self._before not in self._in_vain:

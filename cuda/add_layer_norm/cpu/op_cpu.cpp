@@ -61,10 +61,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_cpu(const Tensor& x,
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd_cpu(
-    const std::optional<Tensor>& grad_sum, const Tensor& grad_normed, const Tensor& sum,
+    const Tensor& grad_normed, const std::optional<Tensor>& grad_sum, const Tensor& sum,
     const Tensor& weight, const Tensor& mean, const Tensor& rstd, bool needs_branch,
     bool needs_affine) {
-  AddLayerNormBwdCall call = prepare_add_layer_norm_bwd(grad_sum, grad_normed, sum, weight, mean,
+  AddLayerNormBwdCall call = prepare_add_layer_norm_bwd(grad_normed, grad_sum, sum, weight, mean,
                                                         rstd, needs_branch, needs_affine);
   const AddLayerNormRows& of = call.params.of;
   const AddLayerNormCpuKernels& kernels = fastest_kernels();

@@ -111,8 +111,15 @@ class Normed(nn.Module):
         """Compute what follows the norm."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:  # [..., in_features] -> [..., out_features]
-        return self.products(self.norm(Residual(x))[1])
+    def forward(self, x: Tensor | Residual) -> Tensor | tuple[Tensor, Tensor]:
+        """Compute the layer: [..., in_features] -> [..., out_features].
+
+        Of a `Residual` return its sum as well, which comes first.
+        """
+        if isinstance(x, Tensor):
+            return self.products(self.norm(Residual(x))[1])
+        total, normed = self.norm(x)
+        return total, self.products(normed)
 
 
 def add_and_run(
@@ -126,8 +133,8 @@ def add_and_run(
     the layer computes, None for all.
     """
     if rows is None and isinstance(layer, Normed):
-        x, normed = layer.norm(stream)
-        return x, layer.products(normed)
+        both: tuple[Tensor, Tensor] = layer(stream)
+        return both
     x = stream.total()
     return x, layer(take_rows(x, rows))
 

@@ -192,7 +192,7 @@ def test_opcheck(dtypes: tuple[torch.dtype, torch.dtype], branch: bool) -> None:
     for grad_sum in (None, total):
         for needs in ((False, False), (True, True)):
             torch.library.opcheck(
-                BACKWARD, (grad_sum, normed, total, weight.detach(), mean, rstd, *needs)
+                BACKWARD, (normed, grad_sum, total, weight.detach(), mean, rstd, *needs)
             )
 
 
