@@ -4,6 +4,16 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(m3i, library) {
+  // sum: [0] without a branch; the norm is in `dtype`. A gradient that is needed by nobody, or is
+  // that of x, is [0].
+  library.def(
+      "add_layer_norm(Tensor x, Tensor? branch, Tensor weight, Tensor bias, float eps, "
+      "ScalarType dtype)"
+      " -> (Tensor sum, Tensor normed, Tensor mean, Tensor rstd)");
+  library.def(
+      "add_layer_norm_bwd(Tensor grad_normed, Tensor? grad_sum, Tensor sum, Tensor weight, "
+      "Tensor mean, Tensor rstd, bool needs_branch, bool needs_affine)"
+      " -> (Tensor grad_x, Tensor grad_branch, Tensor grad_weight, Tensor grad_bias)");
   // covariance: of the targets, [0] where decorrelation_weight is 0; mean and rstd are [0] unless
   // normalise.
   library.def(

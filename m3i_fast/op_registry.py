@@ -190,6 +190,45 @@ def _gaussian_work() -> Callable[[], object]:
     return lambda: torch.autograd.grad(gaussian(z_hat, z, sigma=0.5**0.5, normalise=True), z_hat)
 
 
+# ---- add_layer_norm ------------------------------------------------------------------------------
+
+
+def _add_layer_norm_is_right(device: str) -> bool:
+    """Of a row and a branch whose sum is its own layer norm."""
+    import torch
+
+    from m3i_fast.ops import add_layer_norm
+
+    x = torch.tensor([2.0, -3.0, 2.0, -3.0], device=device).expand(3, 4).contiguous()
+    branch = torch.tensor([-1.0, 2.0, -1.0, 2.0], device=device).expand(3, 4).contiguous()
+    x.requires_grad_()
+    weight, bias = torch.full((4,), 2.0, device=device), torch.ones(4, device=device)
+    total, normed = add_layer_norm(x, branch, weight, bias, eps=1e-12)
+    (gradient,) = torch.autograd.grad(normed[:, 0].sum(), x)
+    expected = torch.tensor([1.0, -1.0, 1.0, -1.0], device=device).expand(3, 4)
+    grad = torch.tensor([1.0, 0.0, -1.0, 0.0], device=device).expand(3, 4)
+    values = torch.allclose(total, expected) and torch.allclose(normed, 2 * expected + 1)
+    return values and torch.allclose(gradient, grad, atol=1e-6)
+
+
+def _add_layer_norm_work() -> Callable[[], object]:
+    """Return the demo's norms: 64 pictures, 64 tokens, width 192; both passes, fp32."""
+    import torch
+
+    from m3i_fast.ops import add_layer_norm
+
+    rng = torch.Generator().manual_seed(0)
+    x, branch, of_sum, of_norm = (torch.randn(64, 64, 192, generator=rng) for _ in range(4))
+    weight, bias = (torch.randn(192, generator=rng).requires_grad_() for _ in range(2))
+    leaves = x.requires_grad_(), branch.requires_grad_(), weight, bias
+
+    def run() -> object:
+        results = add_layer_norm(x, branch, weight, bias)
+        return torch.autograd.grad(results, leaves, (of_sum, of_norm))
+
+    return run
+
+
 # ---- views ---------------------------------------------------------------------------------------
 
 
@@ -281,5 +320,14 @@ OPS: tuple[OpSpec, ...] = (
         gpu=GpuBenchmark(worth=6, limit_s=60, small=("--num-samples", "2", "--batch-size", "4")),
         sanitizer="tests/ops/views/test_cuda.py::test_cuda_gives_the_bits_of_the_cpu",
         kernels=r"draw_views$|make_views$",
+    ),
+    OpSpec(
+        name="add_layer_norm",
+        title="Residual sum and layer norm",
+        is_right=_add_layer_norm_is_right,
+        work=_add_layer_norm_work,
+        measures="a branch's sum and layer norm: ours beside torch's add and layer_norm",
+        gpu=GpuBenchmark(worth=7, limit_s=60, small=("--num-samples", "2", "--no-compile")),
+        sanitizer="tests/ops/add_layer_norm/test_add_layer_norm.py::test_on_a_gpu",
     ),
 )

@@ -106,6 +106,13 @@ def check_ops() -> list[str]:
         ops.gaussian(a.float(), b.float(), normalise=True),
         reference.gaussian(a.float(), b.float(), normalise=True),
     )
+    weight, bias = a.float()[0], b.float()[0]
+    for ours, theirs in zip(
+        ops.add_layer_norm(a.float(), b.float(), weight, bias),
+        reference.add_layer_norm(a.float(), b.float(), weight, bias),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
     if torch.version.cuda and "m3i_fast._C_cuda" in sys.modules:
         kernels = torch._C._dispatch_get_registrations_for_dispatch_key
         ours = {op for op in kernels("CPU") if op.startswith("m3i::")}

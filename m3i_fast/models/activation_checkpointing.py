@@ -20,7 +20,8 @@ from m3i_fast.config.fields import Recompute
 Checkpoint = Callable[..., Tensor]
 
 _aten = torch.ops.aten
-# Matrix products, attention and convolutions are expensive; all else is one pass over memory.
+# Matrix products, attention and convolutions are expensive; all else is one pass over memory, the
+# norms among our own operators, too.
 KEPT = {
     _aten.mm.default,
     _aten.addmm.default,
@@ -67,5 +68,5 @@ def _checkpoint_casts(function: Callable[..., Tensor], *inputs: Tensor, **option
 
 
 def _keep_products(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    kept = op in KEPT or op.namespace == "m3i"
+    kept = op in KEPT or (op.namespace == "m3i" and op.name() != "m3i::add_layer_norm")
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

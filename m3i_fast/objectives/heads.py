@@ -23,6 +23,7 @@ from m3i_fast.models.transformer.blocks import (
     Block,
     BlockLayers,
     Linear,
+    Residual,
     Sequences,
     pack,
     reset_children,
@@ -133,12 +134,12 @@ class DenseDecoder(nn.Module):
         assert isinstance(token_index, Tensor) and isinstance(position, Tensor)
         own = self._embed(self.projector(tokens), token_index)
         masked = self._masked(position)
-        x = torch.cat([own, masked.to(own.dtype)], dim=1)
+        stream = Residual(torch.cat([own, masked.to(own.dtype)], dim=1))
         for block in self.blocks[:-1]:
-            x = block(x)
+            stream = block(stream)
         # The own tokens are not used after the last block.
-        x = self.blocks[-1](x, num_last=masked.shape[1])
-        return self.head(self.norm(x))
+        stream = self.blocks[-1](stream, num_last=masked.shape[1])
+        return self.head(self.norm(stream.total()))
 
     def _answer_packed(
         self,
@@ -154,13 +155,13 @@ class DenseDecoder(nn.Module):
         of_each = zip(unpack(own, shown), unpack(masked, asked), strict=True)
         whole = [torch.cat(both, dim=1) for both in of_each]
         packed = tuple(Sequences(*part.shape[:2]) for part in whole)
-        x = pack(whole)
+        stream = Residual(pack(whole))
         for block in self.blocks[:-1]:
-            x = block(x, packed=packed)
+            stream = block(stream, packed=packed)
         # The own tokens are not used after the last block.
         last = tuple(p._replace(num_last=q.length) for p, q in zip(packed, asked, strict=True))
-        x = self.blocks[-1](x, packed=last)
-        return tuple(unpack(self.head(self.norm(x)), asked))
+        stream = self.blocks[-1](stream, packed=last)
+        return tuple(unpack(self.head(self.norm(stream.total())), asked))
 
     def _embed(self, tokens: Tensor, token_index: Tensor) -> Tensor:  # [..., C], [...] -> [..., D]
         return self.embed(tokens) + F.embedding(token_index, self.own_position)

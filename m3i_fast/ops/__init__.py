@@ -1,6 +1,7 @@
 """Fused operators with CPU and CUDA kernels; importing this package loads the compiled modules."""
 
 from m3i_fast.ops import views
+from m3i_fast.ops.add_layer_norm import add_layer_norm
 from m3i_fast.ops.boltzmann import IGNORED, boltzmann
 from m3i_fast.ops.boltzmann_rows import SoftTargets
 from m3i_fast.ops.dcnv3 import dcnv3
@@ -12,6 +13,7 @@ __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "SoftTargets",
+    "add_layer_norm",
     "boltzmann",
     "dcnv3",
     "gaussian",

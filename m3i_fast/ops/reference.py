@@ -19,6 +19,23 @@ from m3i_fast.ops.mask_mix import IMAGENET_MEAN, IMAGENET_STD
 from m3i_fast.ops.views import VIEW_PARAMS, ViewSpec
 
 
+def add_layer_norm(
+    x: Tensor,  # [..., D]
+    branch: Tensor | None,  # [..., D]
+    weight: Tensor,  # [D]
+    bias: Tensor,  # [D]
+    *,
+    eps: float = 1e-5,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:  # [..., D], [..., D] dtype
+    """Compute `m3i_fast.ops.add_layer_norm` step by step; exact in float64, differentiable."""
+    total = x if branch is None else x + branch
+    wide = total.to(weight.dtype)
+    centred = wide - wide.mean(-1, keepdim=True)
+    normed = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+    return total, (normed * weight + bias).to(dtype or x.dtype)
+
+
 def mask_mix(
     views: Tensor,  # [B, 3, H, W] uint8
     choice: Tensor,  # [P, h, w] uint8

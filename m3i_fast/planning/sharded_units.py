@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from m3i_fast.costs.traffic import Unit
 from m3i_fast.engine.build import blocks_of
@@ -30,10 +31,11 @@ class GatherCounter:
         for block in blocks_of(model):
             block.register_forward_hook(partial(self._count_pass, names[id(block)]))
 
-    def _count_pass(self, name: str, _: nn.Module, inputs: object, output: Tensor) -> None:
+    def _count_pass(self, name: str, _: nn.Module, inputs: object, result: object) -> None:
         if torch._C._current_graph_task_id() != -1:  # run again in the backward pass
             return
         self._count(name)
+        output = [x for x in tree_leaves(result) if isinstance(x, Tensor)][-1]  # of a Residual
         if output.requires_grad:
             output.register_hook(partial(self._count, name))
             if self._before not in self._in_vain:

@@ -24,7 +24,6 @@ from m3i_fast.engine.optim.skippable_step import steps_as_on
 from m3i_fast.engine.parallel.ranks import World
 from m3i_fast.engine.precision.arithmetic import Arithmetic
 from m3i_fast.engine.train_step import TrainStep, draw_step_mix
-from m3i_fast.models.transformer.blocks import LayerNormLinear, LayerNormMLP
 from m3i_fast.objectives.mixing import Mix
 from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.objectives.terms import Caption
@@ -250,7 +249,7 @@ def _widen_norms(objective: nn.Module) -> None:
         return args[0].float(), *args[1:]
 
     for module in objective.modules():
-        if isinstance(module, nn.LayerNorm | LayerNormLinear | LayerNormMLP):
+        if isinstance(module, nn.LayerNorm):
             module.register_forward_pre_hook(widen)
 
 

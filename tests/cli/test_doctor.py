@@ -80,7 +80,10 @@ def test_this_environment() -> None:
     assert status == 0, [each for each in found.values() if each.level == "error"]
     assert found["torch"].detail.startswith(torch.__version__)
     assert found["_C"].level == "ok"
-    assert found["_C"].detail == "CPU kernels run (mask_mix, dcnv3, boltzmann, gaussian, views)"
+    assert (
+        found["_C"].detail
+        == "CPU kernels run (mask_mix, dcnv3, boltzmann, gaussian, views, add_layer_norm)"
+    )
     assert found["DALI"].level == "ok"
     assert version("nvidia-dali-cuda130") in found["DALI"].detail
     cpu = found["CPU"].detail
@@ -236,7 +239,7 @@ def test_a_complete_gpu_node_has_nothing_to_complain_of() -> None:
     node = gpu_node()
     assert levels(node) == {}
     assert findings.find_cuda_kernels(node).detail.endswith(
-        "its kernels run (mask_mix, dcnv3, boltzmann, gaussian, views)"
+        "its kernels run (mask_mix, dcnv3, boltzmann, gaussian, views, add_layer_norm)"
     )
 
 

@@ -72,6 +72,13 @@ def _gaussian(dtype: torch.dtype) -> None:
     ops.gaussian(z_hat, waves(64, 96, dtype=dtype, scale=2.0), normalise=True).backward()
 
 
+def _add_layer_norm(dtype: torch.dtype) -> None:
+    x, branch = waves(64, 96).requires_grad_(), waves(64, 96, dtype=dtype, scale=2.0)
+    weight, bias = (waves(96, scale=s).requires_grad_() for s in (1.0, 0.5))
+    results = ops.add_layer_norm(x, branch.requires_grad_(), weight, bias, dtype=dtype)
+    torch.autograd.backward(results, [waves(64, 96, dtype=t.dtype) for t in results])
+
+
 def _boltzmann(dtype: torch.dtype, count: int) -> None:
     features = [waves(count, 64, dtype=dtype, scale=s).requires_grad_() for s in (0.1, 0.2)]
     ops.boltzmann(*features, torch.tensor(8.0, requires_grad=True)).backward()
@@ -97,6 +104,7 @@ CASES = (
     Case("dcnv3", "14 x 14, 2 groups of 16, bf16", lambda: _dcnv3(torch.bfloat16)),
     Case("mask_mix", "2 of 32 x 32, bf16", lambda: _mask_mix(torch.bfloat16)),
     Case("gaussian", "64 x 96, bf16", lambda: _gaussian(torch.bfloat16)),
+    Case("add_layer_norm", "64 x 96, bf16", lambda: _add_layer_norm(torch.bfloat16)),
     Case("boltzmann", "128 x 128 of 64, bf16", lambda: _boltzmann(torch.bfloat16, 128)),
     Case("boltzmann", "256 x 256 of 64, bf16, sm_90", lambda: _boltzmann(torch.bfloat16, 256), 90),
     Case("boltzmann", "32 x 130 of 64, classes, fp32", lambda: _boltzmann_rows(False)),

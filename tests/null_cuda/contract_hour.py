@@ -106,19 +106,19 @@ def test_each_step_tells_what_it_expected_and_got(
     page = (out / "index.html").read_text()
     assert all(f'<h2 id="{name}">' in page for name in found)
     kernels = found["kernels"]["checks"]
-    assert len(kernels) == 5 and all(check["holds"] for check in kernels)
+    assert len(kernels) == 6 and all(check["holds"] for check in kernels)
     (tests,) = found["tests"]["checks"]
     assert tests["holds"] and tests["got"].endswith("collected, none run")
     assert int(tests["got"].split()[0]) > 200
     checks = {check["what"]: check for check in found["training"]["checks"]}
     assert checks["host synchronisations of a step"]["holds"]
     ours = {w: c for w, c in checks.items() if w.endswith("_kernel in a step")}
-    assert len(ours) == 20 and all(check["holds"] for check in ours.values())
+    assert len(ours) == 23 and all(check["holds"] for check in ours.values())
     assert "boltzmann_sums_hopper_kernel in a step" in ours
     launches = checks["kernels of a step in all"]
     assert launches["expected"].split(",")[0] == launches["got"]
     budgets = {c["what"] for c in found["registers"]["checks"]}
-    ops = ("boltzmann", "dcnv3", "gaussian", "mask_mix", "views")
+    ops = ("add_layer_norm", "boltzmann", "dcnv3", "gaussian", "mask_mix", "views")
     assert budgets == {f"registers of {op} for sm_90a" for op in ops}
 
 

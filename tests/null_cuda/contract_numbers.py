@@ -29,6 +29,7 @@ Launch = tuple[str, tuple[int, ...], tuple[int, ...], int, int]
 
 # The operators of a step, by the op that they belong to.
 OPERATORS = {
+    "add_layer_norm": {"add_layer_norm", "add_layer_norm_bwd"},
     "boltzmann": {
         *("boltzmann_maxima", "boltzmann_sums", "boltzmann_grads", "boltzmann_rows_pass"),
         *("boltzmann_prepare", "boltzmann_shift", "boltzmann_exact", "boltzmann_exact_shift"),
@@ -38,7 +39,7 @@ OPERATORS = {
     "gaussian": {"gaussian", "gaussian_bwd"},
     "mask_mix": {"mask_mix"},
 }
-DEMO = ("boltzmann", "gaussian", "mask_mix")
+DEMO = ("add_layer_norm", "boltzmann", "gaussian", "mask_mix")
 INTERNIMAGE = (*DEMO, "dcnv3")
 TERMS = ("intra", "inter", "category", "caption")
 
@@ -56,6 +57,7 @@ CLOSE_WITH_CONVOLUTIONS = 2**-6
 # Kernels of a step of the demo; those of logits and gradients differ by card and precision.
 ALWAYS = {
     "mask_mix_kernel",
+    *(f"add_layer_norm_{name}kernel" for name in ("", "bwd_", "affine_")),
     *(f"gaussian_{name}kernel" for name in ("", "product_", "value_", "bwd_")),
     *(f"boltzmann_{name}_kernel" for name in ("sums", "maxima", "reduce", "total", "rows")),
     *(f"boltzmann_{name}_kernel" for name in ("insert", "prepare", "shift", "exact")),

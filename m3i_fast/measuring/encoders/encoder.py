@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -129,11 +129,11 @@ def by_mean_and_std(
 
 
 @contextmanager
-def outputs_of(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+def outputs_of(blocks: Sequence[nn.Module]) -> Iterator[list[Any]]:
     """Yield a list that the outputs of blocks are appended to, in the order in which they run."""
-    outputs: list[Tensor] = []
+    outputs: list[Any] = []
 
-    def keep(_: nn.Module, __: object, output: Tensor) -> None:
+    def keep(_: nn.Module, __: object, output: object) -> None:
         outputs.append(output)
 
     hooks = [block.register_forward_hook(keep) for block in blocks]

@@ -83,7 +83,7 @@ class RunEncoder:
             if image is None:
                 model.forward_features(pictures)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            tokens = [vit.norm(output) for output in reversed(outputs)]
+            tokens = [vit.norm(output.total()) for output in reversed(outputs)]
         features = layer_features(
             tokens, num_prefix=model.num_prefix_tokens, has_class=vit.class_token is not None
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from m3i_fast.config.fields import DropPathMode, Mlp, Recompute
 from m3i_fast.models.activation_checkpointing import Checkpoint, torch_checkpoint
 from m3i_fast.models.transformer.positions import rotate
+from m3i_fast.ops.add_layer_norm import MAX_WIDTH, add_layer_norm
 
 LAYER_NORM_EPS = 1e-6  # timm, MAE and DINO; Transformer Engine's own default is 1e-5
 INIT_STD = 0.02
@@ -65,7 +66,80 @@ class Linear(nn.Linear):
             nn.init.zeros_(self.bias)
 
 
-class LayerNormLinear(nn.Module):
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which a product of `x` is computed: that of autocast where it is on."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+class Residual(NamedTuple):
+    """The residual stream of a stack of blocks, whose last branch is still to be added."""
+
+    x: Tensor  # [..., D]
+    branch: Tensor | None = None  # [..., D]
+
+    def total(self) -> Tensor:
+        """Return x + branch."""
+        return self.x if self.branch is None else self.x + self.branch
+
+
+Stream = TypeVar("Stream", Tensor, Residual)
+
+
+class Normed(nn.Module):
+    """A module that begins with a LayerNorm, and can add a branch on the way to it."""
+
+    layer_norm_weight: nn.Parameter  # [in_features]
+    layer_norm_bias: nn.Parameter  # [in_features]
+    eps: float
+
+    def norm(self, stream: Residual) -> tuple[Tensor, Tensor]:
+        """Return the sum of the stream, and its norm in the dtype of the products after it."""
+        x, branch = stream
+        weight, bias = self.layer_norm_weight, self.layer_norm_bias
+        dtype = product_dtype(x)
+        if branch is not None and branch.dtype != dtype:
+            x, branch = x + branch, None
+        if len(weight) <= MAX_WIDTH:
+            return add_layer_norm(x, branch, weight, bias, eps=self.eps, dtype=dtype)
+        x = Residual(x, branch).total()
+        return x, F.layer_norm(x, weight.shape, weight, bias, self.eps)
+
+    def products(self, x: Tensor) -> Tensor:  # [..., in_features] -> [..., out_features]
+        """Compute what follows the norm."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor | Residual) -> Tensor | tuple[Tensor, Tensor]:
+        """Compute the layer: [..., in_features] -> [..., out_features].
+
+        Of a `Residual` return its sum as well, which comes first.
+        """
+        if isinstance(x, Tensor):
+            return self.products(self.norm(Residual(x))[1])
+        total, normed = self.norm(x)
+        return total, self.products(normed)
+
+
+def add_and_run(
+    layer: nn.Module,
+    stream: Residual,
+    rows: Tensor | None = None,  # [kept] int64
+) -> tuple[Tensor, Tensor]:
+    """Return the sum of the stream, and what a layer that begins with a norm computes of it.
+
+    In one pass where the layer is ours; another library's is given the sum. rows: the samples that
+    the layer computes, None for all.
+    """
+    if rows is None and isinstance(layer, Normed):
+        both: tuple[Tensor, Tensor] = layer(stream)
+        return both
+    x = stream.total()
+    return x, layer(take_rows(x, rows))
+
+
+class LayerNormLinear(Normed):
     """A LayerNorm and a linear layer: [..., in_features] -> [..., out_features]."""
 
     def __init__(
@@ -92,9 +166,7 @@ class LayerNormLinear(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        norm_weight, norm_bias = self.layer_norm_weight, self.layer_norm_bias
-        x = F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, self.eps)
+    def products(self, x: Tensor) -> Tensor:
         return self.matmul(x, self.weight, self.bias)
 
 
@@ -117,7 +189,7 @@ def activate(x: Tensor, activation: Mlp) -> Tensor:  # [..., F or 2 F] -> [..., 
     return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
-class LayerNormMLP(nn.Module):
+class LayerNormMLP(Normed):
     """A LayerNorm and an MLP of two linear layers: [..., dim] -> [..., dim].
 
     gelu: fc2(gelu(fc1(x))), exact, and likewise with the other GELUs of `activate`. swiglu (arXiv
@@ -152,19 +224,9 @@ class LayerNormMLP(nn.Module):
         for bias in (self.layer_norm_bias, self.fc1_bias, self.fc2_bias):
             nn.init.zeros_(bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        norm_weight, norm_bias = self.layer_norm_weight, self.layer_norm_bias
-        x = F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, self.eps)
+    def products(self, x: Tensor) -> Tensor:
         x = activate(self.matmul(x, self.fc1_weight, self.fc1_bias), self.activation)
         return self.matmul(x, self.fc2_weight, self.fc2_bias)
-
-
-def product_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which a product of `x` is computed: that of autocast where it is on."""
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return x.dtype
 
 
 def rotate_qk(qkv: Sequence[Tensor], rotation: Tensor | None) -> Sequence[Tensor]:
@@ -275,6 +337,26 @@ class DropPath(nn.Module):
             order = priority.argsort(stable=True, descending=True)
         return order[: num_kept(len(x), self.rate)]
 
+    def join(
+        self,
+        x: Tensor,  # [B, ...]
+        branch: Tensor,  # [B or kept, ...]
+        scale: Tensor | None,
+        rows: Tensor | None = None,  # [kept] int64
+        priority: Tensor | None = None,  # [B] int32
+    ) -> Residual:  # [B, ...]
+        """Return x + scale * branch, the branch still to be added where nothing scales it.
+
+        rows: the samples of x that the branch has, None for all.
+        """
+        if rows is not None:
+            branch = branch if scale is None else branch * scale
+            added = x.index_add(0, rows, branch.to(x.dtype), alpha=len(x) / len(rows))
+            return Residual(added)
+        branch = self(branch, priority)
+        # one pass instead of two over the branch
+        return Residual(x, branch) if scale is None else Residual(torch.addcmul(x, branch, scale))
+
     def add(
         self,
         x: Tensor,  # [B, ...]
@@ -283,13 +365,8 @@ class DropPath(nn.Module):
         rows: Tensor | None,  # [kept] int64
         priority: Tensor | None = None,  # [B] int32
     ) -> Tensor:  # [B, ...]
-        """Return x + scale * branch; rows: the samples of x that the branch has, None for all."""
-        if rows is not None:
-            branch = branch if scale is None else branch * scale
-            return x.index_add(0, rows, branch.to(x.dtype), alpha=len(x) / len(rows))
-        branch = self(branch, priority)
-        # one pass instead of two over the branch
-        return x + branch if scale is None else torch.addcmul(x, branch, scale)
+        """Return x + scale * branch, as `join`."""
+        return self.join(x, branch, scale, rows, priority).total()
 
 
 def branch_priorities(
@@ -418,16 +495,18 @@ class Block(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        x: Stream,
         key_mask: Tensor | None = None,
         *,
         num_last: int | None = None,
         rotation: Tensor | None = None,
         priority: Tensor | None = None,
         packed: Sequence[Sequences] = (),
-    ) -> Tensor:
+    ) -> Stream:
         """Run the block: [B, T, D] -> [B, T, D], or [B, num_last, D].
 
+        x: a tensor gives a tensor, and a `Residual` a `Residual`, whose last branch the next block
+        adds on the way to its first norm.
         key_mask: [B, T] bool, True where the token is real; None attends to every token.
         num_last: return the last tokens only, without computing the others.
         rotation: [B, T, 2, D / H / 2] of rotary positions, applied to queries and keys.
@@ -435,23 +514,30 @@ class Block(nn.Module):
         packed: x is [B T of all, D], sequences of several lengths of which each attends to itself,
         as `pack` makes it; then num_last is theirs, and key_mask, rotation and priority are None.
         """
-        arguments = x, key_mask, num_last, rotation, priority, packed
+        stream = Residual(x) if isinstance(x, Tensor) else x
+        rest = key_mask, num_last, rotation, priority, packed
         if self.checkpoint is None or not torch.is_grad_enabled():
-            return self._run(*arguments)
-        return self.checkpoint(self._run, *arguments)
+            stream = self._run(stream, *rest)
+        else:  # saves its input, which is one tensor
+            stream = Residual(self.checkpoint(self._run_whole, stream.total(), *rest))
+        return stream.total() if isinstance(x, Tensor) else stream
 
-    def _run_packed(self, x: Tensor, packed: Sequence[Sequences]) -> Tensor:
+    def _run_whole(self, x: Tensor, *rest: Any) -> Tensor:
+        return self._run(Residual(x), *rest).total()
+
+    def _run_packed(self, stream: Residual, packed: Sequence[Sequences]) -> Residual:
         """Run the block on sequences of several lengths: products of all, attention of each."""
         assert not self.training or self.drop_path.rate == 0.0, "a row of x is no sample"
-        each = unpack(self._qkv(x), packed)
-        attended = [self.attention(qkv, None, None) for qkv in each]
+        x, qkv = self._qkv(stream)
+        attended = [self.attention(each, None, None) for each in unpack(qkv, packed)]
         if any(of.num_last is not None for of in packed):
             attended = [a[:, of.start :] for a, of in zip(attended, packed, strict=True)]
             last = zip(unpack(x, packed), packed, strict=True)
             x = pack([tokens[:, of.start :] for tokens, of in last])
-        add = self.drop_path.add
-        x = add(x, self.proj(pack(attended)), self.layer_scale_1, None)
-        return add(x, self.layernorm_mlp(x), self.layer_scale_2, None)
+        join = self.drop_path.join
+        stream = join(x, self.proj(pack(attended)), self.layer_scale_1)
+        x, branch = add_and_run(self.layernorm_mlp, stream)
+        return join(x, branch, self.layer_scale_2)
 
     def prepare_mask(self, key_mask: Tensor, dtype: torch.dtype) -> Tensor:
         """Return what all blocks of a stack take as key_mask: [B, T] bool -> as `Attention`'s."""
@@ -460,31 +546,34 @@ class Block(nn.Module):
 
     def _run(
         self,
-        x: Tensor,
+        stream: Residual,
         key_mask: Tensor | None,
         num_last: int | None,
         rotation: Tensor | None,
         priority: Tensor | None,
         packed: Sequence[Sequences],
-    ) -> Tensor:
+    ) -> Residual:
         if packed:
-            return self._run_packed(x, packed)
+            return self._run_packed(stream, packed)
         drop, (first, second) = self.drop_path, branch_priorities(priority)
-        rows = drop.draw(x, first)
+        rows = drop.draw(stream.x, first)
         key_mask = None if key_mask is None else take_rows(key_mask, rows)
         rotation = None if rotation is None else take_rows(rotation, rows)
-        attended = self.attention(self._qkv(take_rows(x, rows)), key_mask, rotation)
+        x, qkv = self._qkv(stream, rows)
+        attended = self.attention(qkv, key_mask, rotation)
         if num_last is not None:
             start = x.shape[1] - num_last
-            x, attended = x[:, start:], attended[:, start:]
-        x = drop.add(x, self.proj(attended), self.layer_scale_1, rows, first)
+            x, attended = x[:, start:].contiguous(), attended[:, start:]
+        stream = drop.join(x, self.proj(attended), self.layer_scale_1, rows, first)
         rows = drop.draw(x, second)
-        branch = self.layernorm_mlp(take_rows(x, rows))
-        return drop.add(x, branch, self.layer_scale_2, rows, second)
+        x, branch = add_and_run(self.layernorm_mlp, stream, rows)
+        return drop.join(x, branch, self.layer_scale_2, rows, second)
 
-    def _qkv(self, x: Tensor) -> Tensor:  # [B, T, D] -> [B, T, 3 D]
-        qkv: Tensor = self.layernorm_qkv(x)
+    def _qkv(
+        self, stream: Residual, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:  # [B, T, D] -> [B, T, D], [B or kept, T, 3 D]
+        x, qkv = add_and_run(self.layernorm_qkv, stream, rows)
         if self.query_value_bias is None:
-            return qkv
+            return x, qkv
         query, value = self.query_value_bias.to(qkv.dtype).chunk(2)
-        return qkv + torch.cat([query, torch.zeros_like(query), value])
+        return x, qkv + torch.cat([query, torch.zeros_like(query), value])

@@ -15,6 +15,7 @@ from m3i_fast.models.transformer.blocks import (
     Block,
     BlockLayers,
     Linear,
+    Residual,
     product_dtype,
     reset_children,
 )
@@ -83,9 +84,10 @@ class TextEncoder(nn.Module):
             first = self.blocks[0]
             assert isinstance(first, Block)
             key_mask = first.prepare_mask(key_mask, product_dtype(x))
+        stream = Residual(x)
         for block in self.blocks:
-            x = block(x, key_mask)
-        x = self.norm(x)
+            stream = block(stream, key_mask)
+        x = self.norm(stream.total())
         if is_causal:
             weight = (place == num_tokens[:, None] - 1).to(x.dtype)
             return self.projection((x * weight[..., None]).sum(1))

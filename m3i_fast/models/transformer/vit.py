@@ -16,6 +16,7 @@ from m3i_fast.models.transformer.blocks import (
     TORCH_LAYERS,
     Block,
     BlockLayers,
+    Residual,
     Sequences,
     layer_priorities,
     pack,
@@ -156,12 +157,12 @@ class ViT(ImageEncoder):
                 f"centres: expected {'none' if centres is not None else '[B, n, 2]'} with position "
                 f"= {self.cfg.position}, got {None if centres is None else list(centres.shape)}"
             )
-        tokens = self.norm_pre(self._with_prefix(tokens))
+        stream = Residual(self.norm_pre(self._with_prefix(tokens)))
         rotation = None if centres is None else self._rotation(centres)
         for i, block in enumerate(self.blocks):
             own = layer_priorities(priority, i)
-            tokens = block(tokens, rotation=rotation, priority=own)
-        return self.norm(tokens)
+            stream = block(stream, rotation=rotation, priority=own)
+        return self.norm(stream.total())
 
     def _with_prefix(self, tokens: Tensor) -> Tensor:  # [B, n, D] -> [B, R + n, D]
         prefix = [p for p in (self.class_token, self.register_tokens) if p is not None]
@@ -226,10 +227,10 @@ class ViT(ImageEncoder):
             tokens = take_cells(tokens, token_index)
         whole = [self._with_prefix(tokens), self._with_prefix(self.embed(local))]
         packed = tuple(Sequences(*x.shape[:2]) for x in whole)
-        x = self.norm_pre(pack(whole))
+        stream = Residual(self.norm_pre(pack(whole)))
         for block in self.blocks:
-            x = block(x, packed=packed)
-        own, of_local = unpack(self.norm(x), packed)
+            stream = block(stream, packed=packed)
+        own, of_local = unpack(self.norm(stream.total()), packed)
         return own[:, self.num_prefix :], of_local[:, self.num_prefix :]
 
     def summarise(self, tokens: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from m3i_fast.config.models import vit as sizes
 from m3i_fast.config.models.vit import ViTConfig
 from m3i_fast.export.timm import load_timm, to_timm
 from m3i_fast.export.vit_weights import vit_weights
-from m3i_fast.models.transformer.blocks import TORCH_LAYERS
+from m3i_fast.models.transformer.blocks import TORCH_LAYERS, Residual
 from m3i_fast.models.transformer.float8 import FLOAT8_LAYERS
 from m3i_fast.models.transformer.vit import ViT
 from m3i_fast.models.transformer.wide_layers import wide_only
@@ -177,6 +177,6 @@ def test_a_bias_without_keys_has_no_part_for_them() -> None:
     assert "blocks.0.layernorm_qkv.bias" not in state
     assert not state["blocks.0.query_value_bias"].any()
     with torch.autocast("cpu", torch.bfloat16):
-        assert vit.blocks[0]._qkv(torch.randn(1, 2, 64)).dtype == torch.bfloat16
+        assert vit.blocks[0]._qkv(Residual(torch.randn(1, 2, 64)))[1].dtype == torch.bfloat16
     with pytest.raises(ValueError, match="norm_eps: expected 0 < eps < 1, got 0"):
         sizes.vit_s(norm_eps=0.0)
