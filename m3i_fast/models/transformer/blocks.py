@@ -506,7 +506,7 @@ class Block(nn.Module):
         """Run the block: [B, T, D] -> [B, T, D], or [B, num_last, D].
 
         x: a tensor gives a tensor, and a `Residual` a `Residual`, whose last branch the next block
-        adds on the way to its first norm.
+        adds on the way to its first norm, where its layers are ours.
         key_mask: [B, T] bool, True where the token is real; None attends to every token.
         num_last: return the last tokens only, without computing the others.
         rotation: [B, T, 2, D / H / 2] of rotary positions, applied to queries and keys.
@@ -520,7 +520,10 @@ class Block(nn.Module):
             stream = self._run(stream, *rest)
         else:  # saves its input, which is one tensor
             stream = Residual(self.checkpoint(self._run_whole, stream.total(), *rest))
-        return stream.total() if isinstance(x, Tensor) else stream
+        if isinstance(x, Tensor):
+            return stream.total()
+        # another library's layer would add the branch all the same, and later
+        return stream if isinstance(self.layernorm_qkv, Normed) else Residual(stream.total())
 
     def _run_whole(self, x: Tensor, *rest: Any) -> Tensor:
         return self._run(Residual(x), *rest).total()
