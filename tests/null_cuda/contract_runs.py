@@ -254,7 +254,7 @@ def test_a_profile_without_kernels_says_why(config: TrainConfig, tmp_path: Path)
 @pytest.mark.nightly
 def test_graphs_are_replayed_before_and_after_a_stop(config: TrainConfig, tmp_path: Path) -> None:
     """Launched alone: what a graph holds is not computed on the null device."""
-    path = saved(config, tmp_path, cuda_graphs=True, precision="bf16")
+    path = saved(config, tmp_path, cuda_graphs="modules", precision="bf16")
     words = ("train", "--config", path, "--out", tmp_path / "run")
     options = ("--launched", "--plant", f"sigterm:{STOPPED - 1}")
     done = verb(tmp_path, *words, "--then", *words, "--resume", options=options)
