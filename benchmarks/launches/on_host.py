@@ -19,7 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+)
 from torch.utils._pytree import tree_leaves, tree_map
 
 from m3i_fast.ops import boltzmann_rows
@@ -85,6 +89,8 @@ class _Captures:
 
         def replays(of: Any) -> None:
             replay(of)
+            if not any(isinstance(m, ComputeOnHost) for m in _get_current_dispatch_mode_stack()):
+                return  # within `as_launched`
             with _disable_current_modes():
                 for work in self._of_graph.get(of, ()):
                     work()
