@@ -180,7 +180,7 @@ class StepGraph:
         if self._has_warned:
             return
         self._has_warned = True
-        pairs = zip(self._kind, kind, strict=False)
+        pairs = [(len(self._kind), len(kind)), *zip(self._kind, kind, strict=False)]
         expected, got = next(pair for pair in pairs if pair[0] != pair[1])
         logger.warning(
             "cuda_graphs step: expected the shapes of the first step, %s, got %s; such steps are "

@@ -399,3 +399,24 @@ def test_configs_of_before_the_step_could_be_captured_are_read(tmp_path: Path) -
         path = tmp_path / "config.json"
         path.write_text(text.replace('"cuda_graphs": "modules"', f'"cuda_graphs": {before}'))
         assert TrainConfig.load(path).cuda_graphs == now
+
+
+# ---- On a GPU ------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_on_a_gpu_is_that_without_a_graph(
+    precision: str, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = small_run(
+        dataset, num_steps=12, log_every=4, device="cuda", precision=precision, cuda_graphs="step"
+    )
+    found: list[list[float]] = []
+    for num_warmup in (step_graph.NUM_WARMUP, cfg.num_steps):
+        monkeypatch.setattr(step_graph, "NUM_WARMUP", num_warmup)
+        out = tmp_path / str(num_warmup)
+        Trainer(cfg, out).train()
+        found.append([row["loss/total"] for row in read_jsonl(out / "metrics.jsonl")])
+    # Sums by atomic additions have no order.
+    assert found[0] == pytest.approx(found[1], rel=1e-2 if precision == "bf16" else 1e-3)
