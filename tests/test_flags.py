@@ -32,6 +32,8 @@ def command(recipe: str = "demo") -> train.TrainCommand:
         (["--num-steps", "1e3"], "--num-steps: expected a whole number, got '1e3'"),
         (["--optim.lr", "fast"], "--optim.lr: expected a number, got 'fast'"),
         (["--optim.lr"], "--optim.lr: expected a value: X"),
+        (["--cuda-graphs", "--resume"], "--cuda-graphs: expected a value: none|modules|step"),
+        (["--no-cuda-graphs"], "unknown flag --no-cuda-graphs. Did you mean --cuda-graphs?"),
         (["--optim.betas", "0.9"], "--optim.betas: expected 2 values, got 1"),
         (["--seed", "1", "2"], "unexpected argument '2': a value stands after its --flag"),
         (["--vision.channels", "8"], "unknown flag --vision.channels."),
@@ -48,7 +50,7 @@ def test_a_wrong_flag_is_told_in_a_line(argv: list[str], told: str) -> None:
     "argv",
     [
         ["--optim.lr", "1e-3", "--num_steps", "10", "--seed=-1"],
-        ["--compile", "--no-cuda-graphs", "--resume"],
+        ["--compile", "--no-deterministic", "--resume", "--cuda-graphs", "step"],
         ["--optim.betas", "0.9", "0.99", "--optim.eps", "None"],
         ["--objective.terms.0.weight", "2", "--objective.teacher", "none"],
         ["data.local-views:none"],

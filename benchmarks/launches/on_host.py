@@ -2,7 +2,8 @@
 
 The null runtime's device memory is the host's. In this mode torch dispatches an operator on CUDA
 tensors as ever, with its allocations and launches (which compute nothing), and then the same
-operator is called on CPU tensors that alias the same memory.
+operator is called on CPU tensors that alias the same memory. What a CUDA graph captures is called
+at each replay instead, on the memory of the capture, whatever that holds by then.
 """
 
 from __future__ import annotations
@@ -11,12 +12,18 @@ import contextlib
 import ctypes
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+from unittest import mock
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+)
 from torch.utils._pytree import tree_leaves, tree_map
 
 from m3i_fast.ops import boltzmann_rows
@@ -26,7 +33,7 @@ aten = torch.ops.aten
 # What leaves its bytes unset, and what the runtime does itself.
 NOT_COMPUTED = {
     *(aten.empty, aten.empty_strided, aten.empty_like, aten.new_empty),
-    *(aten._pin_memory, aten.set_),
+    *(aten._pin_memory, aten.set_, aten.record_stream),
 }
 # Operators of collectives, which the null NCCL computes.
 COLLECTIVES = ("c10d", "_c10d_functional")
@@ -58,6 +65,44 @@ def _on_host(value: Any) -> Any:
     return value
 
 
+class _Captures:
+    """The work on the host that stands for what each CUDA graph holds, done at its replays."""
+
+    def __init__(self) -> None:
+        self.current: list[Callable[[], None]] | None = None
+        """Work of the capture under way; None outside of one."""
+        self._of_graph: WeakKeyDictionary[Any, list[Callable[[], None]]] = WeakKeyDictionary()
+
+    @contextlib.contextmanager
+    def followed(self) -> Iterator[None]:
+        """Follow the captures and replays of all graphs while the context lasts."""
+        graph = torch.cuda.CUDAGraph
+        begin, end, replay = graph.capture_begin, graph.capture_end, graph.replay
+
+        def begins(of: Any, *args: Any, **kwargs: Any) -> None:
+            begin(of, *args, **kwargs)
+            self.current = self._of_graph[of] = []
+
+        def ends(of: Any) -> None:
+            self.current = None
+            end(of)
+
+        def replays(of: Any) -> None:
+            replay(of)
+            if not any(isinstance(m, ComputeOnHost) for m in _get_current_dispatch_mode_stack()):
+                return  # within `as_launched`
+            with _disable_current_modes():
+                for work in self._of_graph.get(of, ()):
+                    work()
+
+        with (
+            mock.patch.object(graph, "capture_begin", begins),
+            mock.patch.object(graph, "capture_end", ends),
+            mock.patch.object(graph, "replay", replays),
+        ):
+            yield
+
+
 class ComputeOnHost(TorchDispatchMode):
     """Computes what is dispatched to CUDA while it is entered, backward passes included.
 
@@ -68,6 +113,19 @@ class ComputeOnHost(TorchDispatchMode):
     def __init__(self, computed_by: Mapping[Any, Callable[..., Any]] | None = None) -> None:
         super().__init__()
         self._computed_by = {**OF_CPU, **(computed_by or {})}
+        self._captures = _Captures()
+        self._followed: list[contextlib.ExitStack] = []  # a mode may be entered again inside
+
+    def __enter__(self) -> Any:
+        stack = contextlib.ExitStack()
+        if not self._followed:
+            stack.enter_context(self._captures.followed())
+        self._followed.append(stack)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._followed.pop().close()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -81,6 +139,8 @@ class ComputeOnHost(TorchDispatchMode):
         if composite is not None:
             with self:
                 return composite(*args, **kwargs)
+        if self._captures.current is not None:
+            return self._captured(func, args, kwargs)
         # Shapes that the device would have counted, and solvers that check what they have computed
         if torch.Tag.dynamic_output_shape in func.tags or "linalg" in func.name():
             return _on_device(self._computed(func, args, kwargs), args, kwargs)
@@ -88,17 +148,38 @@ class ComputeOnHost(TorchDispatchMode):
             values = self._computed(func, args, kwargs)
             return args[0] if func._schema.is_mutable else _on_device(values, args, kwargs)
         out = func(*args, **kwargs)
-        tensors = [v for v in tree_leaves((args, kwargs, out)) if isinstance(v, Tensor)]
-        if func.is_view or func.overloadpacket in NOT_COMPUTED or func.namespace in COLLECTIVES:
-            return out
-        if not any(t.is_cuda for t in tensors):
+        if not _is_computed(func, args, kwargs, out):
             return out
         return _filled(out, self._computed(func, args, kwargs))
+
+    def _captured(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Dispatch an operator that a graph holds, and have it computed at each replay."""
+        out = func(*args, **kwargs)
+        if not _is_computed(func, args, kwargs, out):
+            return out
+        # Aliases of memory, not tensors: what the capture frees it may use again.
+        on_host = self._computed_by.get(func, func)
+        own, named, results = (tree_map(_on_host, each) for each in (args, kwargs, out))
+
+        def work() -> None:
+            _filled(results, on_host(*own, **named))
+
+        assert self._captures.current is not None
+        self._captures.current.append(work)
+        return out
 
     def _computed(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Return what the operator gives on the host for the same memory."""
         on_host = self._computed_by.get(func, func)
         return on_host(*tree_map(_on_host, args), **tree_map(_on_host, kwargs))
+
+
+def _is_computed(func: Any, args: Any, kwargs: Any, out: Any) -> bool:
+    """Return whether an operator writes numbers to the device that the runtime does not."""
+    if func.is_view or func.overloadpacket in NOT_COMPUTED or func.namespace in COLLECTIVES:
+        return False
+    tensors = [v for v in tree_leaves((args, kwargs, out)) if isinstance(v, Tensor)]
+    return any(t.is_cuda for t in tensors)
 
 
 def _has_mask(indices: Sequence[Tensor | None]) -> bool:

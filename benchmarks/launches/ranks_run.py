@@ -26,13 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from m3i_fast.benchmarks.core.random_batch import Repeated, draw_batch
 from m3i_fast.benchmarks.launches.on_host import ComputeOnHost, as_launched
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.checkpoint.checkpoints import tensors_of
-from m3i_fast.engine.guard.guard import Guard
+from m3i_fast.engine.guard.guard import Guard, Judgement
 from m3i_fast.engine.parallel.local_shards import is_sharded
 from m3i_fast.engine.parallel.ranks import World, join_world, leave_world
 from m3i_fast.engine.trainer import Trainer
@@ -90,17 +89,18 @@ def plant(fault: str, trainer: Trainer) -> None:
     """Make this rank, the last one, do in step 1 what the others have to notice."""
     judge = Guard.judge
 
-    def judged(guard: Guard, step: int, *args: Any, **kwargs: Any) -> Tensor:
+    def judged(guard: Guard, *args: Any) -> Judgement:
+        step = trainer.step
         if step == 1 and fault == "skip":
             alone = replace(trainer.world, group=None)
             guard._world, world = alone, guard._world
             try:
-                return judge(guard, step, *args, **kwargs)
+                return judge(guard, *args)
             finally:
                 guard._world = world
         if step == 1:
             os.kill(os.getpid(), {"kill": signal.SIGKILL, "term": signal.SIGTERM}[fault])
-        return judge(guard, step, *args, **kwargs)
+        return judge(guard, *args)
 
     Guard.judge = judged  # type: ignore[method-assign,assignment]
 

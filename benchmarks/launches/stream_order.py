@@ -90,6 +90,10 @@ class StreamOrder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if torch.cuda.is_current_stream_capturing():
+            return func(
+                *args, **kwargs
+            )  # it runs on the stream of the replay, with all of its graph
         if func is aten.record_stream.default:
             self._recorded[_storage(args[0])].add(_handle(args[1]))
             return func(*args, **kwargs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -37,6 +37,7 @@ Precision = Literal[
     "auto", "fp32", "bf16", "fp8_current", "fp8_delayed", "fp8_block", "mxfp8"
 ]  # fmt: skip
 Backend = Literal["auto", "torch", "te", "torchao"]
+Graphs = Literal["none", "modules", "step"]
 INIT_SCHEMES = {
     **{"timm": "FILE", "dinov2": "FILE", "dinov3": "FILE", "open_clip": "FILE_OR_FOLDER"},
     **{"hf": "FOLDER", "internimage": "FILE", "run": "DIR"},
@@ -79,11 +80,13 @@ class TrainConfig(Checked):
     """Least features in and out of a linear layer that runs in FP8; narrower ones stay in bf16."""
     compile: bool = False
     """Compile the encoders and the decoder by torch.compile."""
-    cuda_graphs: bool = False
-    """Replay each ViT, text encoder and decoder as one CUDA graph launch, forward and backward,
-    with a graph for each shape: for kernels that are shorter than their launches, as those of ViT-S
-    and B. It needs a GPU, alone or with DDP; every graph keeps its activations. Views of two sizes
-    and the questions to a decoder are calls by themselves, which round otherwise than packed."""
+    cuda_graphs: Graphs = "none"
+    """Replay work as CUDA graphs, for kernels that are shorter than their launches, as those of
+    ViT-S and B. step: forward and backward pass, clipping, guard, optimiser and EMA in one launch,
+    on one GPU; steps with monitors are launched kernel by kernel, in memory of their own. modules:
+    each ViT, text encoder and decoder, forward and backward, with a graph for each shape, also
+    under DDP; every graph keeps its activations, and views of two sizes and the questions to a
+    decoder are calls by themselves, which round otherwise than packed."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device that trains; auto: the first GPU if there is one, else the CPU."""
     deterministic: bool = False
@@ -129,8 +132,10 @@ class TrainConfig(Checked):
             yield from self._frozen_conflicts()
         if self.parallel.shard != 1:
             yield from self._shard_conflicts()
-        if self.cuda_graphs:
-            yield from self._graph_conflicts()
+        if self.cuda_graphs == "modules":
+            yield from self._module_graph_conflicts()
+        if self.cuda_graphs == "step":
+            yield from self._step_graph_conflicts()
 
     def _view_conflicts(self) -> Iterator[Conflict]:
         """Yield views that are not of the encoder's size, or that a term misses."""
@@ -214,7 +219,7 @@ class TrainConfig(Checked):
         settings = {
             "parallel.chunk": self.parallel.chunk,
             "compile": self.compile,
-            "cuda_graphs": self.cuda_graphs,
+            "cuda_graphs": self.cuda_graphs if self.cuda_graphs == "modules" else "",
         }
         for name, got in settings.items():
             if got:
@@ -241,20 +246,11 @@ class TrainConfig(Checked):
                 f"{self.parallel.shard}",
             )
 
-    def _graph_conflicts(self) -> Iterator[Conflict]:
-        """Yield what a graph cannot hold, or would give wrong gradients for."""
-        vision, text, balance = self.vision, self.text, self.objective.balance
-        checkpointing = vision.activation_checkpointing, text.activation_checkpointing
-        wanted = {
+    def _module_graph_conflicts(self) -> Iterator[Conflict]:
+        """Yield what a module's graph cannot hold, or would give wrong gradients for."""
+        vision, balance = self.vision, self.objective.balance
+        wanted = self._of_any_graph() | {
             "vision": (isinstance(vision, ViTConfig), "a ViT", type(vision).__name__),
-            "precision": (
-                self.precision in ("auto", "fp32", "bf16"),
-                "auto, fp32 or bf16",
-                self.precision,
-            ),
-            "compile": (not self.compile, "False", self.compile),
-            "parallel.shard": (self.parallel.shard == 1, "1", self.parallel.shard),
-            "parallel.chunk": (not self.parallel.chunk, "0", self.parallel.chunk),
             "parallel.accumulate": (self.parallel.accumulate == 1, "1", self.parallel.accumulate),
             "objective.balance.mode": (
                 balance.mode != "gradient_norm",
@@ -266,15 +262,55 @@ class TrainConfig(Checked):
                 "mask",
                 vision.drop_path_mode,
             ),
+        }
+        yield from self._unmet_by_graphs(wanted)
+
+    def _step_graph_conflicts(self) -> Iterator[Conflict]:
+        """Yield what the graph of a step cannot hold, or what would never be replayed."""
+        mixing, balance, optim = self.objective.mixing, self.objective.balance, self.optim
+        measures_always = balance.mode == "gradient_norm" and balance.every == 1
+        wanted = self._of_any_graph() | {
+            "optim.name": (optim.name == "adamw", "adamw", optim.name),
+            "optim.impl": (optim.used_impl == "torch", "auto or torch", optim.impl),
+            "log_every": (self.log_every > 1, "2 or more, as monitored steps have no graph,", 1),
+            "objective.balance.every": (
+                not measures_always,
+                "2 or more, as measured steps have no graph,",
+                balance.every,
+            ),
+            "objective.mixing.final_mask_ratio": (
+                mixing.mode != "masked" or mixing.final_mask_ratio == mixing.mask_ratio,
+                f"mask_ratio = {mixing.mask_ratio:g}, for steps of one shape,",
+                mixing.final_mask_ratio,
+            ),
+        }
+        yield from self._unmet_by_graphs(wanted)
+
+    def _of_any_graph(self) -> dict[str, tuple[bool, str, object]]:
+        """Return (whether it holds, expected, got) by field, of modules and of a step alike."""
+        checkpointing = self.vision.activation_checkpointing, self.text.activation_checkpointing
+        return {
+            "precision": (
+                self.precision in ("auto", "fp32", "bf16"),
+                "auto, fp32 or bf16",
+                self.precision,
+            ),
+            "compile": (not self.compile, "False", self.compile),
+            "parallel.shard": (self.parallel.shard == 1, "1", self.parallel.shard),
+            "parallel.chunk": (not self.parallel.chunk, "0", self.parallel.chunk),
             "vision.activation_checkpointing": (
                 checkpointing == ("none", "none"),
                 "none of vision and text",
                 " and ".join(checkpointing),
             ),
         }
+
+    def _unmet_by_graphs(
+        self, wanted: Mapping[str, tuple[bool, str, object]]
+    ) -> Iterator[Conflict]:
         for name, (holds, expected, got) in wanted.items():
             if not holds:
-                yield name, f"expected {expected} with cuda_graphs, got {got}"
+                yield name, f"expected {expected} with cuda_graphs = {self.cuda_graphs}, got {got}"
 
     def to_json(self) -> str:
         """Return all fields as JSON, which `load` reads."""
@@ -302,4 +338,7 @@ class TrainConfig(Checked):
 
         Raises ValueError, which names `path` and every unknown or wrong field.
         """
+        graphs = tree.get("cuda_graphs")
+        if isinstance(graphs, bool):  # configs of before a step could be captured
+            tree = {**tree, "cuda_graphs": "modules" if graphs else "none"}
         return from_tree(cls, tree, str(path))

@@ -1,4 +1,4 @@
-"""CUDA graphs: encoders and decoders replayed as one launch each, where kernels are short.
+"""CUDA graphs of modules: encoders and decoders are replayed as one launch each.
 
 A graph reads and writes the memory that it was captured with, so each graph serves one call of a
 step: calls of one shape within a step have a graph each, which the next step replays once the
@@ -143,8 +143,8 @@ class GraphedMethod:
         if full and not self._has_warned:
             self._has_warned = True
             logger.warning(
-                "cuda_graphs: %s has %d graphs already; calls of other shapes are launched kernel "
-                "by kernel",
+                "cuda_graphs modules: %s has %d graphs already; calls of other shapes are launched "
+                "kernel by kernel",
                 type(self._module).__name__,
                 MAX_GRAPHS,
             )
@@ -184,7 +184,7 @@ def replay_with_graphs(
     Each call of `forward` begins a step. Raises ValueError where there is no GPU to capture on.
     """
     if capture is None and device.type != "cuda":
-        raise ValueError(f"cuda_graphs: expected a GPU, got {device}; set --no-cuda-graphs")
+        raise ValueError(f"cuda_graphs: expected a GPU, got {device}; set --cuda-graphs none")
     graphed_methods = []
     for module in forward.modules():
         name = REPLAYED.get(type(module))

@@ -6,7 +6,7 @@ that they time, profile and predict the step that trains.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -19,6 +19,7 @@ from m3i_fast.config import TrainConfig
 from m3i_fast.engine.build import build_objective, stacks_of
 from m3i_fast.engine.cuda_graphs import replay_with_graphs
 from m3i_fast.engine.guard.guard import Guard
+from m3i_fast.engine.optim.device_schedules import DeviceSchedules
 from m3i_fast.engine.optim.ema import update_ema
 from m3i_fast.engine.optim.optimizers import build_optimizer, set_schedules
 from m3i_fast.engine.optim.schedules import lr_schedule, momentum_schedule, weight_decay_schedule
@@ -38,6 +39,7 @@ from m3i_fast.engine.precision.fp8 import (
     keep_calls_apart,
     layers_of,
 )
+from m3i_fast.engine.step_graph import Recorder, StepGraph, StepResult
 from m3i_fast.keyed_draws import Purpose, words
 from m3i_fast.objectives.mixing import Mix, draw_branch_priority, draw_mix
 from m3i_fast.objectives.objective import MutualInformation
@@ -91,6 +93,7 @@ class TrainStep:
     objective: built by `build_objective`, on the meta device where its weights are sharded; it is
     distributed over the ranks here. stage: a context manager for each named part of the step.
     lr_scale: the guard's back-off, a factor of the learning rate by the index of the step.
+    recorder: what captures the step where `cuda_graphs` is step; a GPU's unless given.
 
     Raises ValueError where `parallel.accumulate`, `cuda_graphs` or `optim.impl` is set to what this
     objective or device does not support.
@@ -105,6 +108,7 @@ class TrainStep:
         *,
         stage: Stage = no_stage,
         lr_scale: Callable[[int], float] = no_backoff,
+        recorder: Recorder | None = None,
     ) -> None:
         expect_additive(cfg, objective)
         self.cfg, self.objective, self.world, self.arithmetic = cfg, objective, world, arithmetic
@@ -117,6 +121,12 @@ class TrainStep:
         self._lr = lr_schedule(cfg.optim, cfg.num_steps)
         self._weight_decay = weight_decay_schedule(cfg.optim, cfg.num_steps)
         self._momentum = momentum_schedule(cfg.ema, cfg.num_steps)
+        self.graph: StepGraph | None = None
+        """The captured step, where `cuda_graphs` is step."""
+        self._on_device: DeviceSchedules | None = None
+        if cfg.cuda_graphs == "step":
+            self.graph = StepGraph(self._compute, world, stage=stage, recorder=recorder)
+            self._on_device = DeviceSchedules(cfg.optim, self.optimizer, world.device)
         self.steps_taken = 0
         """Number of steps taken, skipped ones included; the index of the next step."""
         self.samples_taken = 0
@@ -136,29 +146,65 @@ class TrainStep:
         return fast_cpu_products(self.world.device, self.arithmetic.compute_dtype)
 
     def _take(self, batches: Sequence[Batch], monitor: bool) -> dict[str, Tensor]:
-        step, stage = self.steps_taken, self._stage
+        step = self.steps_taken
         self._seed_generator()
-        weight_decay = self._weight_decay[step]
-        set_schedules(self.optimizer, lr=self.lr_at(step), weight_decay=weight_decay)
+        self._set_schedules(step)
+        measure = self.objective.balance.due(step)
+        if self.graph is None or monitor or measure:
+            mixes = map(self.draw_mix, batches)
+            result = self._compute(
+                batches, mixes, stage=self._stage, monitor=monitor, measure=measure
+            )
+        else:
+            with self._stage("mix"):
+                drawn = list(map(self._draw_on_host, batches))
+            result = self.graph(batches, drawn)
+        ids = torch.cat([batch.sample_id for batch in batches])
+        self.guard.record(step, result.judgement, names=result.gradients, sample_ids=ids)
+        self.guard.skip = result.skip
+        self.steps_taken += 1
+        self.samples_taken += self.world.size * sum(batch.batch_size for batch in batches)
+        return result.metrics
+
+    def _set_schedules(self, step: int) -> None:
+        lr, decay = self.lr_at(step), float(self._weight_decay[step])
+        if self._on_device is None:
+            set_schedules(self.optimizer, lr=lr, weight_decay=decay)
+        else:
+            momentum = self.momentum_at(step)
+            self._on_device.write(lr=lr, weight_decay=decay, momentum=momentum)
+
+    def _compute(
+        self,
+        batches: Sequence[Batch],
+        mixes: Iterator[Mix],
+        *,
+        stage: Stage,
+        monitor: bool = False,
+        measure: bool = False,
+    ) -> StepResult:
+        """Run all of a step that is the device's, as a graph can hold it."""
         self.guard.save_buffers()
-        metrics = self._backward(batches, monitor)
+        metrics = self._backward(batches, mixes, stage, monitor=monitor, measure=measure)
         with stage("clip"):
-            names = [name for name, p in self._named if p.grad is not None]
-            norm = self._clip()
+            names = tuple(name for name, p in self._named if p.grad is not None)
+            norm = self._clip(stage)
             metrics["optim/grad_norm"] = norm.total
-            ids = torch.cat([batch.sample_id for batch in batches])
-            skip = self.guard.judge(step, metrics, norm, names=names, sample_ids=ids)
+            judgement = self.guard.judge(metrics, norm)
+            skip = self.guard.skip
         with stage("optim"):
+            if self._on_device is not None:
+                self._on_device.decay(skip)
             self.optimizer.step(skip)
             self.optimizer.zero_grad(set_to_none=True)
             self.objective.finish_step()
             self.guard.restore_buffers()
         with stage("ema"):
+            on_device = self._on_device
+            momentum = on_device.momentum if on_device else self.momentum_at(self.steps_taken)
             for pair in self.objective.momentum_pairs():
-                update_ema(*pair, momentum=self.momentum_at(step), skip=skip)
-        self.steps_taken += 1
-        self.samples_taken += self.world.size * sum(batch.batch_size for batch in batches)
-        return metrics
+                update_ema(*pair, momentum=momentum, skip=skip)
+        return StepResult(metrics=metrics, skip=skip, judgement=judgement, gradients=names)
 
     def _seed_generator(self) -> None:
         """Seed torch's generators by the step, for modules of others: ours draw by position.
@@ -169,14 +215,21 @@ class TrainStep:
         word = words(begin, 1, seed=self.cfg.seed, purpose=Purpose.GENERATOR)
         torch.manual_seed(int(word[0, 0] >> np.uint64(32)))  # of 32 bits a CPU's reads
 
-    def _backward(self, batches: Sequence[Batch], monitor: bool) -> dict[str, Tensor]:
+    def _backward(
+        self,
+        batches: Sequence[Batch],
+        mixes: Iterator[Mix],
+        stage: Stage,
+        *,
+        monitor: bool,
+        measure: bool,
+    ) -> dict[str, Tensor]:
         """Accumulate the gradients of the mean loss over the batches; return the merged metrics."""
-        stage, of_batches = self._stage, []
-        measure = self.objective.balance.due(self.steps_taken)
+        of_batches = []
         for index, batch in enumerate(batches):
             is_last = index + 1 == len(batches)
             with stage("mix"):
-                mix = self.draw_mix(batch)
+                mix = next(mixes)
             with gradient_sync(self.model, is_last), self._cast(self.objective, trained=True):
                 with forward_context(self.arithmetic, self.world.device):
                     loss, metrics = self.model(
@@ -189,18 +242,20 @@ class TrainStep:
             of_batches.append(metrics)
         return merge_batch_metrics(of_batches)
 
-    def _clip(self) -> GradientNorm:
+    def _clip(self, stage: Stage) -> GradientNorm:
         parameters = [p for _, p in self._named if p.grad is not None]
-        with self._stage("comm"):
+        with stage("comm"):
             average_replicated(parameters, self.world)
         return self.optimizer.clip_grad_norm(parameters, self.cfg.optim.clip_grad_norm)
 
     def draw_mix(self, batch: Batch) -> Mix:
         """Draw mixing and masks of a batch of the next step, on this rank's device."""
-        mix = draw_step_mix(
+        return self._draw_on_host(batch).to(self.world.device)
+
+    def _draw_on_host(self, batch: Batch) -> Mix:
+        return draw_step_mix(
             self.cfg, batch, first_position=self.samples_taken, step=self.steps_taken
         )
-        return mix.to(self.world.device)
 
     def lr_at(self, step: int) -> float:
         """Return the learning rate of the step of this index, back-off included."""
@@ -218,6 +273,7 @@ def build_train_step(
     *,
     stage: Stage = no_stage,
     lr_scale: Callable[[int], float] = no_backoff,
+    recorder: Recorder | None = None,
 ) -> TrainStep:
     """Build the objective of a run from its seed, and the step that trains it.
 
@@ -231,7 +287,15 @@ def build_train_step(
             layers=layers_of(arithmetic, cfg.fp8_min_dim),
             on_meta=world.shards_weights(cfg.parallel),
         )
-    return TrainStep(cfg, objective, world, arithmetic, stage=stage, lr_scale=lr_scale)
+    return TrainStep(
+        cfg,
+        objective,
+        world,
+        arithmetic,
+        stage=stage,
+        lr_scale=lr_scale,
+        recorder=recorder,
+    )
 
 
 def draw_step_mix(cfg: TrainConfig, batch: Batch, *, first_position: int, step: int) -> Mix:
@@ -266,10 +330,12 @@ def draw_step_mix(cfg: TrainConfig, batch: Batch, *, first_position: int, step: 
 def _cast_of(cfg: TrainConfig, world: World, arithmetic: Arithmetic) -> CastWeights:
     """Return `cast_weights`, or a context that leaves the weights to who casts them otherwise.
 
-    FSDP2 gathers them in bf16, torch.compile casts them in its kernels, a captured graph casts what
-    it reads from the parameters' own memory, and FP8 layers quantise the parameters themselves.
+    FSDP2 gathers them in bf16, torch.compile casts them in its kernels, a captured module casts
+    what it reads from the parameters' own memory, and FP8 layers quantise the parameters
+    themselves.
     """
-    elsewhere = world.shards_weights(cfg.parallel) or cfg.compile or cfg.cuda_graphs
+    in_modules = cfg.compile or cfg.cuda_graphs == "modules"
+    elsewhere = world.shards_weights(cfg.parallel) or in_modules
     low = arithmetic.compute_dtype != torch.float32
     if low and arithmetic.backend == "torch" and not elsewhere:
         return partial(cast_weights, dtype=arithmetic.compute_dtype)
@@ -287,7 +353,7 @@ def _distribute(
     forward = ForwardPass(objective, cast)
     keep_calls_apart(forward, arithmetic)
     expect_fp8(forward, arithmetic)
-    if cfg.cuda_graphs:
+    if cfg.cuda_graphs == "modules":
         replay_with_graphs(forward, world.device)
     return distribute(
         forward,

@@ -388,6 +388,8 @@ class Trainer:
         self.optimizer.state.clear()
         saved.load_model(self.objective)
         saved.load_optimizer(self.objective, self.optimizer)
+        if self.train_step.graph is not None:
+            self.train_step.graph.reset()  # the state's tensors are others
         state = saved.state()
         if "guard" in state:
             self.guard.rewind(state["guard"])

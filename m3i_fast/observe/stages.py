@@ -16,6 +16,7 @@ STAGES = {
     "data.wait": "Data",
     "h2d": "Copy to device",
     "mix": "Mixing",
+    "replay": "Whole step, as a CUDA graph",
     "fwd.target": "Targets",
     "fwd.input": "Encoder",
     "fwd.text": "Text encoder",
@@ -29,7 +30,8 @@ STAGES = {
     "ckpt": "Checkpoint",
 }
 """Stages of a step in their order, with titles for a reader. `loss` stands for `loss.<term>` and
-for `loss.total`, which is the sum, its balance and the monitors."""
+for `loss.total`, which is the sum, its balance and the monitors. `replay` is all stages between
+mixing and metrics, with `cuda_graphs` step."""
 
 
 def family_of(stage: str) -> str:

@@ -294,10 +294,15 @@ def _workspace(cfg: TrainConfig, card: Card) -> int:
 def _beside_tensors(cfg: TrainConfig, card: Card, footprint: Footprint) -> dict[str, float]:
     """Return what torch's allocator holds beside the step's own tensors."""
     workspace = _workspace(cfg, card)
-    if not cfg.cuda_graphs:
+    if cfg.cuda_graphs == "none":
         return {WORKSPACE: workspace}
-    kept = footprint.graphs  # each in memory of its own, with a workspace
-    return {WORKSPACE: workspace, GRAPHS: sum(kept) + len(kept) * workspace}
+    if cfg.cuda_graphs == "step":
+        # What a step allocates, and its batch, once more: steps with monitors have no graph. The
+        # stream of the capture has a workspace, and so has the graph.
+        kept = footprint.of_a_step + footprint.held[BATCH] + 2 * workspace
+        return {WORKSPACE: workspace, GRAPHS: kept}
+    of_calls = footprint.graphs  # each in memory of its own, with a workspace
+    return {WORKSPACE: workspace, GRAPHS: sum(of_calls) + len(of_calls) * workspace}
 
 
 def _sharded(

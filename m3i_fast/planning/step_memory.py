@@ -57,8 +57,13 @@ class Footprint:
     gathers: Mapping[str, int]
     """Times that a step gathers the weights of each block, by its name, where they are sharded."""
     graphs: Sequence[int] = ()
-    """With CUDA graphs: what each keeps of inputs, outputs and gradients. Activations, which it
-    keeps too, are where they are without graphs."""
+    """With CUDA graphs of modules: what each keeps of inputs, outputs and gradients. Activations,
+    which it keeps too, are where they are without graphs."""
+
+    @property
+    def of_a_step(self) -> int:
+        """Bytes at the peak that are free again after the step, which a graph of it keeps."""
+        return sum(self.peak.values()) - sum(self.held.values())
 
 
 def trace(cfg: TrainConfig, *, bf16: bool, cuda: bool = True, num_shards: int = 1) -> Footprint:
@@ -68,9 +73,9 @@ def trace(cfg: TrainConfig, *, bf16: bool, cuda: bool = True, num_shards: int = 
     widens layer norms, and optimisers take as many tensors together, as on CUDA and not on a CPU.
     num_shards: ranks that share a gradient, for `sharded_peak`.
     """
-    one_batch, has_graphs = replace(cfg.parallel, accumulate=1), cfg.cuda_graphs
+    one_batch, has_graphs = replace(cfg.parallel, accumulate=1), cfg.cuda_graphs == "modules"
     casts_apart = cfg.compile or has_graphs or num_shards > 1
-    cfg = replace(cfg, compile=False, cuda_graphs=False, parallel=one_batch)
+    cfg = replace(cfg, compile=False, cuda_graphs="none", parallel=one_batch)
     mix, objective = draw_first_mix(cfg), build_on_meta(cfg)
     tracker = TensorTracker(num_shards=num_shards)
     stages = _Stages(tracker)

@@ -292,8 +292,8 @@ def test_further_shapes_are_not_captured_and_said_once(caplog: pytest.LogCapture
                 assert torch.equal(graphed(x), layer(x))
     assert captures.num_captured == graphs.MAX_GRAPHS
     assert [r.getMessage() for r in caplog.records] == [
-        "cuda_graphs: Linear has 16 graphs already; calls of other shapes are launched kernel by "
-        "kernel"
+        "cuda_graphs modules: Linear has 16 graphs already; calls of other shapes are launched "
+        "kernel by kernel"
     ]
 
 
@@ -313,11 +313,11 @@ def test_what_a_graph_cannot_hold_is_refused(dataset: Path, tmp_path: Path) -> N
          "objective.balance.mode: expected fixed or uncertainty"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=reason):
-            replace(cfg, cuda_graphs=True, **changes)
+            replace(cfg, cuda_graphs="modules", **changes)
     with pytest.raises(ValueError, match="vision: expected a ViT .*, got InternImageConfig"):
-        _config("demo_internimage", dataset, cuda_graphs=True)
+        _config("demo_internimage", dataset, cuda_graphs="modules")
     with pytest.raises(ValueError, match="cuda_graphs: expected a GPU, got cpu"):
-        Trainer(replace(cfg, cuda_graphs=True, device="cpu"), tmp_path / "run")
+        Trainer(replace(cfg, cuda_graphs="modules", device="cpu"), tmp_path / "run")
     assert not (tmp_path / "run" / "config.json").exists()
 
 
@@ -364,7 +364,7 @@ def test_a_run_on_a_gpu_is_that_without_graphs_while_the_loader_works(
     found = []
     for on in (False, True):
         losses: list[float] = []
-        trainer = Trainer(replace(cfg, cuda_graphs=on), tmp_path / str(on))
+        trainer = Trainer(replace(cfg, cuda_graphs="modules" if on else "none"), tmp_path / str(on))
         assert isinstance(trainer.loader, Loader)
         trainer.train(lambda _, values, to=losses: to.append(values["loss/total"]))
         found.append(losses)

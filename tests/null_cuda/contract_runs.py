@@ -253,8 +253,8 @@ def test_a_profile_without_kernels_says_why(config: TrainConfig, tmp_path: Path)
 
 @pytest.mark.nightly
 def test_graphs_are_replayed_before_and_after_a_stop(config: TrainConfig, tmp_path: Path) -> None:
-    """Launched alone: what a graph holds is not computed on the null device."""
-    path = saved(config, tmp_path, cuda_graphs=True, precision="bf16")
+    """Launched alone, in bfloat16."""
+    path = saved(config, tmp_path, cuda_graphs="modules", precision="bf16")
     words = ("train", "--config", path, "--out", tmp_path / "run")
     options = ("--launched", "--plant", f"sigterm:{STOPPED - 1}")
     done = verb(tmp_path, *words, "--then", *words, "--resume", options=options)
@@ -270,13 +270,15 @@ def losses(run: Path) -> list[float]:
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("way", ["deterministic", "chunk"])
+@pytest.mark.parametrize("way", ["deterministic", "chunk", "modules"])
 def test_another_way_to_train_has_the_same_losses(
     config: TrainConfig, undisturbed: tuple[Path, Done], tmp_path: Path, way: str
 ) -> None:
     changes: dict[str, Any] = {"deterministic": True}
     if way == "chunk":
         changes = {"parallel": replace(config.parallel, chunk=4)}
+    elif way == "modules":  # computed at each replay
+        changes = {"cuda_graphs": "modules"}
     words = ("train", "--config", saved(config, tmp_path, **changes), "--out", tmp_path / "run")
     done = verb(tmp_path, *words, options=("--order", "--plant", f"nan:{SPOILT}"))
     assert (done.codes, done.races) == ([0], [])

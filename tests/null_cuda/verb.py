@@ -1,13 +1,14 @@
 """Verbs of `m3i-fast` on the null CUDA runtime, one after the other, with a real run's numbers.
 
-    python -m tests.null_cuda.verb [--launched | --plain] [--order] [--plant NAME:STEP]
-                                   VERB ... [--then VERB ...]
+    python -m tests.null_cuda.verb [--launched | --plain] [--order] [--no-replay]
+                                   [--plant NAME:STEP] VERB ... [--then VERB ...]
 
 Run in the environment of `scripts.null_cuda.environment`. Every operator is computed by the CPU
 over the device's memory; with --launched the steps that have no monitors are launched alone, and
 with --plain everything is. DALI links a CUDA runtime of its own and decodes on the CPU here: what
 it decodes is copied to the device as a caller's own batches are. With --order races between streams
-are collected. The last line on standard output is JSON: the exit codes of the verbs, and the races.
+are collected; with --no-replay a step is never captured as a whole. The last line on standard
+output is JSON: the exit codes of the verbs, and the races.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ sys.path.extend(map(str, (ROOT / ".venv").glob("lib/python*/site-packages")))  #
 
 from m3i_fast.benchmarks.launches.on_host import ComputeOnHost, as_launched  # noqa: E402
 from m3i_fast.cli import main as run_verb  # noqa: E402
+from m3i_fast.engine import step_graph  # noqa: E402
 from m3i_fast.engine.train_step import ForwardPass, TrainStep  # noqa: E402
 from m3i_fast.pipelines import loader  # noqa: E402
 
@@ -57,13 +59,24 @@ def nan(step: TrainStep) -> None:
     hook = forward.register_forward_hook(spoil)
 
 
+def nan_once(step: TrainStep) -> Callable[[], None]:
+    """A weight is not a number in this step, whether it is replayed or not."""
+    weight = next(step.objective.parameters()).view(-1)[:1].detach()
+    kept = weight.clone()
+    weight.fill_(float("nan"))
+    return lambda: weight.copy_(kept) and None
+
+
 def nan_weight(step: TrainStep) -> None:
     """A weight is not a number from this step on."""
     with torch.no_grad():
         next(step.objective.parameters()).view(-1)[:1].fill_(float("nan"))
 
 
-PLANTED = {"sigterm": sigterm, "race": race, "nan": nan, "nan-weight": nan_weight}
+PLANTED: dict[str, Callable[[TrainStep], Callable[[], None] | None]] = {
+    **{"sigterm": sigterm, "race": race, "nan": nan, "nan-once": nan_once},
+    "nan-weight": nan_weight,
+}
 
 
 def decode_on_cpu() -> None:
@@ -76,15 +89,19 @@ def decode_on_cpu() -> None:
     loader.evaluation_batches = without_gpu(loader.evaluation_batches)
 
 
-def mark_steps(planted: dict[int, Callable[[TrainStep], None]], *, computed: bool) -> None:
+def mark_steps(
+    planted: dict[int, Callable[[TrainStep], Callable[[], None] | None]], *, computed: bool
+) -> None:
     """Mark each step in the trace, plant what is to be found in it, and compute it or not."""
     mark, take = ctypes.CDLL(None).null_cuda_mark, TrainStep.__call__
 
     def marked(step: TrainStep, *batches: Any, monitor: bool = False) -> dict[str, Tensor]:
         mark(f"step {step.steps_taken}".encode())
-        planted.get(step.steps_taken, lambda _: None)(step)
+        undo = planted.get(step.steps_taken, lambda _: None)(step)
         with nullcontext() if computed or monitor else as_launched():
             metrics = take(step, *batches, monitor=monitor)
+        if undo is not None:
+            undo()
         mark(b"between")
         return metrics
 
@@ -106,6 +123,7 @@ def main() -> None:
     parser.add_argument("--launched", action="store_true")
     parser.add_argument("--plain", action="store_true")
     parser.add_argument("--order", action="store_true")
+    parser.add_argument("--no-replay", action="store_true")
     parser.add_argument("--plant", action="append", default=[])
     parser.add_argument("verbs", nargs=argparse.REMAINDER)
     asked = parser.parse_args()
@@ -113,6 +131,8 @@ def main() -> None:
     torch.backends.cudnn.enabled = False  # the null cuDNN has no engine of a convolution
     decode_on_cpu()
     mark_steps(planted, computed=not asked.launched)
+    if asked.no_replay:
+        step_graph.NUM_WARMUP = sys.maxsize
     races: list[str] = []
     with ExitStack() as modes:
         if asked.order:

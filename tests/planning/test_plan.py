@@ -21,8 +21,8 @@ from m3i_fast.costs.step_flops import counts_of
 from m3i_fast.costs.traffic import Nodes, Traffic
 from m3i_fast.costs.view_cost import PICTURE
 from m3i_fast.objectives.methods import CATEGORY
-from m3i_fast.planning.plan import WORKSPACE, Plan, Strategy, make_plan, source_of, trained
-from m3i_fast.planning.step_memory import AVERAGE, FROZEN, PARAMETERS, STATES, trace
+from m3i_fast.planning.plan import GRAPHS, WORKSPACE, Plan, Strategy, make_plan, source_of, trained
+from m3i_fast.planning.step_memory import AVERAGE, BATCH, FROZEN, HELD, PARAMETERS, STATES, trace
 from m3i_fast.recipes import recipes, shrink
 
 TEXT = TextConfig(vocab_size=90, context_length=24, dim=32, depth=2, num_heads=2, embed_dim=32)
@@ -362,3 +362,21 @@ def _expect_on_the_page_of_packing(asked: float, decode_s: float) -> None:
     assert f"predicts {asked:,.0f} images/s" in text
     product = f"{asked:,.0f} x {1e3 * decode_s:g} ms = {asked * decode_s:.0f} threads"
     assert product in text
+
+
+def test_a_graph_of_the_step_keeps_what_the_step_allocates() -> None:
+    """Beside the memory of the steps that have no graph; of the batch it has a copy."""
+    cfg = replace(recipes()["m3i_vit_s"](), log_every=2)
+    parts = {
+        graphs: make_plan(replace(cfg, cuda_graphs=graphs), card=CARDS["h100"], nodes=Nodes(1, 1))
+        .strategies[0]
+        .memory.parts
+        for graphs in ("none", "step")
+    }
+    plain, graphed = parts["none"], dict(parts["step"])
+    kept = graphed.pop(GRAPHS)
+    assert graphed == plain
+    held = sum(size for part, size in plain.items() if part in HELD)
+    of_the_step = sum(plain.values()) - held - plain[WORKSPACE]
+    assert kept == pytest.approx(of_the_step + plain[BATCH] + 2 * plain[WORKSPACE], rel=1e-6)
+    assert of_the_step > plain[PARAMETERS]

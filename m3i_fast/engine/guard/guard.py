@@ -29,7 +29,7 @@ class Guard:
     """Decides of each step whether it is kept or skipped, on all ranks alike.
 
     The order in a step is `save_buffers`, forward and backward, `judge`, the optimiser,
-    `restore_buffers`.
+    `restore_buffers`, and `record` on the host. All but the last can be captured in a graph.
     """
 
     skip: Tensor
@@ -54,17 +54,10 @@ class Guard:
     @torch.no_grad()
     def judge(
         self,
-        step: int,
         metrics: Mapping[str, Tensor],  # [] each
         norm: GradientNorm,
-        *,
-        names: Sequence[str],
-        sample_ids: Tensor,  # [B] int64
-    ) -> Tensor:  # [] fp32
-        """Return the flag [] fp32, 1 if the step is skipped on all ranks, and record the step.
-
-        names: of the gradients, in the order of `norm.each`.
-        """
+    ) -> Judgement:
+        """Decide whether the step is skipped, on all ranks alike, and set `skip`."""
         loss = metrics["loss/total"].detach()
         wrong = ~(loss.isfinite() & norm.total.isfinite())
         count, mean_loss = self._world.sum(
@@ -74,14 +67,25 @@ class Guard:
         spike = torch.zeros_like(spoilt)
         if self._cfg.spikes != "off":
             spike = self._spikes.update(mean_loss, spoilt)
-        self.skip = (spoilt | spike).float()
+        flags = torch.stack([spoilt, spike]).float()
+        self.skip = flags.amax()
         losses = {name: value for name, value in metrics.items() if name.startswith("loss/")}
         values = torch.stack([v.detach().float() for v in losses.values()])
-        flags = torch.stack([spoilt, spike])
-        self._judged.append(
-            JudgedStep(step, flags, tuple(losses), values, norm, tuple(names), sample_ids)
-        )
-        return self.skip
+        return Judgement(flags, tuple(losses), values, norm)
+
+    def record(
+        self,
+        step: int,
+        judgement: Judgement,
+        *,
+        names: Sequence[str],
+        sample_ids: Tensor,  # [B] int64
+    ) -> None:
+        """Keep what was judged of a step until it is drained.
+
+        names: of the gradients, in the order of `norm.each`.
+        """
+        self._judged.append(JudgedStep(step, judgement, tuple(names), sample_ids))
 
     def restore_buffers(self) -> None:
         """Restore the buffers of a skipped step; call it after the optimiser."""
@@ -97,9 +101,9 @@ class Guard:
     def _bring_to_host(self) -> None:
         if not self._judged:
             return
-        flags = torch.stack([judged.flags for judged in self._judged]).tolist()
+        flags = torch.stack([judged.judgement.flags for judged in self._judged]).tolist()
         for judged, (spoilt, spike) in zip(self._judged, flags, strict=True):
-            self._steps.append((judged.step, spoilt or spike))
+            self._steps.append((judged.step, bool(spoilt or spike)))
             if spoilt or spike:
                 self._records.append(judged.record("spike" if spike else "not finite"))
         self._judged.clear()
@@ -130,25 +134,33 @@ class Guard:
 
 
 @dataclass(frozen=True, slots=True)
+class Judgement:
+    """What the device knows of a step's loss and gradients."""
+
+    flags: Tensor  # [2] fp32, 1 or 0: not finite, spike
+    names: tuple[str, ...]
+    losses: Tensor  # [L] fp32
+    norm: GradientNorm
+
+
+@dataclass(frozen=True, slots=True)
 class JudgedStep:
     """The values of one step, kept on the device until they are read."""
 
     step: int
-    flags: Tensor  # [2] bool: not finite, spike
-    names: tuple[str, ...]
-    losses: Tensor  # [L] fp32
-    norm: GradientNorm
+    judgement: Judgement
     gradients: tuple[str, ...]
     sample_ids: Tensor  # [B] int64
 
     def record(self, reason: str) -> Record:
         """Return the record of this step as a skipped one. This is a host synchronisation."""
-        each = self.norm.each.float().tolist()
+        judgement = self.judgement
+        each = judgement.norm.each.float().tolist()
         return {
             "step": self.step,
             "reason": reason,
-            "losses": dict(zip(self.names, self.losses.tolist(), strict=True)),
-            "grad_norm": float(self.norm.total),
+            "losses": dict(zip(judgement.names, judgement.losses.tolist(), strict=True)),
+            "grad_norm": float(judgement.norm.total),
             "gradients": dict(zip(self.gradients, each, strict=True)),
             "sample_ids": self.sample_ids.tolist(),
         }
@@ -172,7 +184,8 @@ class SpikeDetector:
         spike = (count >= self._window) & (off > self._deviations * variance.sqrt()) & ~spoilt
         rate = (1 / (count + 1)).clamp(min=1 / self._window)
         moved = [count + 1, mean + rate * off, (1 - rate) * (variance + rate * off.square())]
-        self._state = torch.where(spike | spoilt, self._state, torch.stack(moved))
+        # In place: a graph reads and writes the memory that it was captured with.
+        self._state.copy_(torch.where(spike | spoilt, self._state, torch.stack(moved)))
         return spike
 
     def state_dict(self) -> list[float]:
@@ -181,7 +194,7 @@ class SpikeDetector:
 
     def load_state_dict(self, state: list[float]) -> None:
         """Restore number, mean and variance."""
-        self._state = self._state.new_tensor(state)
+        self._state.copy_(self._state.new_tensor(state))
 
 
 def written_buffers(model: nn.Module) -> list[Tensor]:

@@ -198,7 +198,7 @@ def _groups(model: nn.Module, optimizer: Optimizers, record: Record | None) -> l
         }
         groups.append(
             {
-                "lr": group["lr"],
+                "lr": float(group["lr"]),
                 "weight_decay": group["weight_decay"],
                 "weight_norm": math.hypot(*weights.values()),
                 "gradient_norm": math.hypot(*(gradients.get(name, 0.0) for name in weights)),

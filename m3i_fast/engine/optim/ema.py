@@ -13,7 +13,7 @@ from m3i_fast.engine.parallel.local_shards import local
 def update_ema(
     average: nn.Module,
     online: nn.Module,
-    momentum: float,
+    momentum: float | Tensor,  # [] fp64
     skip: Tensor | None = None,  # [] fp32
 ) -> None:
     """Update average <- momentum * average + (1 - momentum) * online, in place, unless skip is 1.
@@ -22,7 +22,8 @@ def update_ema(
     local shard: both modules are sharded alike.
     """
     averages, onlines = local(average.parameters()), local(online.parameters())
-    lerp_unless(skip, averages, onlines, 1.0 - momentum)
+    weight = 1.0 - momentum
+    lerp_unless(skip, averages, onlines, weight.float() if isinstance(weight, Tensor) else weight)
     for target, source in zip(average.buffers(), online.buffers(), strict=True):
         if skip is None:
             target.copy_(source)

@@ -78,8 +78,9 @@ class Muon(torch.optim.Muon):
             own = [params[i] for i in of]
             each = stack.to(own[0].dtype).contiguous().unbind()
             shards = [_sharded_as(p, d) for p, d in zip(own, each, strict=True)]
-            rate = lr * max(1.0, rows / columns) ** 0.5
-            descend_unless(skip, local(own), shards, rate, decay=lr * group["weight_decay"])
+            scale = max(1.0, rows / columns) ** 0.5
+            decay = group["weight_decay"] / scale
+            descend_unless(skip, local(own), shards, lr * scale, weight_decay=decay)
 
 
 def _together(params: list[Tensor]) -> Iterator[list[Tensor]]:

@@ -72,7 +72,7 @@ def lerp_unless(
     skip: Tensor | None,  # [] fp32
     tensors: list[Tensor],
     ends: list[Tensor],
-    weight: float,
+    weight: float | Tensor,  # [] fp32
 ) -> None:
     """Move each tensor to its end, tensor <- (1 - weight) tensor + weight end, unless skip is 1.
 
@@ -81,6 +81,7 @@ def lerp_unless(
     if not tensors:
         return
     if skip is None:
+        assert not isinstance(weight, Tensor), "weight: expected a number without skip"
         torch._foreach_lerp_(tensors, ends, weight)
     else:  # as a step down |tensor - end|^2 / 2: with decay 1 and the "gradient" end, maximised
         _fused_sgd(skip, tensors, ends, rate=weight, decay=1.0, maximize=True)
@@ -91,16 +92,20 @@ def descend_unless(
     skip: Tensor | None,  # [] fp32
     tensors: list[Tensor],
     directions: list[Tensor],
-    rate: float,
+    rate: float | Tensor,  # [] fp32
     *,
-    decay: float,
+    weight_decay: float,
 ) -> None:
-    """Step tensor <- (1 - decay) tensor - rate direction, in place unless skip is 1."""
-    if skip is None:
-        torch._foreach_mul_(tensors, 1 - decay)
-        torch._foreach_add_(tensors, directions, alpha=-rate)
-    elif rate:
-        _fused_sgd(skip, tensors, directions, rate=rate, decay=decay / rate, maximize=False)
+    """Step tensor <- tensor - rate (direction + weight_decay tensor), in place unless skip is 1.
+
+    skip: None moves them always, by a rate that is a number.
+    """
+    if skip is not None:
+        _fused_sgd(skip, tensors, directions, rate=rate, decay=weight_decay, maximize=False)
+        return
+    assert not isinstance(rate, Tensor), "rate: expected a number without skip, got a tensor"
+    torch._foreach_mul_(tensors, 1 - rate * weight_decay)
+    torch._foreach_add_(tensors, directions, alpha=-rate)
 
 
 def _fused_sgd(
@@ -108,7 +113,7 @@ def _fused_sgd(
     tensors: list[Tensor],
     gradients: list[Tensor],
     *,
-    rate: float,
+    rate: float | Tensor,  # [] fp32, read by the kernel where a graph is replayed
     decay: float,
     maximize: bool,
 ) -> None:

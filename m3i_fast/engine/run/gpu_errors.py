@@ -63,8 +63,13 @@ def lighter(cfg: TrainConfig) -> list[str]:
         ways.append(f"--data.batch-size {half}: another run, with half the images in each step")
     if cfg.parallel.shard == 1 and _allows(cfg, parallel=replace(cfg.parallel, shard=-1)):
         ways.append("--parallel.shard -1: weights and moments are divided over the GPUs of the run")
-    if cfg.cuda_graphs:
-        ways.append("--no-cuda-graphs: no graph keeps the activations of its call")
+    if cfg.cuda_graphs == "modules":
+        ways.append("--cuda-graphs none: no graph keeps the activations of its call")
+    elif cfg.cuda_graphs == "step":
+        ways.append(
+            "--cuda-graphs none: no graph keeps the memory of a step, beside that of the steps "
+            "with monitors"
+        )
     elif cfg.vision.activation_checkpointing != "full":
         ways.append(
             "--vision.activation-checkpointing full: the encoder's activations are computed again "

@@ -17,6 +17,7 @@ from m3i_fast.config.guard import GuardConfig
 from m3i_fast.engine.checkpoint.checkpoints import tensors_of
 from m3i_fast.engine.parallel.local_shards import GradientNorm, local
 from m3i_fast.engine.trainer import Trainer
+from m3i_fast.objectives.step_context import Stage
 from m3i_fast.pipelines.batch import Batch
 from tests.shared.engine.replaced_step import replace_call
 from tests.shared.engine.two_ranks import NUM_RANKS, full, spread
@@ -43,11 +44,11 @@ class Poisoned(Trainer):
                 metrics["loss/total"] = metrics["loss/total"] * kind
             return loss, metrics
 
-        def clipped() -> GradientNorm:
+        def clipped(stage: Stage) -> GradientNorm:
             if self.poison.get(self.step) == "gradient":
                 parts = local(p.grad for p in self.objective.parameters() if p.grad is not None)
                 next(part for part in parts if part.numel()).view(-1)[0] = float("nan")
-            return clip()
+            return clip(stage)
 
         def noted(batch: Batch, *, monitor: bool = False) -> dict[str, Tensor]:
             self.batches.append(batch.sample_id.tolist())

@@ -24,7 +24,7 @@ def stepper(cfg: TrainConfig, *, arithmetic: Arithmetic = FP32) -> Callable[[], 
 
     Attention is fused as on a GPU, also where a CPU would be faster with its scores in memory.
     """
-    cfg = replace(cfg, compile=False, cuda_graphs=False)
+    cfg = replace(cfg, compile=False, cuda_graphs="none")
     train_step = build_train_step(cfg, World(torch.device("cpu")), arithmetic)
     batch = draw_batch(cfg)
 
