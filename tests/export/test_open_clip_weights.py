@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,13 +92,17 @@ def tokens_of(model: Any, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def assert_features(vit: ViT, model: Any) -> None:
-    images = torch.randn(2, 3, vit.cfg.image_size, vit.cfg.image_size)
+    vit, model = (
+        vit.double(),
+        deepcopy(model).double(),
+    )  # but for the class token with its place, a float32
+    images = torch.randn(2, 3, vit.cfg.image_size, vit.cfg.image_size, dtype=torch.float64)
     expected = tokens_of(model, images)
     assert expected.abs().max() > 0.5
-    torch.testing.assert_close(vit(images), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(vit(images), expected, atol=1e-6, rtol=1e-6)
     if vit.cfg.class_token:  # and by what open_clip makes of them
         pooled = vit(images)[:, 0] @ model.visual.proj
-        torch.testing.assert_close(pooled, model.encode_image(images), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(pooled, model.encode_image(images), atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

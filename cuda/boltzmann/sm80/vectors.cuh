@@ -145,7 +145,7 @@ template <class T, int kVector>
 __device__ inline Accumulator<T> square_length(const T* row, int64_t width) {
   using A = Accumulator<T>;
   A sum = 0;
-#pragma unroll 4
+#pragma unroll 2
   for (int64_t at = threadIdx.x % 32 * kVector; at < width; at += 32 * kVector) {
     A values[kVector];
     widen(load<kVector>(row + at), values);
