@@ -17,7 +17,8 @@ from m3i_fast.config.models.text import TextConfig
 from m3i_fast.config.models.vit import ViTConfig
 from m3i_fast.models.internimage.deformable import NUM_POINTS
 from m3i_fast.models.internimage.model import HEAD_RATIO
-from m3i_fast.models.transformer.blocks import fc1_features, num_kept
+from m3i_fast.models.transformer.drop_path import num_kept
+from m3i_fast.models.transformer.layers import fc1_features
 
 SAMPLING_PER_POINT = 5  # InternImage's convention: 5 n k c for n cells, k points, c channels
 

@@ -21,7 +21,8 @@ from m3i_fast.config.models.vision import VisionConfig
 from m3i_fast.config.models.vit import ViTConfig
 from m3i_fast.costs.step_flops import counts_of
 from m3i_fast.costs.step_sizes import StepCounts
-from m3i_fast.models.transformer.blocks import fc1_features, num_kept
+from m3i_fast.models.transformer.drop_path import num_kept
+from m3i_fast.models.transformer.layers import fc1_features
 from m3i_fast.models.transformer.wide_layers import is_wide
 from m3i_fast.objectives.step_context import target_rows
 

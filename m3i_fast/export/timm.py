@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from m3i_fast.config.fields import Mlp
 from m3i_fast.config.models.vit import ViTConfig
 from m3i_fast.export.vit_names import VIT_BLOCK, VIT_STEM
-from m3i_fast.models.transformer.blocks import fc1_features
+from m3i_fast.models.transformer.layers import fc1_features
 from m3i_fast.models.transformer.positions import resample_grid
 from m3i_fast.models.transformer.vit import ViT
 

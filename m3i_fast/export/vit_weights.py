@@ -22,7 +22,7 @@ from m3i_fast.config.models import vit as sizes
 from m3i_fast.config.models.vit import ViTConfig
 from m3i_fast.export.vit_names import Family, Renamed, renamed
 from m3i_fast.export.weight_files import some
-from m3i_fast.models.transformer.blocks import fc1_features
+from m3i_fast.models.transformer.layers import fc1_features
 from m3i_fast.models.transformer.positions import resample_grid
 from m3i_fast.models.transformer.vit import ViT
 from m3i_fast.ops import IMAGENET_MEAN, IMAGENET_STD

@@ -17,17 +17,19 @@ from torch import Tensor, nn
 from m3i_fast.config.heads import DecoderConfig, ProjectorConfig
 from m3i_fast.models.batch_norm import BatchNorm
 from m3i_fast.models.transformer.blocks import (
-    INIT_STD,
-    LAYER_NORM_EPS,
     TORCH_LAYERS,
     Block,
     BlockLayers,
-    Linear,
-    Residual,
     Sequences,
     pack,
-    reset_children,
     unpack,
+)
+from m3i_fast.models.transformer.layers import (
+    INIT_STD,
+    LAYER_NORM_EPS,
+    Linear,
+    Residual,
+    reset_children,
 )
 from m3i_fast.models.transformer.positions import (
     grid_embedding,

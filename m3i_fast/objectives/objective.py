@@ -21,7 +21,8 @@ from m3i_fast.config.models.vision import VisionConfig
 from m3i_fast.config.objective import ObjectiveConfig, Term
 from m3i_fast.models.encoder import ImageEncoder, take_cells
 from m3i_fast.models.image_encoder import build_encoder
-from m3i_fast.models.transformer.blocks import TORCH_LAYERS, BlockLayers, reset_children
+from m3i_fast.models.transformer.blocks import TORCH_LAYERS, BlockLayers
+from m3i_fast.models.transformer.layers import reset_children
 from m3i_fast.models.transformer.vit import ViT
 from m3i_fast.objectives.balance import Balance
 from m3i_fast.objectives.heads import DenseDecoder

@@ -23,7 +23,7 @@ from m3i_fast.config.models.text import TextConfig
 from m3i_fast.config.models.vit import ViTConfig, dinov3_s_plus, vit_b, vit_s
 from m3i_fast.export.transformer_engine import to_transformer_layers
 from m3i_fast.models import TextEncoder, ViT
-from m3i_fast.models.transformer.blocks import LAYER_NORM_EPS
+from m3i_fast.models.transformer.layers import LAYER_NORM_EPS
 from m3i_fast.models.transformer.te_layers import te_layers
 from m3i_fast.objectives.heads import DenseDecoder
 

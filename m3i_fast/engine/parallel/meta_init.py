@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from m3i_fast.models.transformer.blocks import reset
+from m3i_fast.models.transformer.layers import reset
 
 Shard = Callable[[nn.Module], object]
 

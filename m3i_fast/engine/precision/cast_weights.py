@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from m3i_fast.models.transformer.blocks import LayerNormLinear, LayerNormMLP
+from m3i_fast.models.transformer.layers import LayerNormLinear, LayerNormMLP
 
 # By module, the parameters that it uses in products alone, which autocast casts.
 OF_PRODUCTS: dict[type[nn.Module], tuple[str, ...]] = {

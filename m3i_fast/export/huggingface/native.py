@@ -24,7 +24,7 @@ from m3i_fast.config.models.vit import ViTConfig
 from m3i_fast.export.huggingface.names import ACTIVATIONS, MODELS
 from m3i_fast.export.vit_names import ZEROS, Renamed
 from m3i_fast.export.vit_weights import fitted
-from m3i_fast.models.transformer.blocks import fc1_features
+from m3i_fast.models.transformer.layers import fc1_features
 from m3i_fast.models.transformer.positions import ROTARY_BASE
 from m3i_fast.models.transformer.vit import ViT
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m3i_fast.models.internimage.deformable import norm_last
-from m3i_fast.models.transformer.blocks import Linear, reset_children
+from m3i_fast.models.transformer.layers import Linear, reset_children
 
 
 class CrossAttention(nn.Module):

@@ -15,17 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m3i_fast.config.fields import DropPathMode, Recompute
-from m3i_fast.models.transformer.blocks import (
-    LAYER_NORM_EPS,
-    TORCH_LAYERS,
-    BlockLayers,
+from m3i_fast.models.transformer.blocks import TORCH_LAYERS, BlockLayers
+from m3i_fast.models.transformer.drop_path import (
     DropPath,
-    Linear,
     branch_priorities,
     layer_priorities,
-    reset_children,
     take_rows,
 )
+from m3i_fast.models.transformer.layers import LAYER_NORM_EPS, Linear, reset_children
 from m3i_fast.ops import dcnv3
 
 KERNEL_SIZE = 3

@@ -22,7 +22,8 @@ from m3i_fast.models.internimage.deformable import (
     norm_last,
     to_channels_first,
 )
-from m3i_fast.models.transformer.blocks import TORCH_LAYERS, BlockLayers, Linear, reset_children
+from m3i_fast.models.transformer.blocks import TORCH_LAYERS, BlockLayers
+from m3i_fast.models.transformer.layers import Linear, reset_children
 from m3i_fast.ops import dcnv3
 
 HEAD_RATIO = 1.5  # width of the classification head over the last stage's

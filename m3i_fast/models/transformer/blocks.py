@@ -1,13 +1,13 @@
 """The Transformer block in torch, with Transformer Engine's parameter names.
 
-Legend: B batch, T tokens, D width, H heads, F hidden width of the MLP.
+Legend: B batch, T tokens, D width, H heads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,111 +15,24 @@ from torch import Tensor, nn
 
 from m3i_fast.config.fields import DropPathMode, Mlp, Recompute
 from m3i_fast.models.activation_checkpointing import Checkpoint, torch_checkpoint
+from m3i_fast.models.transformer.drop_path import (
+    DropPath,
+    branch_priorities,
+    take_rows,
+)
+from m3i_fast.models.transformer.layers import (
+    LAYER_NORM_EPS,
+    LayerNormLinear,
+    LayerNormMLP,
+    Linear,
+    Normed,
+    Residual,
+    Stream,
+    reset_children,
+)
 from m3i_fast.models.transformer.positions import rotate
-from m3i_fast.ops.add_layer_norm import MAX_WIDTH, add_layer_norm
 
-LAYER_NORM_EPS = 1e-6  # timm, MAE and DINO; Transformer Engine's own default is 1e-5
-INIT_STD = 0.02
-QUICK_GELU = 1.702  # OpenAI's CLIP
 MASK_ALIGNMENT = 16  # elements, of the rows of a mask for torch's memory-efficient attention
-
-# (x [..., K], weight [N, K], bias [N] or None) -> [..., N], as F.linear
-Matmul = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-
-
-def init_weight(weight: Tensor) -> None:
-    """Draw a weight from a truncated normal of standard deviation 0.02, as timm does for ViTs."""
-    nn.init.trunc_normal_(weight, std=INIT_STD)
-
-
-def reset_children(module: nn.Module, *, but: Collection[nn.Module] = ()) -> None:
-    """Initialise all children of `module` again, in the order of construction, except `but`."""
-    for child in module.children():
-        if child not in but:
-            reset(child, but=but)
-
-
-def reset(module: nn.Module, *, but: Collection[nn.Module] = ()) -> None:
-    """Initialise `module` again by its `reset_parameters`, or else by those of its children."""
-    own = getattr(module, "reset_parameters", None)
-    if own is None:
-        reset_children(module, but=but)
-    else:
-        own()
-
-
-class Linear(nn.Linear):
-    """A linear layer with a ViT's initialisation: weight [out, in], bias [out]."""
-
-    def __init__(
-        self, in_features: int, out_features: int, bias: bool = True, *, matmul: Matmul = F.linear
-    ) -> None:
-        super().__init__(in_features, out_features, bias)
-        self.matmul = matmul
-
-    def forward(self, x: Tensor) -> Tensor:  # [..., in_features] -> [..., out_features]
-        return self.matmul(x, self.weight, self.bias)
-
-    def reset_parameters(self) -> None:
-        init_weight(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-
-
-def product_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which a product of `x` is computed: that of autocast where it is on."""
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return x.dtype
-
-
-class Residual(NamedTuple):
-    """The residual stream of a stack of blocks, whose last branch is still to be added."""
-
-    x: Tensor  # [..., D]
-    branch: Tensor | None = None  # [..., D]
-
-    def total(self) -> Tensor:
-        """Return x + branch."""
-        return self.x if self.branch is None else self.x + self.branch
-
-
-Stream = TypeVar("Stream", Tensor, Residual)
-
-
-class Normed(nn.Module):
-    """A module that begins with a LayerNorm, and can add a branch on the way to it."""
-
-    layer_norm_weight: nn.Parameter  # [in_features]
-    layer_norm_bias: nn.Parameter  # [in_features]
-    eps: float
-
-    def norm(self, stream: Residual) -> tuple[Tensor, Tensor]:
-        """Return the sum of the stream, and its norm in the dtype of the products after it."""
-        x, branch = stream
-        weight, bias = self.layer_norm_weight, self.layer_norm_bias
-        dtype = product_dtype(x)
-        if branch is not None and branch.dtype != dtype:
-            x, branch = x + branch, None
-        if len(weight) <= MAX_WIDTH:
-            return add_layer_norm(x, branch, weight, bias, eps=self.eps, dtype=dtype)
-        x = Residual(x, branch).total()
-        return x, F.layer_norm(x, weight.shape, weight, bias, self.eps)
-
-    def products(self, x: Tensor) -> Tensor:  # [..., in_features] -> [..., out_features]
-        """Compute what follows the norm."""
-        raise NotImplementedError
-
-    def forward(self, x: Tensor | Residual) -> Tensor | tuple[Tensor, Tensor]:
-        """Compute the layer: [..., in_features] -> [..., out_features].
-
-        Of a `Residual` return its sum as well, which comes first.
-        """
-        if isinstance(x, Tensor):
-            return self.products(self.norm(Residual(x))[1])
-        total, normed = self.norm(x)
-        return total, self.products(normed)
 
 
 def add_and_run(
@@ -137,96 +50,6 @@ def add_and_run(
         return both
     x = stream.total()
     return x, layer(take_rows(x, rows))
-
-
-class LayerNormLinear(Normed):
-    """A LayerNorm and a linear layer: [..., in_features] -> [..., out_features]."""
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        eps: float = LAYER_NORM_EPS,
-        *,
-        matmul: Matmul = F.linear,
-    ) -> None:
-        super().__init__()
-        self.eps, self.matmul = eps, matmul
-        self.layer_norm_weight = nn.Parameter(torch.empty(in_features))
-        self.layer_norm_bias = nn.Parameter(torch.empty(in_features))
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.ones_(self.layer_norm_weight)
-        nn.init.zeros_(self.layer_norm_bias)
-        init_weight(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-
-    def products(self, x: Tensor) -> Tensor:
-        return self.matmul(x, self.weight, self.bias)
-
-
-def fc1_features(hidden_dim: int, activation: Mlp) -> int:
-    """Return how many features an MLP's first layer computes: twice as many with a gate."""
-    return hidden_dim * (2 if activation == "swiglu" else 1)
-
-
-def activate(x: Tensor, activation: Mlp) -> Tensor:  # [..., F or 2 F] -> [..., F]
-    """Apply an MLP's activation to what its first layer computes.
-
-    quick_gelu: x sigmoid(1.702 x), as CLIP. swiglu: silu(gate) * value, the gate first.
-    """
-    match activation:
-        case "swiglu":
-            gate, value = x.chunk(2, dim=-1)
-            return F.silu(gate) * value
-        case "quick_gelu":
-            return x * torch.sigmoid(QUICK_GELU * x)
-    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
-
-
-class LayerNormMLP(Normed):
-    """A LayerNorm and an MLP of two linear layers: [..., dim] -> [..., dim].
-
-    gelu: fc2(gelu(fc1(x))), exact, and likewise with the other GELUs of `activate`. swiglu (arXiv
-    2002.05202): fc2(silu(gate) * value), where fc1 computes the gate, F features, and then the
-    value, as many.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        hidden_dim: int,
-        activation: Mlp = "gelu",
-        eps: float = LAYER_NORM_EPS,
-        *,
-        matmul: Matmul = F.linear,
-    ) -> None:
-        super().__init__()
-        self.activation, self.eps, self.matmul = activation, eps, matmul
-        fc1_dim = fc1_features(hidden_dim, activation)
-        self.layer_norm_weight = nn.Parameter(torch.empty(dim))
-        self.layer_norm_bias = nn.Parameter(torch.empty(dim))
-        self.fc1_weight = nn.Parameter(torch.empty(fc1_dim, dim))
-        self.fc1_bias = nn.Parameter(torch.empty(fc1_dim))
-        self.fc2_weight = nn.Parameter(torch.empty(dim, hidden_dim))
-        self.fc2_bias = nn.Parameter(torch.empty(dim))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.ones_(self.layer_norm_weight)
-        init_weight(self.fc1_weight)
-        init_weight(self.fc2_weight)
-        for bias in (self.layer_norm_bias, self.fc1_bias, self.fc2_bias):
-            nn.init.zeros_(bias)
-
-    def products(self, x: Tensor) -> Tensor:
-        x = activate(self.matmul(x, self.fc1_weight, self.fc1_bias), self.activation)
-        return self.matmul(x, self.fc2_weight, self.fc2_bias)
 
 
 def rotate_qk(qkv: Sequence[Tensor], rotation: Tensor | None) -> Sequence[Tensor]:
@@ -281,112 +104,6 @@ class Attention(nn.Module):
             q, k, v, attn_mask=mask, is_causal=self.causal
         )
         return out.transpose(1, 2).flatten(2)
-
-
-def num_kept(num_samples: int, rate: float) -> int:
-    """Count the samples that a branch keeps with stochastic depth by subset, at least one."""
-    return max(1, round(num_samples * (1 - rate)))
-
-
-NUM_PRIORITIES = 2**24
-
-
-class DropPath(nn.Module):
-    """Stochastic depth (arXiv 1603.09382): a residual branch is dropped for whole samples.
-
-    In training only. mask: each sample is dropped by its own draw, after the branch is computed;
-    the kept ones are scaled by 1 / (1 - rate). subset (DINOv2): a fixed share of each batch is
-    dropped before the branch, which is computed for the kept samples only; these are scaled by B
-    over their number.
-
-    priority: [B] int32, uniform in [0, 2**24), by which samples are dropped: those below the rate,
-    or with subset the lowest of the batch. A training step draws them by the samples'
-    positions in the run; None draws from torch's global generator.
-    """
-
-    def __init__(self, rate: float, mode: DropPathMode = "mask") -> None:
-        super().__init__()
-        self.rate, self.mode = rate, mode
-
-    def extra_repr(self) -> str:
-        return f"rate={self.rate:g}, mode={self.mode}"
-
-    def forward(
-        self,
-        branch: Tensor,  # [B, ...]
-        priority: Tensor | None = None,  # [B] int32
-    ) -> Tensor:  # [B, ...]
-        """Return the branch with dropped samples zeroed and kept ones scaled, in mode mask."""
-        if not self.training or self.rate == 0.0 or self.mode == "subset":
-            return branch
-        keep = 1.0 - self.rate
-        one_a_sample = (branch.shape[0], *(1,) * (branch.ndim - 1))
-        if priority is None:
-            kept = branch.new_empty(one_a_sample).bernoulli_(keep)
-        else:
-            kept = (priority >= round(self.rate * NUM_PRIORITIES)).to(branch.dtype)
-        return branch * kept.view(one_a_sample).div_(keep)
-
-    def draw(self, x: Tensor, priority: Tensor | None = None) -> Tensor | None:
-        """Draw the samples of x [B, ...] that go through the branch: [kept] int64, None for all."""
-        if not self.training or self.rate == 0.0 or self.mode == "mask":
-            return None
-        if priority is None:
-            order = torch.randperm(len(x), device=x.device)
-        else:
-            order = priority.argsort(stable=True, descending=True)
-        return order[: num_kept(len(x), self.rate)]
-
-    def join(
-        self,
-        x: Tensor,  # [B, ...]
-        branch: Tensor,  # [B or kept, ...]
-        scale: Tensor | None,
-        rows: Tensor | None = None,  # [kept] int64
-        priority: Tensor | None = None,  # [B] int32
-    ) -> Residual:  # [B, ...]
-        """Return x + scale * branch, the branch still to be added where nothing scales it.
-
-        rows: the samples of x that the branch has, None for all.
-        """
-        if rows is not None:
-            branch = branch if scale is None else branch * scale
-            added = x.index_add(0, rows, branch.to(x.dtype), alpha=len(x) / len(rows))
-            return Residual(added)
-        branch = self(branch, priority)
-        # one pass instead of two over the branch
-        return Residual(x, branch) if scale is None else Residual(torch.addcmul(x, branch, scale))
-
-    def add(
-        self,
-        x: Tensor,  # [B, ...]
-        branch: Tensor,  # [B or kept, ...]
-        scale: Tensor | None,
-        rows: Tensor | None,  # [kept] int64
-        priority: Tensor | None = None,  # [B] int32
-    ) -> Tensor:  # [B, ...]
-        """Return x + scale * branch, as `join`."""
-        return self.join(x, branch, scale, rows, priority).total()
-
-
-def branch_priorities(
-    priority: Tensor | None,  # [B, 2] int32
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return the priorities of a layer's first and second branch, [B] each, or none."""
-    return (None, None) if priority is None else (priority[:, 0], priority[:, 1])
-
-
-def layer_priorities(
-    priority: Tensor | None,  # [B, 2 L] int32
-    layer: int,
-) -> Tensor | None:
-    """Return the priorities of a layer's two branches, [B, 2], or none."""
-    return None if priority is None else priority[:, 2 * layer : 2 * layer + 2]
-
-
-def take_rows(x: Tensor, rows: Tensor | None) -> Tensor:
-    """Select rows [kept] int64 of x [B, ...]; None returns x itself."""
-    return x if rows is None else x[rows]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

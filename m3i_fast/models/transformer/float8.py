@@ -19,13 +19,8 @@ from torchao.float8.config import Float8LinearConfig
 from torchao.float8.float8_linear import matmul_with_hp_or_float8_args
 from torchao.float8.float8_training_tensor import LinearMMConfig
 
-from m3i_fast.models.transformer.blocks import (
-    Attention,
-    BlockLayers,
-    LayerNormLinear,
-    LayerNormMLP,
-    Linear,
-)
+from m3i_fast.models.transformer.blocks import Attention, BlockLayers
+from m3i_fast.models.transformer.layers import LayerNormLinear, LayerNormMLP, Linear
 
 
 @dataclass(slots=True)

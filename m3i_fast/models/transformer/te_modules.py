@@ -11,7 +11,8 @@ import transformer_engine.pytorch as te
 from torch import Tensor, nn
 
 from m3i_fast.config.fields import Mlp
-from m3i_fast.models.transformer.blocks import LAYER_NORM_EPS, init_weight, rotate_qk
+from m3i_fast.models.transformer.blocks import rotate_qk
+from m3i_fast.models.transformer.layers import LAYER_NORM_EPS, init_weight
 
 _ACTIVATIONS: dict[Mlp, str] = {"gelu_tanh": "gelu", "quick_gelu": "qgelu"}  # ours, theirs
 

@@ -9,11 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from m3i_fast.config.models.text import TextConfig
-from m3i_fast.models.transformer.blocks import (
+from m3i_fast.models.transformer.blocks import TORCH_LAYERS, Block, BlockLayers
+from m3i_fast.models.transformer.layers import (
     INIT_STD,
-    TORCH_LAYERS,
-    Block,
-    BlockLayers,
     Linear,
     Residual,
     product_dtype,

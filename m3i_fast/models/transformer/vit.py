@@ -16,13 +16,12 @@ from m3i_fast.models.transformer.blocks import (
     TORCH_LAYERS,
     Block,
     BlockLayers,
-    Residual,
     Sequences,
-    layer_priorities,
     pack,
-    reset_children,
     unpack,
 )
+from m3i_fast.models.transformer.drop_path import layer_priorities
+from m3i_fast.models.transformer.layers import Residual, reset_children
 from m3i_fast.models.transformer.positions import (
     grid_embedding,
     patch_centres,

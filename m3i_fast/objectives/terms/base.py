@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from m3i_fast.config.models.text import TextConfig
 from m3i_fast.config.models.vision import VisionConfig
 from m3i_fast.config.objective import ObjectiveConfig, Term
-from m3i_fast.models.transformer.blocks import TORCH_LAYERS, BlockLayers, reset_children
+from m3i_fast.models.transformer.blocks import TORCH_LAYERS, BlockLayers
+from m3i_fast.models.transformer.layers import reset_children
 from m3i_fast.objectives.losses.builders import build_loss
 from m3i_fast.objectives.monitors import feature_std, mean_cosine
 from m3i_fast.objectives.step_context import Monitor, StepContext

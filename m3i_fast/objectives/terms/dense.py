@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from m3i_fast.config.objective import ObjectiveConfig, Term
-from m3i_fast.models.transformer.blocks import Linear
+from m3i_fast.models.transformer.layers import Linear
 from m3i_fast.models.transformer.positions import grid_positions, relative_fractions
 from m3i_fast.objectives.heads import Mlp, Question
 from m3i_fast.objectives.monitors import log_prediction

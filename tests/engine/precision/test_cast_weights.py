@@ -9,7 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 from m3i_fast.engine.precision import cast_weights as module
 from m3i_fast.engine.precision.cast_weights import cast_weights
-from m3i_fast.models.transformer.blocks import Block, LayerNormLinear, Linear
+from m3i_fast.models.transformer.blocks import Block
+from m3i_fast.models.transformer.layers import LayerNormLinear, Linear
 
 
 class Shared(nn.Module):

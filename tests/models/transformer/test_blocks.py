@@ -5,7 +5,8 @@ import torch
 from timm.models.vision_transformer import Block as TimmBlock
 from torch import Tensor, nn
 
-from m3i_fast.models.transformer.blocks import Attention, Block, DropPath
+from m3i_fast.models.transformer.blocks import Attention, Block
+from m3i_fast.models.transformer.drop_path import DropPath
 
 # the names that Transformer Engine's LayerNormLinear, Linear and LayerNormMLP give
 TIMM_TO_OURS = {

@@ -14,8 +14,9 @@ from m3i_fast.config.models import vit as sizes
 from m3i_fast.config.models.vit import ViTConfig
 from m3i_fast.export.timm import load_timm, to_timm
 from m3i_fast.export.vit_weights import vit_weights
-from m3i_fast.models.transformer.blocks import TORCH_LAYERS, Residual
+from m3i_fast.models.transformer.blocks import TORCH_LAYERS
 from m3i_fast.models.transformer.float8 import FLOAT8_LAYERS
+from m3i_fast.models.transformer.layers import Residual
 from m3i_fast.models.transformer.vit import ViT
 from m3i_fast.models.transformer.wide_layers import wide_only
 

@@ -15,7 +15,8 @@ from m3i_fast.config.models.internimage import InternImageConfig, internimage_de
 from m3i_fast.config.models.vit import ViTConfig
 from m3i_fast.costs.encoder_flops import internimage, internimage_sampling, vit
 from m3i_fast.models.internimage.model import InternImage, _stages
-from m3i_fast.models.transformer.blocks import TORCH_LAYERS, Block, DropPath, num_kept
+from m3i_fast.models.transformer.blocks import TORCH_LAYERS, Block
+from m3i_fast.models.transformer.drop_path import DropPath, num_kept
 from m3i_fast.models.transformer.vit import ViT
 from m3i_fast.ops import reference
 from tests.shared.flop_formulas import FORMULAS

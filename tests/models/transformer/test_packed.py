@@ -12,7 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from m3i_fast.config.heads import DecoderConfig
 from m3i_fast.config.models.vit import ViTConfig
 from m3i_fast.models.encoder import take_cells
-from m3i_fast.models.transformer.blocks import Block, Sequences, pack, unpack
+from m3i_fast.models.transformer.blocks import (
+    Block,
+    Sequences,
+    pack,
+    unpack,
+)
 from m3i_fast.models.transformer.vit import ViT
 from m3i_fast.objectives.heads import DenseDecoder, Question
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from m3i_fast.config.models.text import TextConfig
 from m3i_fast.config.models.vit import ViTConfig
 from m3i_fast.models.transformer import te_layers
-from m3i_fast.models.transformer.blocks import TORCH_LAYERS, BlockLayers, LayerNormMLP
+from m3i_fast.models.transformer.blocks import TORCH_LAYERS, BlockLayers
+from m3i_fast.models.transformer.layers import LayerNormMLP
 from m3i_fast.models.transformer.te_layers import Fp8Recipe
 from m3i_fast.models.transformer.text_encoder import TextEncoder
 from m3i_fast.models.transformer.vit import ViT

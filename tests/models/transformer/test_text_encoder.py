@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from m3i_fast.config.models.text import TextConfig
-from m3i_fast.models.transformer.blocks import TORCH_LAYERS, Attention, activate
+from m3i_fast.models.transformer.blocks import TORCH_LAYERS, Attention
+from m3i_fast.models.transformer.layers import activate
 from m3i_fast.models.transformer.text_encoder import TextEncoder
 
 CFG = TextConfig(
