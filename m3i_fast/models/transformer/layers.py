@@ -19,7 +19,6 @@ LAYER_NORM_EPS = 1e-6  # timm, MAE and DINO; Transformer Engine's own default is
 INIT_STD = 0.02
 QUICK_GELU = 1.702  # OpenAI's CLIP
 
-
 # (x [..., K], weight [N, K], bias [N] or None) -> [..., N], as F.linear
 Matmul = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 

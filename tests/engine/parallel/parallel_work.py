@@ -14,6 +14,7 @@ from m3i_fast.config import TrainConfig
 from m3i_fast.config.parallel import ParallelConfig
 from m3i_fast.engine.parallel.local_shards import GradientNorm
 from m3i_fast.engine.trainer import Trainer
+from m3i_fast.objectives.step_context import Stage
 from m3i_fast.pipelines.loader import Loader
 from tests.shared.engine.parts_of_batches import in_double_precision, in_dtype
 from tests.shared.engine.two_ranks import full
@@ -66,10 +67,10 @@ def _keep_gradients(trainer: Trainer, found: dict[str, Tensor]) -> None:
     step = trainer.train_step
     clip = step._clip
 
-    def kept() -> GradientNorm:
+    def kept(stage: Stage) -> GradientNorm:
         cfg = step.cfg
         step.cfg = replace(cfg, optim=replace(cfg.optim, clip_grad_norm=0.0))
-        norm = clip()
+        norm = clip(stage)
         for name, parameter in trainer.objective.named_parameters():
             if parameter.grad is not None:
                 found[f"gradient/{name}"] = full(parameter.grad)
