@@ -13,7 +13,7 @@ from typing import Any
 
 from m3i_fast.benchmarks.core.random_batch import Repeated, draw_batch
 from m3i_fast.benchmarks.launches.matrix import TEACHER, Case
-from m3i_fast.benchmarks.launches.one_case import STEADY, case_config
+from m3i_fast.benchmarks.launches.one_case import STEADY, STEADY_ALONE, case_config
 from m3i_fast.benchmarks.launches.trace import (
     BACKWARD,
     StepTrace,
@@ -73,7 +73,7 @@ def count(case: Case, folder: Path, *, plant: str | None = None) -> Counted:
         raise RuntimeError(f"{case.name}: exit {done.returncode}\n{done.stderr[-3000:]}")
     return Counted(
         case=case,
-        step=_steady(split_at_marks(read_trace(trace))),
+        step=_steady(case, split_at_marks(read_trace(trace))),
         memory=json.loads(done.stdout.splitlines()[-1]),
     )
 
@@ -89,10 +89,10 @@ def flags_of(case: Case, folder: Path) -> list[str]:
     return [str(run) if flag == TEACHER else flag for flag in case.flags]
 
 
-def _steady(steps: list[StepTrace]) -> StepTrace:
+def _steady(case: Case, steps: list[StepTrace]) -> StepTrace:
     """Return the steady step and what followed it up to the next."""
     names = [step.name for step in steps]
-    at = names.index(f"step {STEADY}")
+    at = names.index(f"step {STEADY_ALONE if case.step_alone else STEADY}")
     return StepTrace(steps[at].name, [*steps[at].records, *steps[at + 1].records])
 
 

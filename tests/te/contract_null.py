@@ -18,17 +18,18 @@ LEFT_OUT = {"NVTE_FUSED_ATTN": "0", "NVTE_TORCH_COMPILE": "0"}
 
 
 def steady_step(folder: Path, *flags: str) -> StepTrace:
-    """Train the demo for four steps on the null H100; return its third step."""
+    """Train the demo for six steps on the null H100; return its fifth, when the allocator rests."""
     trace = folder / "trace.jsonl"
     variables = environment(ROOT / "build" / "null", trace=trace, root=ROOT, cudnn=1)
     command = [sys.executable, "-m", "m3i_fast.benchmarks.launches.one_run", "demo"]
+    command += ["--num-steps", "6", "--log-every", "6", "--checkpoint-every", "6"]
     done = subprocess.run(
         [*command, "--backend", "te", *flags],
         env=variables | LEFT_OUT, capture_output=True, text=True, timeout=900, cwd=folder,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads(done.stdout.splitlines()[-1])["step"] == 4
-    (step,) = (s for s in split_at_marks(read_trace(trace)) if s.name == "step 2")
+    assert json.loads(done.stdout.splitlines()[-1])["step"] == 6
+    (step,) = (s for s in split_at_marks(read_trace(trace)) if s.name == "step 4")
     return step
 
 
