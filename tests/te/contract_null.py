@@ -50,5 +50,6 @@ def test_a_steady_step_neither_waits_nor_allocates(
     assert not [copy for copy in step.of("copy") if "pageable" in (copy["from"], copy["to"])]
     assert step.streams == {0}
     names = [launch["name"] for launch in step.of("launch")]
-    assert sum("transformer_engine" in name for name in names) > 100
+    # Norms, forward and backward: products are cuBLAS's, and views of both sizes share a call.
+    assert sum("transformer_engine" in name for name in names) > 80
     assert any("fp8" in name.lower() for name in names) == casts
