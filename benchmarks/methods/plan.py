@@ -15,7 +15,7 @@ from m3i_fast.benchmarks.methods.growth_plot import GROWTH
 from m3i_fast.benchmarks.methods.table import OURS, TITLES, UNTRAINED
 from m3i_fast.benchmarks.methods.variants import AS_BEFORE, AS_IT_WAS, VARIANTS
 from m3i_fast.config import TrainConfig
-from m3i_fast.config.convert import from_tree, to_tree
+from m3i_fast.config.convert import to_tree
 from m3i_fast.config.objective import LABELS
 from m3i_fast.objectives.methods import METHODS
 from m3i_fast.recipes import demo_method
@@ -356,7 +356,7 @@ def follows_recipe(method: str, trees: Mapping[str, Any]) -> bool:
     of an old config.json gives it; what can no longer be read is another recipe.
     """
     try:
-        then = {name: from_tree(TrainConfig, tree, name) for name, tree in trees.items()}
+        then = {name: TrainConfig.from_tree(tree, Path(name)) for name, tree in trees.items()}
     except ValueError:
         return False
     return then == recipes_of(method)
