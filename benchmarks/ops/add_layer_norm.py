@@ -9,7 +9,6 @@ copy that moves as many bytes as an ideal pass.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -21,15 +20,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from m3i_fast.benchmarks.core.command import read_command
-from m3i_fast.benchmarks.core.harness import Device, measure, publish, ratio_table, resolve
+from m3i_fast.benchmarks.core.harness import publish, ratio_table, resolve
+from m3i_fast.benchmarks.ops.passes import (
+    COPY,
+    OURS,
+    PassConfig,
+    compiled,
+    copy_of,
+    expect_equal,
+    timed,
+)
 from m3i_fast.ops import add_layer_norm
 
 SUBJECT = "add_layer_norm"
-OURS, COPY = "m3i_fast", "copy"
 DTYPES = (torch.float32, torch.bfloat16)  # of the branch and the norm; the stream is float32
 EPS = 1e-6
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,20 +56,7 @@ GPU_SIZES = (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Config:
-    device: Device = "auto"
-    """auto: the GPU where torch sees one."""
-    num_samples: int = 50
-    """Samples of each function, interleaved."""
-    compile: bool = True
-    """Also time the expression through torch.compile; where that fails, the reason is logged."""
-    record: bool = True
-    """Append the rows to the ledger, benchmarks/results/add_layer_norm.jsonl."""
-
-    def __post_init__(self) -> None:
-        if self.num_samples < 1:
-            raise ValueError(f"num_samples: expected at least 1, got {self.num_samples}")
-
+class Config(PassConfig):
     @property
     def sizes(self) -> tuple[Size, ...]:
         return GPU_SIZES if resolve(self.device) == "cuda" else CPU_SIZES
@@ -103,28 +95,18 @@ def make_functions(
     inputs = [t.requires_grad_(backward) for t in (x, branch, weight, bias)]
     candidates = {OURS: by_ours, "torch": by_torch}
     if cfg.compile:
-        torch._dynamo.reset()  # or another size would make it compile for any size, slower
-        candidates["compiled"] = torch.compile(by_torch, fullgraph=True, dynamic=False)
-    functions: dict[str, Callable[[], object]] = {}
+        candidates["compiled"] = compiled(by_torch)
     expected = _run(by_ours, inputs, (of_sum, of_norm))
-    for name, function in candidates.items():
-        run = partial(_run, function, inputs, (of_sum, of_norm))
-        try:
-            values = run()
-        except torch._dynamo.exc.BackendCompilerFailed as error:  # no C++ compiler, say
-            logger.warning("%s left out: %s", name, str(error).splitlines()[0])
-            continue
+
+    def check(_: str, values: tuple[Tensor, ...]) -> None:
         for value, other in zip(values, expected, strict=True):
             half = value.dtype != torch.float32
             scale = other.abs().max().item()
             torch.testing.assert_close(value, other, rtol=1e-2 * half, atol=1e-4 * scale)
-        functions[name] = run
-    source, target = (
-        torch.ones(ideal_bytes(size, dtype, backward) // 2, dtype=torch.uint8, device=device)
-        for _ in range(2)
-    )
-    functions[COPY] = lambda: target.copy_(source)
-    return functions
+
+    runs = {name: partial(_run, f, inputs, (of_sum, of_norm)) for name, f in candidates.items()}
+    copied = ideal_bytes(size, dtype, backward)
+    return expect_equal(runs, check) | {COPY: copy_of(copied, device)}
 
 
 def _run(
@@ -152,23 +134,12 @@ def ideal_bytes(size: Size, dtype: torch.dtype, backward: bool) -> int:
 
 
 def figures_of(cfg: Config, size: Size, dtype: torch.dtype, backward: bool) -> dict[str, Any]:
-    timings = measure(
-        make_functions(cfg, size, dtype, backward),
-        device=resolve(cfg.device),
-        num_samples=cfg.num_samples,
-    )
-    milliseconds = timings[OURS].median_ms
-    num_bytes = ideal_bytes(size, dtype, backward)
+    functions = make_functions(cfg, size, dtype, backward)
     return {
-        "device": resolve(cfg.device),
-        "num_threads": torch.get_num_threads(),
         **asdict(size),
         "dtype": str(dtype).removeprefix("torch."),
         "pass": "forward+backward" if backward else "forward",
-        "timings": {name: asdict(timing) for name, timing in timings.items()},
-        "times_slower_than_ours": {name: t.median_ms / milliseconds for name, t in timings.items()},
-        "gb_s": num_bytes / (milliseconds * 1e6),
-        "copy_gb_s": num_bytes / (timings[COPY].median_ms * 1e6),
+        **timed(cfg, functions, ideal_bytes(size, dtype, backward)),
     }
 
 

@@ -11,7 +11,6 @@ SiameseIM's decorrelation, whose products of matrices are torch's in every colum
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -23,16 +22,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from m3i_fast.benchmarks.core.command import read_command
-from m3i_fast.benchmarks.core.harness import Device, measure, publish, ratio_table, resolve
+from m3i_fast.benchmarks.core.harness import publish, ratio_table, resolve
+from m3i_fast.benchmarks.ops.passes import (
+    COPY,
+    OURS,
+    PassConfig,
+    compiled,
+    copy_of,
+    expect_equal,
+    timed,
+)
 from m3i_fast.ops import gaussian
 
 SUBJECT = "gaussian"
-OURS, COPY = "m3i_fast", "copy"
 DTYPES = (torch.float32, torch.bfloat16)
 WEIGHTS = (0.0, 0.02)
 SIGMA = 0.5**0.5
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,20 +59,7 @@ GPU_SIZES = (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Config:
-    device: Device = "auto"
-    """auto: the GPU where torch sees one."""
-    num_samples: int = 50
-    """Samples of each function, interleaved."""
-    compile: bool = True
-    """Also time the expression through torch.compile; where that fails, the reason is logged."""
-    record: bool = True
-    """Append the rows to the ledger, benchmarks/results/gaussian.jsonl."""
-
-    def __post_init__(self) -> None:
-        if self.num_samples < 1:
-            raise ValueError(f"num_samples: expected at least 1, got {self.num_samples}")
-
+class Config(PassConfig):
     @property
     def sizes(self) -> tuple[Size, ...]:
         return GPU_SIZES if resolve(self.device) == "cuda" else CPU_SIZES
@@ -119,26 +111,16 @@ def make_functions(
     if dtype != torch.float32:
         candidates["same dtype"] = in_dtype
     if cfg.compile:
-        torch._dynamo.reset()  # or another size would make it compile for any size, slower
-        candidates["compiled"] = torch.compile(in_float32, fullgraph=True, dynamic=False)
-    functions: dict[str, Callable[[], object]] = {}
+        candidates["compiled"] = compiled(in_float32)
     expected = by_ours(z_hat, z, weight)
-    for name, function in candidates.items():
-        run = partial(_run, function, z_hat, z, weight)
-        try:
-            value = run().float()
-        except torch._dynamo.exc.BackendCompilerFailed as error:  # no C++ compiler, say
-            logger.warning("%s left out: %s", name, str(error).splitlines()[0])
-            continue
+
+    def check(name: str, value: Tensor) -> None:
         tolerance = 1e-4 if name != "same dtype" else 0.02
-        torch.testing.assert_close(value, expected, rtol=tolerance, atol=0)
-        functions[name] = run
-    source, target = (
-        torch.ones(ideal_bytes(size, dtype, backward) // 2, dtype=torch.uint8, device=device)
-        for _ in range(2)
-    )
-    functions[COPY] = lambda: target.copy_(source)
-    return functions
+        torch.testing.assert_close(value.float(), expected, rtol=tolerance, atol=0)
+
+    runs = {name: partial(_run, f, z_hat, z, weight) for name, f in candidates.items()}
+    copied = ideal_bytes(size, dtype, backward)
+    return expect_equal(runs, check) | {COPY: copy_of(copied, device)}
 
 
 def _run(function: Callable[..., Tensor], z_hat: Tensor, z: Tensor, weight: float) -> Tensor:
@@ -160,24 +142,13 @@ def ideal_bytes(size: Size, dtype: torch.dtype, backward: bool) -> int:
 def figures_of(
     cfg: Config, size: Size, dtype: torch.dtype, weight: float, backward: bool
 ) -> dict[str, Any]:
-    timings = measure(
-        make_functions(cfg, size, dtype, weight, backward),
-        device=resolve(cfg.device),
-        num_samples=cfg.num_samples,
-    )
-    milliseconds = timings[OURS].median_ms
-    num_bytes = ideal_bytes(size, dtype, backward)
+    functions = make_functions(cfg, size, dtype, weight, backward)
     return {
-        "device": resolve(cfg.device),
-        "num_threads": torch.get_num_threads(),
         **asdict(size),
         "dtype": str(dtype).removeprefix("torch."),
         "decorrelation_weight": weight,
         "pass": "forward+backward" if backward else "forward",
-        "timings": {name: asdict(timing) for name, timing in timings.items()},
-        "times_slower_than_ours": {name: t.median_ms / milliseconds for name, t in timings.items()},
-        "gb_s": num_bytes / (milliseconds * 1e6),
-        "copy_gb_s": num_bytes / (timings[COPY].median_ms * 1e6),
+        **timed(cfg, functions, ideal_bytes(size, dtype, backward)),
     }
 
 
