@@ -5,6 +5,7 @@ Legend: D width, F hidden width of the MLP.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 from typing import NamedTuple, TypeVar
 
@@ -84,7 +85,7 @@ class Residual(NamedTuple):
 Stream = TypeVar("Stream", Tensor, Residual)
 
 
-class Normed(nn.Module):
+class Normed(nn.Module, ABC):
     """A module that begins with a LayerNorm, and can add a branch on the way to it."""
 
     layer_norm_weight: nn.Parameter  # [in_features]
@@ -103,9 +104,9 @@ class Normed(nn.Module):
         x = Residual(x, branch).total()
         return x, F.layer_norm(x, weight.shape, weight, bias, self.eps)
 
+    @abstractmethod
     def products(self, x: Tensor) -> Tensor:  # [..., in_features] -> [..., out_features]
         """Compute what follows the norm."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor | Residual) -> Tensor | tuple[Tensor, Tensor]:
         """Compute the layer: [..., in_features] -> [..., out_features].
