@@ -29,6 +29,13 @@ MEANS = {
     "batch": "all rows, 0 for one without a target",
     "members": "the rows that have a target",
 }
+ENCODERS = {
+    "none": "",
+    "momentum": ", EMA",
+    "shared": ", same encoder",
+    "frozen": ", frozen",
+    "anchor": ", earlier EMA",
+}
 console = make_console()
 
 
@@ -86,9 +93,8 @@ def target(term: Term) -> str:
     if term.encoder == "none" and not term.is_dense:
         return term.target
     view = "each other view" if term.symmetric else f"{term.view} view"
-    encoder = {"none": "", "momentum": ", EMA", "shared": ", same encoder"}
     asked = "" if term.asked == "all" else f", {term.asked} image"
-    return f"{term.target}, {view}{encoder.get(term.encoder, ', frozen')}{asked}"
+    return f"{term.target}, {view}{ENCODERS[term.encoder]}{asked}"
 
 
 def explain(name: str) -> list[str]:

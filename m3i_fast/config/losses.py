@@ -217,6 +217,12 @@ LOSSES: dict[LossKey, Loss] = {
         build=f"{_BUILDERS}:dense_queue",
         flops=_match_and_queue,
     ),
+    ("gram", "gaussian", "stop_gradient"): Loss(
+        formula="sum_ij (z_hat_ij - sg(z)_ij)^2 / n^2 of n cells, z_ij the cosine of cells i and j",
+        build=f"{_BUILDERS}:squared_distance",
+        flops=no_products,
+        independent=True,
+    ),
     ("embedding", "boltzmann", "queue"): Loss(
         formula=f"{SOFTMAX}, z' the own target and a queue of earlier ones, rows of unit length",
         build=f"{_BUILDERS}:queue",

@@ -35,11 +35,13 @@ class Term(Checked):
     """View of the target: the input's, or another one of the same picture."""
     asked: Literal["first", "last", "all"] = "all"
     """Images of a mixed input for which a dense target is predicted."""
-    encoder: Literal["none", "momentum", "shared", "frozen"] = "none"
+    encoder: Literal["none", "momentum", "shared", "frozen", "anchor"] = "none"
     """Encoder of the target view: none (labels, pixels), the EMA of the image encoder, the image
-    encoder itself (shared), or the frozen one of `objective.teacher`."""
-    predictor: Literal["head", "linear", "decoder", "projector", "projector_predictor"]
-    """Predictor of z_hat. head: mean over the tokens, then an MLP; linear: of each token; decoder:
+    encoder itself (shared), the frozen one of `objective.teacher`, or an earlier state of the EMA
+    (anchor), which is taken anew every `objective.anchor_every` steps."""
+    predictor: Literal["none", "head", "linear", "decoder", "projector", "projector_predictor"]
+    """Predictor of z_hat. none: the tokens themselves; head: mean over the tokens, then an MLP;
+    linear: of each token; decoder:
     Transformer with mask tokens; projector: MLP with batch norm, which the target's side has too;
     projector_predictor: another MLP on top of it, on the input's side alone."""
     likelihood: str
@@ -91,6 +93,10 @@ class Term(Checked):
             predictor=(
                 self.predictor in self.kind.predictors,
                 f"one of {self.kind.predictors} for target {self.target}",
+            ),
+            view=(
+                self.view in self.kind.views,
+                f"{' or '.join(self.kind.views)} for target {self.target}",
             ),
             weight=(self.weight >= 0, ">= 0"),
             temperature=(self.temperature > 0, "> 0"),
@@ -206,6 +212,8 @@ class ObjectiveConfig(Checked):
     in the place of two, as CLIP."""
     teacher: str | None = None
     """Frozen encoder: a run directory, timm:NAME or timm:NAME:FILE."""
+    anchor_every: Annotated[int, SOME_ROWS] = 10_000
+    """Steps after which the anchor is taken anew from the EMA of the encoder: 10,000 in DINOv3."""
     sigma: float = 0.5**0.5
     """Standard deviation of the Gaussian likelihood; sqrt(1/2) gives SiameseIM's mean squared
     error."""
@@ -232,6 +240,12 @@ class ObjectiveConfig(Checked):
             yield "terms", "expected a weight > 0, got none"
         least = 1 / MAX_SCALE
         yield from unmet(self, temperature=(self.temperature >= least, f">= {least}"))
+        if self.uses(encoder="anchor") and not self.uses(encoder="momentum"):
+            yield (
+                "terms",
+                "expected a term with encoder momentum beside those with encoder anchor, which is "
+                "an earlier state of that encoder, got none",
+            )
         linear = [t.name for t in self.active_terms if t.predictor == "linear"]
         if linear and (self.mixing.mode != "none" or self.uses(predictor="linear", view="other")):
             yield (

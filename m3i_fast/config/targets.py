@@ -29,6 +29,8 @@ class Target:
     """Predictors of z_hat that a term may name."""
     encoders: tuple[str, ...]
     """Encoders of z that a term may name; none where z is no feature."""
+    views: tuple[str, ...] = ("same", "other")
+    """Views of the target that a term may name."""
     build: str | Callable[..., Any]
     """Path "package.module:name" of what builds the term's module, called with the term, the
     objective's config and `objectives.terms.Sizes`; or the callable itself."""
@@ -92,6 +94,15 @@ TARGETS: dict[str, Target] = {
         encoders=("momentum", "frozen"),
         build=f"{_TERMS}.dense:build",
         count=f"{_COUNTS}:add_dense",
+    ),
+    "gram": Target(
+        help="cosines of all pairs of a view's patches",
+        of="cells",
+        predictors=("none",),
+        encoders=("anchor", "momentum", "frozen"),
+        views=("same",),
+        build=f"{_TERMS}.gram:Gram",
+        count=f"{_COUNTS}:add_gram",
     ),
     "embedding": Target(
         help="one embedding of the view",

@@ -219,6 +219,17 @@ def add_dense(term: Term, counts: StepCounts, parts: Parts) -> None:
     parts[LIKELIHOODS] += _loss(term, counts, rows=count * asked, dim=dim, calls=1 + local)
 
 
+def add_gram(term: Term, counts: StepCounts, parts: Parts) -> None:
+    """Add the cosines of all pairs of an image's cells."""
+    pairs = counts.num_asked(term.asked) * counts.num_own**2
+    target = counts.encoder_of(term.encoder).dim
+    parts[HEADS] += Flops(forward=2 * pairs * target)
+    own = 2 * pairs * counts.vision.dim
+    parts[HEADS] += Flops(forward=own, backward=2 * own * counts.encoder_grad)
+    images, cells = counts.num_asked(term.asked), counts.num_own
+    parts[LIKELIHOODS] += _loss(term, counts, rows=images * cells, dim=cells)
+
+
 def _add_dense_contrast(term: Term, counts: StepCounts, parts: Parts) -> None:
     vision, cfg, count = counts.vision, counts.objective, counts.num_asked(term.asked)
     dims = vision.dim, cfg.projector.hidden_dim, cfg.projector.output_dim

@@ -96,6 +96,8 @@ class MutualInformation(nn.Module):
         self._num_views = cfg.num_encoded_views
         if cfg.uses(encoder="momentum"):
             self.target_encoder = MomentumEncoder(self.encoder)
+        if cfg.uses(encoder="anchor"):
+            self.anchor = MomentumEncoder(self.encoder)
         # In a tuple, to stay outside the module tree, its state dict and its training mode.
         frozen = cfg.uses(encoder="frozen")
         self._teacher = (_expect_teacher(teacher),) if frozen else None
@@ -126,9 +128,9 @@ class MutualInformation(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialise everything after `to_empty`, with the values of a direct build."""
-        pairs = dict(self._shared_momentum_pairs())
-        targets = [self.target_encoder] if self.cfg.uses(encoder="momentum") else []
-        reset_children(self, but=[*targets, self.decoders, self.target_projectors])
+        pairs = dict(self._shared_copies())
+        averages = self.average_encoders()
+        reset_children(self, but=[*averages, self.decoders, self.target_projectors])
         self._reset_decoders()
         for average, online in pairs.items():
             copy_state(average, online)
@@ -151,8 +153,8 @@ class MutualInformation(nn.Module):
                 )
 
     def _sizes(self, vision: VisionConfig, text: TextConfig, num_classes: int) -> Sizes:
-        target_dim = {"momentum": vision.dim}
-        summary_dim = {"momentum": vision.summary_dim}
+        target_dim = dict.fromkeys(("momentum", "anchor"), vision.dim)
+        summary_dim = dict.fromkeys(("momentum", "anchor"), vision.summary_dim)
         if self._teacher is not None:
             teacher = self._teacher[0]
             target_dim["frozen"], summary_dim["frozen"] = teacher.dim, teacher.summary_dim
@@ -186,6 +188,20 @@ class MutualInformation(nn.Module):
             if dense.standardise is not None:
                 dense.standardise.fold()
 
+    def copies(self) -> Iterator[tuple[nn.Module, nn.Module]]:
+        """Yield (copy, online) of each module that begins as a copy of another and is not trained.
+
+        They are those that follow by EMA, and the anchor.
+        """
+        yield from self._shared_copies()
+        for term in self._every_term():
+            yield from term.momentum_pairs()
+
+    def _shared_copies(self) -> Iterator[tuple[nn.Module, nn.Module]]:
+        yield from self._shared_momentum_pairs()
+        if self.cfg.uses(encoder="anchor"):
+            yield self.anchor.encoder, self.encoder
+
     def momentum_pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
         """Yield (average, online) of each module that follows another by EMA."""
         yield from self._shared_momentum_pairs()
@@ -200,6 +216,10 @@ class MutualInformation(nn.Module):
             decoder = self.decoders[key]
             assert isinstance(decoder, DenseDecoder)
             yield average, decoder.projector
+
+    def average_encoders(self) -> list[MomentumEncoder]:
+        """Return the encoders of targets that are averages of the trained one: EMA and anchor."""
+        return [child for child in self.children() if isinstance(child, MomentumEncoder)]
 
     @torch.no_grad()
     def encode_targets(self, batch: Batch, mix: Mix) -> Targets:
@@ -225,6 +245,8 @@ class MutualInformation(nn.Module):
         encoders: dict[str, Callable[[Tensor], Tensor]] = {}
         if self.cfg.uses(encoder="momentum"):
             encoders["momentum"] = self.target_encoder
+        if self.cfg.uses(encoder="anchor"):
+            encoders["anchor"] = self.anchor
         if self._teacher is not None:
             encoders["frozen"] = self._teacher[0].encode_cells
         return encoders
@@ -383,6 +405,8 @@ class MutualInformation(nn.Module):
         encoders: dict[str, ImageEncoder] = {"online": self.encoder}
         if self.cfg.uses(encoder="momentum"):
             encoders["momentum"] = self.target_encoder.encoder
+        if self.cfg.uses(encoder="anchor"):
+            encoders["anchor"] = self.anchor.encoder
         if self._teacher is not None:
             encoders["frozen"] = self._teacher[0]
         return encoders

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Rows = Literal["first", "last", "all", "every"]
 Source = tuple[str, int]
-"""The encoder of a target, momentum or frozen, and the index of the global view it encodes."""
+"""A target's encoder (momentum, frozen, anchor), and the index of the global view it encodes."""
 Stage = Callable[[str], AbstractContextManager[None]]
 """Opens a named stage of the step, which `observe.metrics.StageTimer` times."""
 
@@ -42,7 +42,7 @@ def target_rows(terms: Iterable[Term]) -> dict[Source, Rows]:
     """
     needed: dict[Source, set[Rows]] = {}
     for term in terms:
-        if term.encoder not in ("momentum", "frozen"):
+        if term.encoder not in ("momentum", "frozen", "anchor"):
             continue
         views = {int(term.view == "other")} | ({0} if term.symmetric else set())
         for view in views:
@@ -86,7 +86,7 @@ class StepContext:
     mix: Mix
     encoded: Encoded
     targets: Targets
-    encoders: Mapping[str, ImageEncoder]  # by online, momentum, frozen: those in use
+    encoders: Mapping[str, ImageEncoder]  # those in use: online, momentum, frozen, anchor
     stage: Stage = no_stage
     _summaries: dict[int, Tensor] = field(default_factory=dict)
     _means: dict[int, Tensor] = field(default_factory=dict)

@@ -184,7 +184,7 @@ def _untrained(
     objective: MutualInformation,
 ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Return the frozen parameters, and those that follow by EMA."""
-    averages = [p for average, _ in objective.momentum_pairs() for p in average.parameters()]
+    averages = [p for average, _ in objective.copies() for p in average.parameters()]
     follow = {id(p) for p in averages}
     frozen = [p for p in objective.parameters() if not p.requires_grad and id(p) not in follow]
     return frozen, averages

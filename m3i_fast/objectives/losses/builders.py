@@ -16,6 +16,7 @@ from collections.abc import Callable
 from functools import partial
 from pkgutil import resolve_name
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from m3i_fast.config.losses import LOSSES
@@ -88,6 +89,11 @@ def dense_gaussian(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> 
         decorrelation_weight=cfg.decorrelation_weight if term.decorrelates else 0.0,
         centred=term.regulariser == "covariance",
     )
+
+
+def squared_distance(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
+    """Build the mean squared distance of the rows of one rank."""
+    return F.mse_loss
 
 
 def dense_queue(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from m3i_fast.config.objective import ObjectiveConfig, Term
 from m3i_fast.objectives.terms.base import Sizes, TermModule, copy_state, momentum_copy
 from m3i_fast.objectives.terms.dense import Dense, DenseContrast, dense_dim
+from m3i_fast.objectives.terms.gram import Gram
 from m3i_fast.objectives.terms.labels import Caption, Category, Label
 from m3i_fast.objectives.terms.views import Embedding, PrototypeTerm
 
@@ -17,6 +18,7 @@ __all__ = [
     "Dense",
     "DenseContrast",
     "Embedding",
+    "Gram",
     "Label",
     "PrototypeTerm",
     "Sizes",
