@@ -34,7 +34,7 @@ ENCODERS = {
     "momentum": ", EMA",
     "shared": ", same encoder",
     "frozen": ", frozen",
-    "anchor": ", earlier EMA",
+    "snapshot": ", earlier EMA",
 }
 console = make_console()
 
@@ -76,7 +76,8 @@ def table() -> Table:
 
 def predicted(term: Term) -> str:
     """Say what a term predicts: `features, other view, EMA: decoder, gaussian, decorrelation`."""
-    parts = term.predictor.replace("_", " + "), term.likelihood, term.regulariser.replace("_", " ")
+    parts = [] if term.predictor == "none" else [term.predictor.replace("_", " + ")]
+    parts += [term.likelihood.replace("_", " "), term.regulariser.replace("_", " ")]
     return f"{target(term)}: {', '.join(parts)}"
 
 
@@ -106,11 +107,12 @@ def explain(name: str) -> list[str]:
     lines += ["", "L = " + " + ".join(f"{t.weight:g} L_{t.name}" for t in method.terms)]
     for term in method.terms:
         formula = LOSSES[term.loss_key].formula
+        predictor, alone = term.predictor.replace("_", " + "), term.predictor == "none"
         lines += [
             "",
             f"L_{term.name} = {formula}",
             f"  z: {target(term)}",
-            f"  z_hat: {term.predictor.replace('_', ' + ')} of the input's tokens",
+            f"  z_hat: {'' if alone else predictor + ' of '}the input's tokens",
         ]
         if term.standardise != "none":
             lines.append(f"  channels of z standardised: {STANDARDISED[term.standardise]}")

@@ -212,6 +212,12 @@ LOSSES: dict[LossKey, Loss] = {
         build=f"{_BUILDERS}:dense_gaussian",
         flops=_decorrelation,
     ),
+    ("features", "cosine_smooth_l1", "stop_gradient"): Loss(
+        formula="0.9 (1 - cos(z_hat, sg(z))) + 0.1 smooth_l1(z_hat - sg(z))",
+        build=f"{_BUILDERS}:cosine_smooth_l1",
+        flops=no_products,
+        independent=True,
+    ),
     ("features", "boltzmann", "queue"): Loss(
         formula=f"{SOFTMAX}, z the target cell whose features are most alike, z' it and a queue",
         build=f"{_BUILDERS}:dense_queue",

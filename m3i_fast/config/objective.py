@@ -35,10 +35,13 @@ class Term(Checked):
     """View of the target: the input's, or another one of the same picture."""
     asked: Literal["first", "last", "all"] = "all"
     """Images of a mixed input for which a dense target is predicted."""
-    encoder: Literal["none", "momentum", "shared", "frozen", "anchor"] = "none"
+    encoder: Literal["none", "momentum", "shared", "frozen", "snapshot"] = "none"
     """Encoder of the target view: none (labels, pixels), the EMA of the image encoder, the image
-    encoder itself (shared), the frozen one of `objective.teacher`, or an earlier state of the EMA
-    (anchor), which is taken anew every `objective.anchor_every` steps."""
+    encoder itself (shared), a frozen one (`teacher`), or an earlier state of the EMA (snapshot),
+    which is taken anew every `objective.snapshot_every` steps."""
+    teacher: str | None = None
+    """Frozen encoder of this term, in the place of `objective.teacher`: so a run has several. Such
+    a term has a decoder of its own."""
     predictor: Literal["none", "head", "linear", "decoder", "projector", "projector_predictor"]
     """Predictor of z_hat. none: the tokens themselves; head: mean over the tokens, then an MLP;
     linear: of each token; decoder:
@@ -87,7 +90,7 @@ class Term(Checked):
                 f"of target {self.target} expected likelihood and regulariser among {known}, got "
                 f"{self.loss_key[1:]}; a new one is added to m3i_fast.config.losses.LOSSES",
             )
-        of_gaussian_features = (self.target, self.likelihood) == ("features", "gaussian")
+        compares_features = self.target == "features" and self.likelihood != "boltzmann"
         yield from unmet(
             self,
             predictor=(
@@ -104,10 +107,14 @@ class Term(Checked):
                 self.mean == "batch" or self.is_annotation,
                 f"batch for {self.target}, which every picture has (members is for annotations)",
             ),
+            teacher=(
+                self.teacher is None or self.encoder == "frozen",
+                f"none with encoder {self.encoder} (it is for frozen)",
+            ),
             standardise=(
-                self.standardise == "none" or of_gaussian_features,
+                self.standardise == "none" or compares_features,
                 f"none for {self.target} under {self.likelihood} (it is for features under "
-                "gaussian)",
+                "gaussian or cosine_smooth_l1)",
             ),
         )
         yield from self._encoder_conflicts()
@@ -149,6 +156,11 @@ class Term(Checked):
     def kind(self) -> Target:
         """Return what is known of this kind of target."""
         return TARGETS[self.target]
+
+    @property
+    def target_encoder(self) -> str:
+        """Return the name of the target's encoder, of which each frozen one has its own."""
+        return f"frozen:{self.teacher}" if self.teacher is not None else self.encoder
 
     @property
     def is_dense(self) -> bool:
@@ -212,8 +224,8 @@ class ObjectiveConfig(Checked):
     in the place of two, as CLIP."""
     teacher: str | None = None
     """Frozen encoder: a run directory, timm:NAME or timm:NAME:FILE."""
-    anchor_every: Annotated[int, SOME_ROWS] = 10_000
-    """Steps after which the anchor is taken anew from the EMA of the encoder: 10,000 in DINOv3."""
+    snapshot_every: Annotated[int, SOME_ROWS] = 10_000
+    """Steps after which the snapshot is taken anew from the encoder's EMA: 10,000 in DINOv3."""
     sigma: float = 0.5**0.5
     """Standard deviation of the Gaussian likelihood; sqrt(1/2) gives SiameseIM's mean squared
     error."""
@@ -240,11 +252,11 @@ class ObjectiveConfig(Checked):
             yield "terms", "expected a weight > 0, got none"
         least = 1 / MAX_SCALE
         yield from unmet(self, temperature=(self.temperature >= least, f">= {least}"))
-        if self.uses(encoder="anchor") and not self.uses(encoder="momentum"):
+        if self.uses(encoder="snapshot") and not self.uses(encoder="momentum"):
             yield (
                 "terms",
-                "expected a term with encoder momentum beside those with encoder anchor, which is "
-                "an earlier state of that encoder, got none",
+                "expected a term with encoder momentum beside those with encoder snapshot, an "
+                "earlier state of it, got none",
             )
         linear = [t.name for t in self.active_terms if t.predictor == "linear"]
         if linear and (self.mixing.mode != "none" or self.uses(predictor="linear", view="other")):
@@ -265,6 +277,12 @@ class ObjectiveConfig(Checked):
     def active_terms(self) -> tuple[Term, ...]:
         """Return the terms whose weight is above 0."""
         return tuple(term for term in self.terms if term.weight > 0)
+
+    @property
+    def teachers(self) -> dict[str, str | None]:
+        """Return the frozen encoders in use by `Term.target_encoder`: what to load, or None."""
+        frozen = (term for term in self.active_terms if term.encoder == "frozen")
+        return {term.target_encoder: term.teacher or self.teacher for term in frozen}
 
     @property
     def num_encoded_views(self) -> int:

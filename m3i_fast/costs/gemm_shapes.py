@@ -189,14 +189,14 @@ def _encoder_passes(counts: StepCounts, stride: int) -> dict[str, ModuleCall]:
     own = ModuleCall(counts.num_inputs * counts.num_views, whole)
     if mode in ("own_image", "masked"):
         own = ModuleCall(counts.num_images * counts.num_views, counts.num_own + prefix)
-    asked = dict.fromkeys(("momentum", "anchor", "frozen"), 0)
+    asked = dict.fromkeys(("momentum", "snapshot", "frozen"), 0)
     for (encoder, _), rows in target_rows(counts.objective.active_terms).items():
-        asked[encoder] += counts.num_asked(rows)
+        asked[encoder.partition(":")[0]] += counts.num_asked(rows)
     local = (counts.local_size // stride) ** 2 + prefix
     return {
         "encoder": own,
         "target encoder": ModuleCall(asked["momentum"], whole),
-        "anchor": ModuleCall(asked["anchor"], whole),
+        "snapshot": ModuleCall(asked["snapshot"], whole),
         "frozen teacher": ModuleCall(asked["frozen"], whole),
         "local views": ModuleCall(counts.num_local * counts.batch_size, local),
     }
@@ -210,7 +210,7 @@ def _products(cfg: TrainConfig, part: str) -> tuple[Product, ...]:
     match part:
         case "text encoder":
             return _block(cfg.text.dim, cfg.text.mlp_ratio)
-        case "encoder" | "target encoder" | "anchor" | "local views":
+        case "encoder" | "target encoder" | "snapshot" | "local views":
             return _vision_products(cfg.vision)
         case "frozen teacher":
             return ()

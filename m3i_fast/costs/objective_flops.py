@@ -189,7 +189,7 @@ def add_dense(term: Term, counts: StepCounts, parts: Parts) -> None:
         _add_dense_contrast(term, counts, parts)
         return
     vision, cfg = counts.vision, counts.objective
-    dim = counts.encoder_of(term.encoder).dim
+    dim = counts.encoder_of(term.target_encoder).dim
     if term.target == "pixels":
         dim = 3 * (vision.image_size // vision.grid) ** 2
     count, asked = counts.num_asked(term.asked), counts.num_queries(term)
@@ -222,7 +222,7 @@ def add_dense(term: Term, counts: StepCounts, parts: Parts) -> None:
 def add_gram(term: Term, counts: StepCounts, parts: Parts) -> None:
     """Add the cosines of all pairs of an image's cells."""
     pairs = counts.num_asked(term.asked) * counts.num_own**2
-    target = counts.encoder_of(term.encoder).dim
+    target = counts.encoder_of(term.target_encoder).dim
     parts[HEADS] += Flops(forward=2 * pairs * target)
     own = 2 * pairs * counts.vision.dim
     parts[HEADS] += Flops(forward=own, backward=2 * own * counts.encoder_grad)
@@ -242,7 +242,7 @@ def _add_dense_contrast(term: Term, counts: StepCounts, parts: Parts) -> None:
 def add_embedding(term: Term, counts: StepCounts, parts: Parts) -> None:
     """Add an embedding of a view."""
     sized, rows = counts.objective.projector, counts.num_images
-    target = counts.encoder_of(term.encoder)
+    target = counts.encoder_of(term.target_encoder)
     dim = target.summary_dim if term.encoder == "frozen" else sized.output_dim
     directions, shared = 1 + term.symmetric, term.encoder == "shared"
     hidden = [sized.hidden_dim] * (sized.num_layers - 1)

@@ -6,7 +6,8 @@ dense term asks, m cells of a local view.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from m3i_fast.config.models.text import TextConfig
 from m3i_fast.config.models.vision import VisionConfig
@@ -32,17 +33,15 @@ class StepCounts:
     """Whether the image encoder trains; a frozen one has no backward pass."""
     chunk: int = 0
     """Rows that an encoder or decoder takes at a time, in two forward passes; 0: all, in one."""
-    teacher: VisionConfig | None = None
-    """Config of the frozen encoder, where a term has one."""
+    teachers: Mapping[str, VisionConfig] = field(default_factory=dict)
+    """Configs of the frozen encoders, by `Term.target_encoder`."""
     progress: float = 0.0
     """Progress of the run, 0 to 1, by which `masked` shows more or fewer cells."""
 
-    def encoder_of(self, term_encoder: str) -> VisionConfig:
-        """Return the config of the target's encoder: the frozen teacher's or the trained one's."""
-        if term_encoder != "frozen":
-            return self.vision
-        assert self.teacher is not None  # step_flops
-        return self.teacher
+    def encoder_of(self, target_encoder: str) -> VisionConfig:
+        """Return the config of a target's encoder: a frozen teacher's or the trained one's."""
+        frozen = target_encoder.startswith("frozen")
+        return self.teachers[target_encoder] if frozen else self.vision
 
     @property
     def num_inputs(self) -> int:

@@ -31,17 +31,16 @@ def build_objective(
     Raises ValueError, FileNotFoundError or ImportError for a teacher that cannot be loaded
     (`load_teacher`), and ValueError where nothing is left to train beside a frozen encoder.
     """
-    teacher = None
-    if cfg.objective.uses(encoder="frozen") and cfg.objective.teacher is not None:
-        with torch.random.fork_rng():  # the student's start does not depend on its teacher
-            teacher = load_teacher(cfg.objective.teacher, cfg.vision)
+    specs = {name: spec for name, spec in cfg.objective.teachers.items() if spec is not None}
+    with torch.random.fork_rng():  # the student's start does not depend on its teachers
+        teachers = {name: load_teacher(spec, cfg.vision) for name, spec in specs.items()}
     with torch.device("meta") if on_meta else nullcontext():
         objective = MutualInformation(
             cfg.objective,
             vision=cfg.vision,
             text=cfg.text,
             num_classes=cfg.num_classes,
-            teacher=teacher,
+            teachers=teachers,
             process_group=process_group,
             layers=layers,
         )

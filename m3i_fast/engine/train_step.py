@@ -145,7 +145,7 @@ class TrainStep:
         step = self.steps_taken
         self._seed_generator()
         self._set_schedules(step)
-        self._renew_anchor(step)
+        self._renew_snapshot(step)
         measure = self.objective.balance.due(step)
         if self.graph is None or monitor or measure:
             mixes = map(self.draw_mix, batches)
@@ -171,11 +171,11 @@ class TrainStep:
             momentum = self.momentum_at(step)
             self._on_device.write(lr=lr, weight_decay=decay, momentum=momentum)
 
-    def _renew_anchor(self, step: int) -> None:
-        """Take the anchor from the moving average, every so many steps; no graph holds it."""
+    def _renew_snapshot(self, step: int) -> None:
+        """Copy the moving average into the snapshot, every so many steps; no graph holds that."""
         cfg, objective = self.cfg.objective, self.objective
-        if cfg.uses(encoder="anchor") and step % cfg.anchor_every == 0:
-            update_ema(objective.anchor.encoder, objective.target_encoder.encoder, momentum=0.0)
+        if cfg.uses(encoder="snapshot") and step % cfg.snapshot_every == 0:
+            update_ema(objective.snapshot.encoder, objective.target_encoder.encoder, momentum=0.0)
 
     def _compute(
         self,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -68,11 +69,11 @@ T = TypeVar("T", bound=TermModule)
 class MutualInformation(nn.Module):
     """The loss sum_k weight_k * -log P_k(z_k | z_hat_k), paper section 3, and its networks.
 
-    An image takes part in the terms whose targets it has. teacher: the frozen encoder, where a term
-    uses one; it is not part of the state dict. process_group: the ranks that share a batch; a loss
-    over all pairs of rows (`likelihoods`) is that of all ranks' rows, and every rank runs every
-    term, also where none of its rows has the target. layers: constructors of all Transformer
-    blocks' modules.
+    An image takes part in the terms whose targets it has. teachers: the frozen encoders in use, by
+    `Term.target_encoder`; they are not part of the state dict. process_group: the ranks that share
+    a batch; a loss over all pairs of rows (`likelihoods`) is that of all ranks' rows, and every
+    rank runs every term, also where none of its rows has the target. layers: constructors of all
+    Transformer blocks' modules.
 
     Raises ValueError where the config does not fit the encoder, or a teacher is missing.
     """
@@ -84,7 +85,7 @@ class MutualInformation(nn.Module):
         vision: VisionConfig,
         text: TextConfig,
         num_classes: int,
-        teacher: ImageEncoder | None = None,
+        teachers: Mapping[str, ImageEncoder] = MappingProxyType({}),
         process_group: dist.ProcessGroup | None = None,
         layers: BlockLayers = TORCH_LAYERS,
     ) -> None:
@@ -96,11 +97,10 @@ class MutualInformation(nn.Module):
         self._num_views = cfg.num_encoded_views
         if cfg.uses(encoder="momentum"):
             self.target_encoder = MomentumEncoder(self.encoder)
-        if cfg.uses(encoder="anchor"):
-            self.anchor = MomentumEncoder(self.encoder)
-        # In a tuple, to stay outside the module tree, its state dict and its training mode.
-        frozen = cfg.uses(encoder="frozen")
-        self._teacher = (_expect_teacher(teacher),) if frozen else None
+        if cfg.uses(encoder="snapshot"):
+            self.snapshot = MomentumEncoder(self.encoder)
+        self.teachers = {name: _expect_teacher(teachers, name) for name in cfg.teachers}
+        """The frozen encoders, outside the module tree, its state dict and its training mode."""
         sizes = self._sizes(vision, text, num_classes)
         sizes = replace(sizes, process_group=process_group, layers=layers)
         self.terms = nn.ModuleDict({t.name: build_term(t, cfg, sizes) for t in cfg.active_terms})
@@ -120,11 +120,6 @@ class MutualInformation(nn.Module):
         weights = {t.name: t.weight for t in cfg.active_terms}
         self.balance = Balance(cfg.balance, weights, process_group)
         self._term_gradients: TermGradients | None = None
-
-    @property
-    def teacher(self) -> ImageEncoder | None:
-        """Return the frozen encoder, which is no part of the module tree; None without one."""
-        return self._teacher[0] if self._teacher is not None else None
 
     def reset_parameters(self) -> None:
         """Initialise everything after `to_empty`, with the values of a direct build."""
@@ -153,11 +148,10 @@ class MutualInformation(nn.Module):
                 )
 
     def _sizes(self, vision: VisionConfig, text: TextConfig, num_classes: int) -> Sizes:
-        target_dim = dict.fromkeys(("momentum", "anchor"), vision.dim)
-        summary_dim = dict.fromkeys(("momentum", "anchor"), vision.summary_dim)
-        if self._teacher is not None:
-            teacher = self._teacher[0]
-            target_dim["frozen"], summary_dim["frozen"] = teacher.dim, teacher.summary_dim
+        target_dim = dict.fromkeys(("momentum", "snapshot"), vision.dim)
+        summary_dim = dict.fromkeys(("momentum", "snapshot"), vision.summary_dim)
+        for name, teacher in self.teachers.items():
+            target_dim[name], summary_dim[name] = teacher.dim, teacher.summary_dim
         return Sizes(
             vision=vision,
             text=text,
@@ -191,7 +185,7 @@ class MutualInformation(nn.Module):
     def copies(self) -> Iterator[tuple[nn.Module, nn.Module]]:
         """Yield (copy, online) of each module that begins as a copy of another and is not trained.
 
-        They are those that follow by EMA, and the anchor.
+        They are those that follow by EMA, and the snapshot.
         """
         yield from self._shared_copies()
         for term in self._every_term():
@@ -199,8 +193,8 @@ class MutualInformation(nn.Module):
 
     def _shared_copies(self) -> Iterator[tuple[nn.Module, nn.Module]]:
         yield from self._shared_momentum_pairs()
-        if self.cfg.uses(encoder="anchor"):
-            yield self.anchor.encoder, self.encoder
+        if self.cfg.uses(encoder="snapshot"):
+            yield self.snapshot.encoder, self.encoder
 
     def momentum_pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
         """Yield (average, online) of each module that follows another by EMA."""
@@ -218,7 +212,7 @@ class MutualInformation(nn.Module):
             yield average, decoder.projector
 
     def average_encoders(self) -> list[MomentumEncoder]:
-        """Return the encoders of targets that are averages of the trained one: EMA and anchor."""
+        """Return the encoders of targets that are averages of the trained one: EMA and snapshot."""
         return [child for child in self.children() if isinstance(child, MomentumEncoder)]
 
     @torch.no_grad()
@@ -245,11 +239,9 @@ class MutualInformation(nn.Module):
         encoders: dict[str, Callable[[Tensor], Tensor]] = {}
         if self.cfg.uses(encoder="momentum"):
             encoders["momentum"] = self.target_encoder
-        if self.cfg.uses(encoder="anchor"):
-            encoders["anchor"] = self.anchor
-        if self._teacher is not None:
-            encoders["frozen"] = self._teacher[0].encode_cells
-        return encoders
+        if self.cfg.uses(encoder="snapshot"):
+            encoders["snapshot"] = self.snapshot
+        return encoders | {name: each.encode_cells for name, each in self.teachers.items()}
 
     def encode_inputs(self, batch: Batch, mix: Mix) -> Encoded:
         """Encode the inputs, of both views where a term uses them, and the local views."""
@@ -405,11 +397,9 @@ class MutualInformation(nn.Module):
         encoders: dict[str, ImageEncoder] = {"online": self.encoder}
         if self.cfg.uses(encoder="momentum"):
             encoders["momentum"] = self.target_encoder.encoder
-        if self.cfg.uses(encoder="anchor"):
-            encoders["anchor"] = self.anchor.encoder
-        if self._teacher is not None:
-            encoders["frozen"] = self._teacher[0]
-        return encoders
+        if self.cfg.uses(encoder="snapshot"):
+            encoders["snapshot"] = self.snapshot.encoder
+        return encoders | self.teachers
 
     @torch.no_grad()
     def embed_images(self, views: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -466,13 +456,13 @@ def _build_decoder(term: Term, cfg: ObjectiveConfig, sizes: Sizes) -> DenseDecod
     )
 
 
-def _expect_teacher(teacher: ImageEncoder | None) -> ImageEncoder:
-    if teacher is None:
+def _expect_teacher(teachers: Mapping[str, ImageEncoder], name: str) -> ImageEncoder:
+    if name not in teachers:
         raise ValueError(
             "objective.teacher: expected a run directory, timm:NAME or timm:NAME:FILE for the "
-            "terms whose encoder is frozen, got none"
+            f"terms whose encoder is frozen, got none for {name}"
         )
-    return teacher
+    return teachers[name]
 
 
 def _mixed(views: Tensor, mix: Mix) -> Tensor:  # [B, 3, H, W] uint8 -> [P, 3, H, W]

@@ -81,7 +81,7 @@ def trace(cfg: TrainConfig, *, bf16: bool, cuda: bool = True, num_shards: int = 
     stages = _Stages(tracker)
     counter = GatherCounter(objective)
     with FakeTensorMode() as fake, tracker:
-        for module in filter(None, (objective, objective.teacher)):
+        for module in (objective, *objective.teachers.values()):
             module._apply(lambda t: torch.empty(t.shape, dtype=t.dtype))
         batch = empty_batch(cfg)
         mix = Mix(**{name: _faked(fake, getattr(mix, name)) for name in mix.__slots__})
@@ -112,7 +112,7 @@ def build_on_meta(cfg: TrainConfig) -> MutualInformation:
     Raises ValueError for a term with a frozen teacher where the config names none, and as
     `build_objective` for one that cannot be loaded.
     """
-    if cfg.objective.uses(encoder="frozen") and cfg.objective.teacher is None:
+    if None in cfg.objective.teachers.values():
         raise ValueError(
             "objective.terms: expected no term with a frozen encoder, or its run as "
             "objective.teacher, got teacher None"
@@ -199,8 +199,8 @@ def _book_what_is_held(
     tracker.book(FROZEN, frozen)
     tracker.book(AVERAGE, averages)
     tracker.book(BUFFERS, objective.buffers())
-    if objective.teacher is not None:
-        tracker.book(TEACHER, (*objective.teacher.parameters(), *objective.teacher.buffers()))
+    for teacher in objective.teachers.values():
+        tracker.book(TEACHER, (*teacher.parameters(), *teacher.buffers()))
     tracker.watch_casts(parameters)
     given = [getattr(part, name) for part in (batch, mix) for name in part.__slots__]
     tracker.book(BATCH, (value for value in given if isinstance(value, Tensor)))

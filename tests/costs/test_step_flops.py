@@ -264,6 +264,20 @@ def test_a_recipe_with_a_frozen_teacher(name: str, tmp_path: Path) -> None:
     assert step_flops(cfg)[TARGET].backward == 0
 
 
+@pytest.mark.usefixtures("untrained")
+def test_several_frozen_teachers(tmp_path: Path) -> None:
+    for name in ("wide", "own"):
+        (tmp_path / name).mkdir()
+    cfg = taught("demo_milan", small, tmp_path / "wide")
+    small("demo_supervised").save(tmp_path / "own" / "config.json")
+    (term,) = cfg.objective.terms
+    second = replace(term, name="second", teacher=str(tmp_path / "own"))
+    both = replace(cfg, objective=replace(cfg.objective, terms=(term, second)))
+    expect_counted(both)
+    one = step_flops(cfg)[TARGET].forward
+    assert one < step_flops(both)[TARGET].forward < 2 * one
+
+
 def test_a_frozen_internimage_pools_its_tokens(untrained: None, tmp_path: Path) -> None:
     cfg, teacher = small("demo_global_distillation"), small("demo_internimage")
     teacher.save(tmp_path / "config.json")

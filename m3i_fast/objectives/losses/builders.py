@@ -21,6 +21,7 @@ from torch import Tensor
 
 from m3i_fast.config.losses import LOSSES
 from m3i_fast.config.objective import ObjectiveConfig, Term
+from m3i_fast.objectives.losses import similarity
 from m3i_fast.objectives.losses.regularisers import barlow_twins, vicreg
 from m3i_fast.objectives.losses.similarity import info_nce, negative_cosine_similarity, nt_xent
 from m3i_fast.objectives.losses.stateful import (
@@ -89,6 +90,11 @@ def dense_gaussian(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> 
         decorrelation_weight=cfg.decorrelation_weight if term.decorrelates else 0.0,
         centred=term.regulariser == "covariance",
     )
+
+
+def cosine_smooth_l1(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
+    """Build AM-RADIO's loss of a teacher's cells, of the rows of one rank."""
+    return similarity.cosine_smooth_l1
 
 
 def squared_distance(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:

@@ -32,7 +32,7 @@ class Gram(TermModule):
         tokens = mix.take(step.encoded.views[0], term.asked)
         with torch.no_grad():
             cells = mix.take(mix.token_index, term.asked)
-            seen = step.target_tokens(term.encoder, 0, term.asked)
+            seen = step.target_tokens(term.target_encoder, 0, term.asked)
             z = cosines(gather_cells(seen, cells))
         z_hat = cosines(tokens)
         if monitor is not None:

@@ -20,7 +20,7 @@ class Embedding(TermModule):
 
     def __init__(self, term: Term, cfg: ObjectiveConfig, sizes: Sizes) -> None:
         sized, frozen = cfg.projector, term.encoder == "frozen"
-        dim = sizes.summary_dim["frozen"] if frozen else sized.output_dim
+        dim = sizes.summary_dim[term.target_encoder] if frozen else sized.output_dim
         super().__init__(term, cfg, dim, sizes)
         hidden = [sized.hidden_dim] * (sized.num_layers - 1)
         dims = sizes.vision.summary_dim, *hidden, dim
@@ -62,7 +62,7 @@ class Embedding(TermModule):
             stops = self.term.regulariser == "stop_gradient"
             return projected[view].detach() if stops else projected[view]
         with torch.no_grad():
-            embedded = step.target_embedding(self.term.encoder, view)
+            embedded = step.target_embedding(self.term.target_encoder, view)
             return embedded if self.momentum is None else self.momentum(embedded)
 
 
@@ -108,7 +108,7 @@ class PrototypeTerm(TermModule):
             return own[view].detach()
         # MSN learns prototypes with the encoder; DINO's teacher has averaged ones.
         shares = self.term.regulariser == "mean_entropy"
-        embedded = step.target_embedding(self.term.encoder, view)
+        embedded = step.target_embedding(self.term.target_encoder, view)
         head: PrototypeHead = self.momentum  # type: ignore[assignment]
         return head(embedded, self.head.prototypes if shares else None)
 

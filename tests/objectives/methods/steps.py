@@ -75,7 +75,7 @@ def build_model(method: Method) -> MutualInformation:
     teacher = load_timm(build_teacher(), TEACHER)
     torch.manual_seed(0)
     model = MutualInformation(
-        cfg, vision=VISION, text=TEXT, num_classes=CLASSES, teacher=teacher.eval()
+        cfg, vision=VISION, text=TEXT, num_classes=CLASSES, teachers={"frozen": teacher.eval()}
     )
     with torch.no_grad():
         for parameter in model.parameters():
