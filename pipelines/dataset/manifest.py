@@ -146,6 +146,12 @@ class Manifest:
         names = [column.name for column in self.columns]
         if len(set(names)) < len(names):
             raise ValueError(f"columns: expected a name once, got {', '.join(names)}")
+        for column in self.columns:
+            if column.kind == "text" and column.size != self.tokenizer.context_length:
+                raise ValueError(
+                    f"column {column.name}: expected size {self.tokenizer.context_length}, the "
+                    f"tokenizer's context_length, got {column.size}"
+                )
         kind, _, field = self.caption_member.partition(":")
         if self.caption_member not in (TOKENS_MEMBER, "txt") and not (kind == "json" and field):
             raise ValueError(

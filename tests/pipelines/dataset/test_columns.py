@@ -221,6 +221,13 @@ def test_wrong_values_are_refused_while_packing(
         packed(tmp_path / "data", [sample(0, picture, columns=values)])
 
 
+def test_a_text_has_the_tokenizers_length(tmp_path: Path) -> None:
+    picture = encode_image(smooth_picture(0, 9, 9))
+    short = (ColumnInfo(name="alt", kind="text", size=11),)
+    with pytest.raises(ValueError, match="column alt: expected size 12, .*got 11"):
+        packed(tmp_path / "data", [sample(0, picture)], short)
+
+
 @pytest.fixture
 def copy(path: Path, tmp_path: Path) -> Path:
     out = tmp_path / "copy"
