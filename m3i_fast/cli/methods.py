@@ -116,6 +116,10 @@ def explain(name: str) -> list[str]:
         ]
         if term.standardise != "none":
             lines.append(f"  channels of z standardised: {STANDARDISED[term.standardise]}")
+        if term.target == "caption_tokens" and method.parallel_captions:
+            lines.append(f"  predicted from the picture alone: {method.parallel_captions:.0%}")
+        if term.column:
+            lines.append(f"  column of the data: {term.column}")
         if term.is_annotation:
             lines.append(f"  mean over {MEANS[term.mean]}")
         if term.kind.of == "view" or term.regulariser == "queue":

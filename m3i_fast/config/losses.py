@@ -36,12 +36,14 @@ class LossSizes:
     """
 
     rows: int
-    """Rows of z_hat. category, caption: images and local views; pixels, features: cells asked;
+    """Rows of z_hat. category, caption, labels, numbers: images and local views; caption_tokens:
+    tokens but the first one of each image's caption; pixels, features: cells asked;
     embedding: images; prototypes: pairs of an input view and a target view."""
     dim: int
     """Features of a row of z_hat and of z; of prototypes, their number."""
     targets: int
-    """Rows of z on all ranks together: classes, captions of the batch, else as many as z_hat's."""
+    """Rows of z on all ranks together: classes, token ids, captions of the batch, else as many as
+    z_hat's."""
     target_grad: bool = False
     """Whether z gets a gradient: labels, and targets that the trained encoder itself gives."""
     queue_length: int = 0
@@ -186,6 +188,25 @@ LOSSES: dict[LossKey, Loss] = {
         "and its caption, else -1; tau, b learnt",
         build=f"{_BUILDERS}:caption_sigmoid",
         flops=_all_targets,
+    ),
+    ("caption_tokens", "boltzmann", "negatives"): Loss(
+        formula="-log exp(z_hat . z) / sum_z' exp(z_hat . z'), z' all tokens of the vocabulary, "
+        "the mean over tokens",
+        build=f"{_BUILDERS}:category",
+        flops=_all_targets,
+    ),
+    ("labels", "sigmoid", "negatives"): Loss(
+        formula="mean over labels of log(1 + exp(-y z_hat)), y = 1 for those that the picture has, "
+        "else -1",
+        build=f"{_BUILDERS}:labels",
+        flops=no_products,
+        independent=True,
+    ),
+    ("numbers", "gaussian", "fixed"): Loss(
+        formula="|z_hat - z|^2 / (2 sigma^2), the mean over known numbers, z less its mean in the "
+        "data, over its standard deviation",
+        build=f"{_BUILDERS}:numbers",
+        flops=no_products,
     ),
     ("pixels", "gaussian", "fixed"): Loss(
         formula="|z_hat - z|^2 / (2 sigma^2 E), z the pixels of a patch less their mean, over "

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from m3i_fast.config.balance import BalanceConfig
 from m3i_fast.config.fields import SOME_ROWS, WIDTHS, Checked, Conflict, unmet
-from m3i_fast.config.heads import DecoderConfig, ProjectorConfig
+from m3i_fast.config.heads import CaptionerConfig, DecoderConfig, ProjectorConfig
 from m3i_fast.config.losses import LOSSES, LossKey
 from m3i_fast.config.mixing import MixingConfig
 from m3i_fast.config.models.vision import VisionConfig
@@ -29,8 +29,9 @@ class Term(Checked):
     """Name of the term in metrics and tables."""
     target: str
     """Target z, a row of `m3i_fast.config.targets.TARGETS`. category: embedding of the class;
-    caption: embedding of the caption; pixels: of a patch, normalised; features: of a patch;
-    embedding: one of the view; prototypes: the view's assignment to them."""
+    caption: embedding of the caption; caption_tokens: its tokens, one after another; labels: which
+    of many the picture has; numbers: of the picture; pixels: of a patch, normalised; features: of a
+    patch; embedding: one of the view; prototypes: the view's assignment to them."""
     view: Literal["same", "other"] = "same"
     """View of the target: the input's, or another one of the same picture."""
     asked: Literal["first", "last", "all"] = "all"
@@ -42,19 +43,24 @@ class Term(Checked):
     teacher: str | None = None
     """Frozen encoder of this term, in the place of `objective.teacher`: so a run has several. Such
     a term has a decoder of its own."""
-    predictor: Literal["none", "head", "linear", "decoder", "projector", "projector_predictor"]
+    predictor: Literal[
+        "none", "head", "captioner", "linear", "decoder", "projector", "projector_predictor"
+    ]
     """Predictor of z_hat. none: the tokens themselves; head: mean over the tokens, then an MLP;
-    linear: of each token; decoder:
-    Transformer with mask tokens; projector: MLP with batch norm, which the target's side has too;
-    projector_predictor: another MLP on top of it, on the input's side alone."""
+    captioner: causal Transformer over the caption, which reads the cells; linear: of each token;
+    decoder: Transformer with mask tokens; projector: MLP with batch norm, which the target's side
+    has too; projector_predictor: another MLP on top of it, on the input's side alone."""
     likelihood: str
     """Likelihood. gaussian: squared distance; boltzmann: softmax over candidates; sigmoid: of each
     pair; or one that a loss of your own names."""
     regulariser: str
     """Regulariser, for the entropy H(p(z)); `m3i_fast.config.losses.LOSSES` has the
     combinations."""
+    column: str = ""
+    """Named column of the data that holds an annotation; empty: the data set's class, or its
+    captions."""
     mean: Literal["batch", "members"] = "batch"
-    """Rows that a category or caption term is the mean over, where not every picture has a target.
+    """Rows that a term of an annotation is the mean over, where not every picture has a target.
     batch: all rows of all ranks, those without a target as 0, so that the term is an expectation
     over samples and one labelled picture weighs the same in any batch; members: the rows that have
     a target, so that the only one of a batch weighs as much as a whole batch."""
@@ -111,12 +117,18 @@ class Term(Checked):
                 self.teacher is None or self.encoder == "frozen",
                 f"none with encoder {self.encoder} (it is for frozen)",
             ),
+            column=(
+                self.kind.has_default or not self.kind.column or bool(self.column),
+                f"the name of a column of {self.kind.column} for {self.target}",
+            ),
             standardise=(
                 self.standardise == "none" or compares_features,
                 f"none for {self.target} under {self.likelihood} (it is for features under "
                 "gaussian or cosine_smooth_l1)",
             ),
         )
+        if self.column and not self.kind.column:
+            yield "column", f"expected none for {self.target}, got {self.column!r}"
         yield from self._encoder_conflicts()
         yield from self._symmetry_conflicts()
 
@@ -218,9 +230,10 @@ class ObjectiveConfig(Checked):
     """Choice of the terms' weights."""
     mixing: MixingConfig = field(default_factory=MixingConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    captioner: CaptionerConfig = field(default_factory=CaptionerConfig)
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     head_hidden_dim: Annotated[int, range(WIDTHS.stop)] = 2048
-    """Width of the hidden layer of the category and caption heads; 0: one linear layer without bias
+    """Width of the hidden layer of the heads of annotations; 0: one linear layer without bias
     in the place of two, as CLIP."""
     teacher: str | None = None
     """Frozen encoder: a run directory, timm:NAME or timm:NAME:FILE."""

@@ -39,6 +39,10 @@ class Target:
     term, `costs.step_sizes.StepCounts` and the operations by part; or the function itself."""
     summaries: Literal["none", "global", "all"] = "none"
     """Encoded views of which the term reads the mean: none, the global ones, or local ones too."""
+    column: Literal["", "class", "labels", "numbers", "text"] = ""
+    """Kind of the named column that z is taken from, where a term names one; empty: from none."""
+    has_default: bool = False
+    """Whether every data set has such a column without a name: its class, its captions."""
 
     def builder(self) -> Callable[..., Any]:
         """Return what builds the term's module."""
@@ -69,6 +73,8 @@ TARGETS: dict[str, Target] = {
         build=f"{_TERMS}.labels:Category",
         count=f"{_COUNTS}:add_label",
         summaries="all",
+        column="class",
+        has_default=True,
     ),
     "caption": Target(
         help="embedding of the picture's caption",
@@ -78,6 +84,38 @@ TARGETS: dict[str, Target] = {
         build=f"{_TERMS}.labels:Caption",
         count=f"{_COUNTS}:add_label",
         summaries="all",
+        column="text",
+        has_default=True,
+    ),
+    "caption_tokens": Target(
+        help="tokens of the picture's caption, each after those before it",
+        of="annotation",
+        predictors=("captioner",),
+        encoders=("none",),
+        build=f"{_TERMS}.caption_tokens:CaptionTokens",
+        count=f"{_COUNTS}:add_caption_tokens",
+        column="text",
+        has_default=True,
+    ),
+    "labels": Target(
+        help="which labels the picture has, of a set",
+        of="annotation",
+        predictors=("head",),
+        encoders=("none",),
+        build=f"{_TERMS}.columns:Labels",
+        count=f"{_COUNTS}:add_column",
+        summaries="all",
+        column="labels",
+    ),
+    "numbers": Target(
+        help="numbers of the picture, standardised",
+        of="annotation",
+        predictors=("head",),
+        encoders=("none",),
+        build=f"{_TERMS}.columns:Numbers",
+        count=f"{_COUNTS}:add_column",
+        summaries="all",
+        column="numbers",
     ),
     "pixels": Target(
         help="pixels of a patch, normalised",

@@ -171,6 +171,10 @@ def _passes(counts: StepCounts, stride: int) -> dict[str, ModuleCall]:
     for term in counts.objective.active_terms:
         if term.target == "caption":
             passes["text encoder"] = ModuleCall(counts.batch_size, counts.text.context_length)
+        if term.target == "caption_tokens":
+            images = counts.num_images
+            passes[f"captioner of {term.name}"] = ModuleCall(images, counts.num_caption_tokens)
+            passes[f"cells read by {term.name}"] = ModuleCall(images, counts.num_own)
         if term.predictor == "decoder":
             asked, queries = counts.num_asked(term.asked), counts.num_queries(term)
             local = counts.num_local if term.view == "other" else 0
@@ -214,6 +218,11 @@ def _products(cfg: TrainConfig, part: str) -> tuple[Product, ...]:
             return _vision_products(cfg.vision)
         case "frozen teacher":
             return ()
+        case _ if part.startswith("captioner of "):
+            sized = cfg.objective.captioner
+            return _block(sized.dim, sized.mlp_ratio)
+        case _ if part.startswith("cells read by "):
+            return ((cfg.vision.dim, 2 * cfg.objective.captioner.dim),)
         case _:
             return _block(cfg.objective.decoder.dim, cfg.objective.decoder.mlp_ratio)
 
@@ -268,7 +277,8 @@ def _max_calls(cfg: TrainConfig, passes: Mapping[str, ModuleCall]) -> int:
             modules[part] = f"decoder of {term.target} {term.encoder}"
     calls: dict[str, int] = {}
     for part, each in passes.items():
-        if not part.startswith("cells asked"):  # rows of the last block of a decoder's call
+        # "cells ...": rows of the last block of a decoder's call, or of what a captioner reads
+        if not part.startswith("cells "):
             chunks = -(-each.images // cfg.parallel.chunk) if cfg.parallel.chunk else 1
             module = modules.get(part, part)
             calls[module] = calls.get(module, 0) + chunks

@@ -24,6 +24,7 @@ from m3i_fast.costs.encoder_flops import (
     internimage_pool,
     internimage_sampling,
     text,
+    text_decoder,
     vit,
     vit_embed,
     vit_encode,
@@ -175,12 +176,36 @@ def add_label(term: Term, counts: StepCounts, parts: Parts) -> None:
     widths = (hidden, dim) if hidden else (dim,)
     summary_dim = counts.vision.summary_dim
     parts[HEADS] += mlp(rows, summary_dim, *widths, input_grad=counts.encoder_grad)
-    targets = counts.num_classes
+    targets = counts.num_names(term)
     if term.target == "caption":
         captions = text(counts.text, counts.batch_size)
         parts[TEXT] += _chunked(counts, counts.batch_size, captions)
         targets = counts.batch_size * counts.num_ranks
     parts[LIKELIHOODS] += _loss(term, counts, rows=rows, dim=dim, targets=targets)
+
+
+def add_column(term: Term, counts: StepCounts, parts: Parts) -> None:
+    """Add labels or numbers, whose loss has no product."""
+    rows, names = counts.num_summaries, counts.num_names(term)
+    hidden = counts.objective.head_hidden_dim
+    widths = (hidden, names) if hidden else (names,)
+    parts[HEADS] += mlp(rows, counts.vision.summary_dim, *widths, input_grad=counts.encoder_grad)
+
+
+def add_caption_tokens(term: Term, counts: StepCounts, parts: Parts) -> None:
+    """Add the tokens of captions, of the full context length, padding included."""
+    images, tokens, cfg = counts.num_images, counts.num_caption_tokens, counts.objective.captioner
+    decoded = text_decoder(
+        cfg,
+        num_images=images,
+        num_tokens=tokens,
+        num_cells=counts.num_own,
+        input_dim=counts.vision.dim,
+        input_grad=counts.encoder_grad,
+    )
+    parts[DECODER] += _chunked(counts, images, decoded)
+    rows, vocabulary = images * tokens, counts.text.vocab_size
+    parts[LIKELIHOODS] += _loss(term, counts, rows=rows, dim=cfg.dim, targets=vocabulary)
 
 
 def add_dense(term: Term, counts: StepCounts, parts: Parts) -> None:

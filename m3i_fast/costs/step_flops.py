@@ -30,6 +30,7 @@ def counts_of(
         text=cfg.text,
         objective=cfg.objective,
         num_classes=cfg.num_classes,
+        columns=cfg.columns,
         batch_size=cfg.data.batch_size,
         num_ranks=num_ranks,
         num_local=local.count if local is not None else 0,

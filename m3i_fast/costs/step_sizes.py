@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from m3i_fast.config.columns import ColumnConfig
 from m3i_fast.config.models.text import TextConfig
 from m3i_fast.config.models.vision import VisionConfig
 from m3i_fast.config.objective import ObjectiveConfig, Term
@@ -23,6 +24,8 @@ class StepCounts:
     text: TextConfig
     objective: ObjectiveConfig
     num_classes: int
+    columns: tuple[ColumnConfig, ...] = ()
+    """Named columns of the data."""
     batch_size: int
     """Samples of this rank, B."""
     num_ranks: int = 1
@@ -42,6 +45,21 @@ class StepCounts:
         """Return the config of a target's encoder: a frozen teacher's or the trained one's."""
         frozen = target_encoder.startswith("frozen")
         return self.teachers[target_encoder] if frozen else self.vision
+
+    def num_names(self, term: Term) -> int:
+        """Return the classes, labels or numbers of the column that a term names, or else classes.
+
+        Raises ValueError where there is no such column.
+        """
+        if not term.column:
+            return self.num_classes
+        for column in self.columns:
+            if column.name == term.column:
+                return column.num_names
+        raise ValueError(
+            f"term {term.name!r}: column: expected one of {[c.name for c in self.columns]}, got "
+            f"{term.column!r}"
+        )
 
     @property
     def num_inputs(self) -> int:
@@ -77,6 +95,11 @@ class StepCounts:
     def num_summaries(self) -> int:
         """Return the rows of label terms: every image in an input, and every local view."""
         return self.num_images + self.num_local * self.batch_size
+
+    @property
+    def num_caption_tokens(self) -> int:
+        """Return the tokens of a caption that are predicted: all but the first."""
+        return self.text.context_length - 1
 
     def num_asked(self, rows: Rows) -> int:
         """Return how many images a dense term asks, or a target encoder sees."""

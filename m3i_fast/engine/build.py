@@ -14,6 +14,7 @@ from m3i_fast.engine.parallel.gradient_caching import ROW_WISE, encode_in_chunks
 from m3i_fast.engine.teacher import load_teacher
 from m3i_fast.models.internimage.deformable import InternImageLayer
 from m3i_fast.models.transformer.blocks import TORCH_LAYERS, Block, BlockLayers
+from m3i_fast.models.transformer.decoder_block import DecoderBlock
 from m3i_fast.objectives.objective import MutualInformation
 
 
@@ -40,6 +41,7 @@ def build_objective(
             vision=cfg.vision,
             text=cfg.text,
             num_classes=cfg.num_classes,
+            columns=cfg.columns,
             teachers=teachers,
             process_group=process_group,
             layers=layers,
@@ -77,4 +79,4 @@ def stacks_of(model: nn.Module) -> list[list[nn.Module]]:
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """Return the repeated blocks, each of which is compiled, gathered and recomputed as one."""
-    return [m for m in model.modules() if isinstance(m, Block | InternImageLayer)]
+    return [m for m in model.modules() if isinstance(m, Block | DecoderBlock | InternImageLayer)]

@@ -7,7 +7,7 @@ Nothing here imports torch. `m3i-fast methods` prints the table; a new method is
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -40,6 +40,8 @@ class Method:
     """Whether all inputs of a batch have one mask."""
     local_views: bool = False
     """Whether local views are inputs too."""
+    parallel_captions: float = 0.0
+    """Share of captions that are predicted in parallel, as `CaptionerConfig.parallel`."""
     differs: str = ""
     """In what this differs from the paper, in sentences; empty where in nothing."""
 
@@ -47,6 +49,13 @@ class Method:
 LABEL = {"predictor": "head", "likelihood": "boltzmann", "regulariser": "negatives"}
 CATEGORY = Term(name="category", target="category", **LABEL)  # type: ignore[arg-type]
 CAPTION = Term(name="caption", target="caption", **LABEL)  # type: ignore[arg-type]
+CAPTION_TOKENS = Term(
+    name="caption_tokens",
+    target="caption_tokens",
+    predictor="captioner",
+    likelihood="boltzmann",
+    regulariser="negatives",
+)
 
 pixels = partial(
     Term,
@@ -119,6 +128,24 @@ METHODS: dict[str, Method] = {
             ),
         ),
         differs="As CLIP here; mean of the tokens in place of attention pooling.",
+    ),
+    "cappa": Method(
+        title="CapPa",
+        paper="arXiv 2306.07915",
+        family="weakly supervised",
+        terms=(CAPTION_TOKENS,),
+        parallel_captions=0.75,
+        differs="The mean is over all tokens of a batch, not over each caption's and then over "
+        "captions; a caption's first token, which starts each one, is read and not predicted; "
+        "layers have biases.",
+    ),
+    "coca": Method(
+        title="CoCa",
+        paper="arXiv 2205.01917",
+        family="several targets",
+        terms=(CAPTION, replace(CAPTION_TOKENS, weight=2.0)),
+        differs="The caption's encoder and decoder share no layers, and both read the picture's "
+        "cells without attention pooling; as CLIP here.",
     ),
     "autoencoder": Method(
         title="Auto-encoder",

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from m3i_fast.config.columns import ColumnConfig
 from m3i_fast.config.fields import refuse
 from m3i_fast.config.models.text import TextConfig
 from m3i_fast.config.models.vision import VisionConfig
@@ -48,6 +49,7 @@ from m3i_fast.objectives.targets import (
 )
 from m3i_fast.objectives.term_gradients import TermGradients, separate_views
 from m3i_fast.objectives.terms import (
+    Annotation,
     Caption,
     Dense,
     Label,
@@ -85,6 +87,7 @@ class MutualInformation(nn.Module):
         vision: VisionConfig,
         text: TextConfig,
         num_classes: int,
+        columns: tuple[ColumnConfig, ...] = (),
         teachers: Mapping[str, ImageEncoder] = MappingProxyType({}),
         process_group: dist.ProcessGroup | None = None,
         layers: BlockLayers = TORCH_LAYERS,
@@ -102,7 +105,7 @@ class MutualInformation(nn.Module):
         self.teachers = {name: _expect_teacher(teachers, name) for name in cfg.teachers}
         """The frozen encoders, outside the module tree, its state dict and its training mode."""
         sizes = self._sizes(vision, text, num_classes)
-        sizes = replace(sizes, process_group=process_group, layers=layers)
+        sizes = replace(sizes, columns=columns, process_group=process_group, layers=layers)
         self.terms = nn.ModuleDict({t.name: build_term(t, cfg, sizes) for t in cfg.active_terms})
         decoders = {
             term.decoder_key: _build_decoder(term.term, cfg, sizes)
@@ -341,7 +344,7 @@ class MutualInformation(nn.Module):
             metrics[f"members/{name}"] = members.float()
         with stage("loss.total"):
             if measure:
-                self.balance.measure(losses, encoded.every, self._shares(metrics, step.num_rows))
+                self.balance.measure(losses, encoded.every, self._shares(metrics, step))
             total, weights = self.balance(losses)
             metrics["loss/total"] = total.detach()
             if monitor:
@@ -351,12 +354,12 @@ class MutualInformation(nn.Module):
             self._term_gradients = TermGradients(read_by)
         return total, metrics
 
-    def _shares(self, metrics: Mapping[str, Tensor], num_rows: int) -> dict[str, Tensor]:
+    def _shares(self, metrics: Mapping[str, Tensor], step: StepContext) -> dict[str, Tensor]:
         """Return the share of this rank's rows with a target, for terms that average over all."""
         return {
-            term.term.name: metrics[f"members/{term.term.name}"].double() / num_rows
-            for term in self._labels()
-            if term.term.mean == "batch"
+            term.term.name: metrics[f"members/{term.term.name}"].double() / term.num_rows(step)
+            for term in self._every_term()
+            if isinstance(term, Annotation) and term.term.mean == "batch"
         }
 
     def _separate_views(self, encoded: Encoded) -> dict[str, Encoded]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from m3i_fast.config import TrainConfig
+from m3i_fast.config.columns import ColumnConfig
 from m3i_fast.engine.build import blocks_of, build_objective
 from m3i_fast.engine.cuda_graphs import REPLAYED
 from m3i_fast.engine.optim.skippable_step import steps_as_on
@@ -26,7 +27,7 @@ from m3i_fast.engine.precision.arithmetic import Arithmetic
 from m3i_fast.engine.train_step import TrainStep, draw_step_mix
 from m3i_fast.objectives.mixing import Mix
 from m3i_fast.objectives.objective import MutualInformation
-from m3i_fast.objectives.terms import Caption
+from m3i_fast.objectives.terms import Caption, CaptionTokens
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.planning.sharded_units import GatherCounter
 from m3i_fast.planning.tensor_tracker import GRADIENTS, OTHER, TensorTracker
@@ -123,6 +124,7 @@ def build_on_meta(cfg: TrainConfig) -> MutualInformation:
 def count_parameters(objective: MutualInformation) -> dict[str, int]:
     """Count the trained parameters by part, all frozen ones, and all that follow by EMA."""
     counts = {ENCODER: _count(objective.encoder), DECODER: _count(objective.decoders)}
+    counts[DECODER] += sum(_count(term.decoder) for term in objective.terms_of(CaptionTokens))
     counts[TEXT] = sum(_count(term.text_encoder) for term in objective.terms_of(Caption))
     counts["heads"] = _count(objective) - sum(counts.values())
     frozen, averages = _untrained(objective)
@@ -169,7 +171,14 @@ def empty_batch(cfg: TrainConfig) -> Batch:
         sample_id=torch.empty(size, dtype=torch.int64),
         group_id=torch.empty(size, dtype=torch.int64),
         position=torch.arange(size, device="cpu"),
+        columns={column.name: _empty_column(column, size) for column in cfg.columns},
     )
+
+
+def _empty_column(column: ColumnConfig, size: int) -> Tensor:
+    dtype = {"numbers": torch.float32, "text": torch.int32}.get(column.kind, torch.int64)
+    shape = (size,) if column.kind == "class" else (size, column.size)
+    return torch.empty(shape, dtype=dtype)
 
 
 def _faked(fake: FakeTensorMode, value: Any) -> Any:
@@ -204,12 +213,13 @@ def _book_what_is_held(
     tracker.watch_casts(parameters)
     given = [getattr(part, name) for part in (batch, mix) for name in part.__slots__]
     tracker.book(BATCH, (value for value in given if isinstance(value, Tensor)))
-    tracker.book(BATCH, (*batch.global_views, *batch.local_views))
+    tracker.book(BATCH, (*batch.global_views, *batch.local_views, *batch.columns.values()))
 
 
 def _name_parts(tracker: TensorTracker, objective: MutualInformation) -> None:
     """Tell what is allocated in modules that the loss calls, and gradients when they are done."""
     named: list[tuple[str, nn.Module]] = [(DECODER, m) for m in objective.decoders.values()]
+    named += [(DECODER, term.decoder) for term in objective.terms_of(CaptionTokens)]
     named += [(TEXT, term.text_encoder) for term in objective.terms_of(Caption)]
     for part, module in named:
         module.register_forward_pre_hook(lambda *_, part=part: setattr(tracker, "part", part))

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from m3i_fast.config.data import LoaderConfig, ViewConfig
-from m3i_fast.config.heads import DecoderConfig, ProjectorConfig
+from m3i_fast.config.heads import CaptionerConfig, DecoderConfig, ProjectorConfig
 from m3i_fast.config.mixing import MixingConfig
 from m3i_fast.config.models.internimage import internimage_demo
 from m3i_fast.config.models.text import TextConfig
@@ -59,6 +59,7 @@ def demo(*, data: Path = Path("data/openmoji"), seed: int = 0) -> TrainConfig:
                 mask_block=2, min_contrast=MIN_CONTRAST, num_queries=48, token_dropout=0.2
             ),
             decoder=DecoderConfig(dim=96, depth=2, num_heads=4),
+            captioner=CaptionerConfig(dim=128, depth=2, num_heads=4),
             projector=ProjectorConfig(hidden_dim=256, output_dim=128, predictor_hidden_dim=64),
             head_hidden_dim=256,
             num_prototypes=256,
@@ -94,13 +95,13 @@ def demo_method(name: str, *, data: Path = Path("data/openmoji"), seed: int = 0)
         min_contrast=0,
         num_queries=0,
     )
+    captioner = replace(cfg.objective.captioner, parallel=method.parallel_captions)
     loader = replace(
         cfg.data,
         local_views=cfg.data.local_views if method.local_views else None,
     )
-    return replace(
-        cfg, data=loader, objective=replace(cfg.objective, terms=method.terms, mixing=mixing)
-    )
+    objective = replace(cfg.objective, terms=method.terms, mixing=mixing, captioner=captioner)
+    return replace(cfg, data=loader, objective=objective)
 
 
 def demo_internimage(*, data: Path = Path("data/openmoji"), seed: int = 0) -> TrainConfig:

@@ -19,6 +19,7 @@ from tests.shared.flop_formulas import FORMULAS
 
 OBJECTIVE = ObjectiveConfig(queue_length=12, num_prototypes=7)
 ROWS, DIM, PICTURES, CELLS, CELL_DIM, CLASSES = 8, 7, 2, 5, 9, 6
+OF_CLASSES = "category", "caption_tokens"
 # The product of all predictions with the mean target: 1 / D of the others, and left out.
 LEFT_OUT = {("features", "gaussian", "covariance"): 2 * ROWS * DIM}
 
@@ -29,7 +30,8 @@ def term_of(key: LossKey) -> Term:
         name="term",
         target=target,  # type: ignore[arg-type]
         view="other" if target in ("embedding", "prototypes") else "same",
-        encoder="none" if target in ("category", "caption", "pixels") else "momentum",
+        encoder=TARGETS[target].encoders[0],  # type: ignore[arg-type]
+        column="" if TARGETS[target].has_default else TARGETS[target].column,
         predictor=TARGETS[target].predictors[-1],  # type: ignore[arg-type]
         likelihood=likelihood,
         regulariser=regulariser,
@@ -44,11 +46,14 @@ def arguments(key: LossKey, loss: Any, target_grad: bool) -> tuple[list[Tensor],
     """What a term calls the loss with."""
     target = key[0]
     z_hat = draw(ROWS, DIM, grad=True)
-    if target in ("category", "caption"):
-        count = CLASSES if target == "category" else ROWS
+    if target == "labels":
+        members = torch.ones(ROWS, dtype=torch.bool)
+        return [z_hat, torch.ones(ROWS, DIM)], {"members": members}
+    if target in OF_CLASSES or target == "caption":
+        count = CLASSES if target in OF_CLASSES else ROWS
         ids = torch.arange(ROWS) % count
         options = {"row_ids": ids, "col_ids": torch.arange(count)}
-        if target == "category":
+        if target in OF_CLASSES:
             options = {"targets": ids}
         elif key[1] == "sigmoid":
             options["bias"] = draw(grad=True)
@@ -66,7 +71,7 @@ def sizes_of(key: LossKey, target_grad: bool) -> LossSizes:
     return LossSizes(
         rows=ROWS,
         dim=DIM,
-        targets=CLASSES if key[0] == "category" else ROWS,
+        targets=CLASSES if key[0] in OF_CLASSES else ROWS,
         target_grad=target_grad,
         queue_length=OBJECTIVE.queue_length,
         cells=CELLS,
@@ -76,7 +81,7 @@ def sizes_of(key: LossKey, target_grad: bool) -> LossSizes:
 
 
 WITH_TARGET_GRAD = ("negatives", "all_views", "cross_correlation", "variance_covariance")
-CASES = [(key, key[0] in ("category", "caption")) for key in LOSSES]
+CASES = [(key, key[0] in (*OF_CLASSES, "caption")) for key in LOSSES]
 CASES += [(key, True) for key in LOSSES if key[0] == "embedding" and key[2] in WITH_TARGET_GRAD]
 
 

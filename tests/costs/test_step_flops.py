@@ -32,6 +32,7 @@ from m3i_fast.engine.teacher import Teacher
 from m3i_fast.models.image_encoder import build_encoder
 from m3i_fast.objectives.heads import DenseDecoder
 from m3i_fast.recipes import recipes, shrink
+from tests.shared import annotated
 from tests.shared.engine.real_step import stepper
 from tests.shared.flop_formulas import FORMULAS
 
@@ -148,6 +149,26 @@ def test_a_step_by_chunks(name: str, chunk: int) -> None:
     """A second pass ends before its last product, whose result nobody saved: less than 1 %."""
     cfg = small(name)
     expect_counted(replace(cfg, parallel=replace(cfg.parallel, chunk=chunk)), rel=0.01)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_a_step_with_columns_and_captions_that_are_written(recompute: Recompute) -> None:
+    cfg = small("m3i_vit_s")
+    objective = replace(annotated.objective(mode="own_image", parallel=0.5), head_hidden_dim=16)
+    captioner = replace(objective.captioner, activation_checkpointing=recompute)
+    cfg = replace(
+        cfg,
+        columns=tuple(
+            replace(c, size=TEXT.context_length) if c.kind == "text" else c
+            for c in annotated.COLUMNS
+        ),
+        objective=replace(objective, captioner=captioner),
+        data=replace(cfg.data, local_views=ViewConfig(count=2, size=32)),
+    )
+    expect_counted(cfg)
+    expect_saved(cfg)
+    chunked = replace(cfg, parallel=replace(cfg.parallel, chunk=3))
+    expect_counted(chunked, rel=0.01)
 
 
 def expect_saved(cfg: TrainConfig) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from m3i_fast.config.losses import LOSSES
 from m3i_fast.config.objective import ObjectiveConfig, Term
 from m3i_fast.objectives.losses import similarity
+from m3i_fast.objectives.losses.annotations import binary_cross_entropy, known_squares
 from m3i_fast.objectives.losses.regularisers import barlow_twins, vicreg
 from m3i_fast.objectives.losses.similarity import info_nce, negative_cosine_similarity, nt_xent
 from m3i_fast.objectives.losses.stateful import (
@@ -55,7 +56,7 @@ def build_loss(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> Loss
 
 
 def category(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
-    """Build the softmax over all categories, which every rank has; rows alone are sharded."""
+    """Build the softmax over all categories, or a vocabulary; rows alone are sharded."""
 
     def loss(z_hat: Tensor, z: Tensor, scale: Tensor, *, targets: Tensor) -> Tensor:
         if group is None:
@@ -75,6 +76,16 @@ def caption(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFun
 def caption_sigmoid(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
     """Build the sigmoid of every pair of a picture and a caption of all ranks."""
     return partial(boltzmann, form="sigmoid", process_group=group, equal_sizes=True)
+
+
+def labels(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
+    """Build the mean over labels of rows' binary cross-entropies, of rows with labels alone."""
+    return partial(binary_cross_entropy, process_group=group)
+
+
+def numbers(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
+    """Build the squared distance over 2 sigma^2, of the numbers that are known."""
+    return partial(known_squares, sigma=cfg.sigma, process_group=group)
 
 
 # ---- Cells ---------------------------------------------------------------------------------------

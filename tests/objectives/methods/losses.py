@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from lightly import loss as lightly
 from lightly.loss.memory_bank import MemoryBankModule
 from lightly.models import utils as lightly_models
-from open_clip.loss import ClipLoss, SigLipLoss
+from open_clip.loss import ClipLoss, CoCaLoss, SigLipLoss
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from m3i_fast.objectives.objective import MutualInformation
 from tests.objectives.methods.steps import BATCH, PATCH, Step
+from tests.shared.torch_decoder import hidden_of
 
 Parts = dict[str, Tensor]
 Run = Callable[[Step], Parts]
@@ -77,6 +78,29 @@ def siglip(step: Step) -> Parts:
     scale, bias = term.log_scale.double().exp(), term.bias.double()
     captions = _captions(step)[step.mix.sample]
     return {"caption": SigLipLoss()(_predicted(step, "caption"), captions, scale, bias)}
+
+
+def _caption_tokens(step: Step) -> Tensor:
+    """open_clip's loss of a caption's tokens but the first, which torch's decoder predicts."""
+    term, sample = step.model.terms["caption_tokens"], step.mix.sample
+    ids, share = step.batch.token_ids[sample], term.decoder.cfg.parallel
+    parallel = step.mix.token_priority[sample, 0] < share if share else None
+    hidden = hidden_of(term.decoder, step.tokens[0], ids, parallel).double()
+    logits = hidden @ term.vocabulary.double().T
+    place = torch.arange(1, ids.shape[1])
+    padding = len(term.vocabulary)  # an id of its own: 0 is a word
+    labels = ids[:, 1:].long().masked_fill(place >= step.batch.num_tokens[sample, None], padding)
+    criterion = CoCaLoss(caption_loss_weight=1.0, clip_loss_weight=0.0, pad_id=padding)
+    one = torch.ones(2, 2).double()  # of its contrastive part, which is left out
+    return criterion(one, one, logits, labels, torch.tensor(1.0).double())[1]
+
+
+def cappa(step: Step) -> Parts:
+    return {"caption_tokens": _caption_tokens(step)}
+
+
+def coca(step: Step) -> Parts:
+    return {**clip(step), "caption_tokens": 2 * _caption_tokens(step)}
 
 
 def _several_pictures_a_caption(step: Step) -> Tensor:

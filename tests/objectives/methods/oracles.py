@@ -40,6 +40,12 @@ ORACLES: dict[str, MethodOracle] = {
     "supervised": MethodOracle("torch cross_entropy", losses.each_step(losses.category)),
     "clip": MethodOracle("open_clip ClipLoss", losses.each_step(losses.clip)),
     "siglip": MethodOracle("open_clip SigLipLoss", losses.each_step(losses.siglip)),
+    "cappa": MethodOracle(
+        "open_clip CoCaLoss, torch TransformerDecoder", losses.each_step(losses.cappa)
+    ),
+    "coca": MethodOracle(
+        "open_clip ClipLoss, CoCaLoss, torch TransformerDecoder", losses.each_step(losses.coca)
+    ),
     "autoencoder": MethodOracle(NORMALISED, losses.each_step(losses.autoencoder)),
     "dense_distillation": MethodOracle(
         f"{MSE} of layer_norm, {TIMM}", losses.each_step(losses.distillation)

@@ -20,7 +20,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
-from m3i_fast.config.heads import DecoderConfig, ProjectorConfig
+from m3i_fast.config.heads import CaptionerConfig, DecoderConfig, ProjectorConfig
 from m3i_fast.config.mixing import MixingConfig
 from m3i_fast.config.models.text import TextConfig
 from m3i_fast.config.models.vit import vit_demo
@@ -67,6 +67,7 @@ def build_model(method: Method) -> MutualInformation:
             mask_per_batch=method.mask_per_batch,
         ),
         decoder=DecoderConfig(dim=32, depth=1, num_heads=2),
+        captioner=CaptionerConfig(dim=24, depth=2, num_heads=2, parallel=method.parallel_captions),
         projector=ProjectorConfig(hidden_dim=20, output_dim=12, predictor_hidden_dim=16),
         head_hidden_dim=24,
         num_prototypes=10,
