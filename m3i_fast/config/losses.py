@@ -39,9 +39,12 @@ class LossSizes:
     """Rows of z_hat. category, caption: images and local views; pixels, features: cells asked;
     embedding: images; prototypes: pairs of an input view and a target view."""
     dim: int
-    """Features of a row of z_hat and of z; of prototypes, their number."""
+    """Features of a row of z_hat and of z; of prototypes, those of one."""
     targets: int
-    """Rows of z on all ranks together: classes, captions of the batch, else as many as z_hat's."""
+    """Rows of z on all ranks together: classes, captions of the batch, prototypes, else as many as
+    z_hat's."""
+    assigned: int = 0
+    """Rows of the target views that a step assigns to prototypes."""
     target_grad: bool = False
     """Whether z gets a gradient: labels, and targets that the trained encoder itself gives."""
     queue_length: int = 0
@@ -165,6 +168,27 @@ def _running_update(sizes: LossSizes) -> Flops:
     return Flops(4 * 2 * sizes.rows * sizes.dim**2)
 
 
+NUM_SINKHORN = 3
+"""Iterations of Sinkhorn-Knopp."""
+
+
+def _teacher_and_student(sizes: LossSizes) -> Flops:
+    """Count the [N, K] logits of both, whose gradient is computed in the forward pass."""
+    product = 2 * sizes.rows * sizes.targets * sizes.dim
+    return Flops(2 * product, 2 * product)
+
+
+def _mean_assignment(sizes: LossSizes) -> Flops:
+    """Count also the student's logits for their mean softmax, once more in the backward pass."""
+    mean = linear(sizes.rows, sizes.dim, sizes.targets).recomputed()
+    return _teacher_and_student(sizes) + mean
+
+
+def _sinkhorn(sizes: LossSizes) -> Flops:
+    """Count the teacher's logits, which each iteration computes."""
+    return Flops(NUM_SINKHORN * 2 * sizes.assigned * sizes.targets * sizes.dim)
+
+
 # ---- The table -----------------------------------------------------------------------------------
 
 SOFTMAX = "-log exp(z_hat . z / tau) / sum_z' exp(z_hat . z' / tau)"
@@ -260,17 +284,19 @@ LOSSES: dict[LossKey, Loss] = {
         formula="-sum_k p_k log softmax(z_hat / tau)_k, p = softmax((z - c) / 0.04), "
         "c a running mean",
         build=f"{_BUILDERS}:centring",
-        flops=no_products,
+        flops=_teacher_and_student,
     ),
     ("prototypes", "boltzmann", "sinkhorn"): Loss(
         formula="-sum_k p_k log softmax(z_hat / tau)_k, p = Sinkhorn-Knopp(z / 0.05)",
         build=f"{_BUILDERS}:sinkhorn",
-        flops=no_products,
+        flops=_teacher_and_student,
+        flops_once=_sinkhorn,
     ),
     ("prototypes", "boltzmann", "mean_entropy"): Loss(
         formula="-sum_k p_k log softmax(z_hat / tau)_k + log K - H(mean softmax(z_hat / tau)), p = "
         "Sinkhorn-Knopp(log softmax(4 z / tau))",
         build=f"{_BUILDERS}:mean_entropy",
-        flops=no_products,
+        flops=_mean_assignment,
+        flops_once=_sinkhorn,
     ),
 }

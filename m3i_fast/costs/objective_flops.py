@@ -262,7 +262,7 @@ def _add_prototypes(term: Term, counts: StepCounts, parts: Parts) -> None:
     cfg, rows = counts.objective, counts.num_images
     sized = cfg.projector
     hidden = [sized.hidden_dim] * (sized.num_layers - 1)
-    dims = counts.vision.summary_dim, *hidden, sized.output_dim, cfg.num_prototypes
+    dims = counts.vision.summary_dim, *hidden, sized.output_dim
     seen = rows * (2 if term.sees_both_views else 1) + counts.num_local * counts.batch_size
     parts[HEADS] += mlp(seen, *dims, input_grad=counts.encoder_grad)
     if term.encoder == "momentum":
@@ -270,7 +270,14 @@ def _add_prototypes(term: Term, counts: StepCounts, parts: Parts) -> None:
         parts[HEADS] += (targets * (1 + term.symmetric)).forward_only
     # Each target view is asked of the other global view and of every local one, in one call.
     asked = (rows + counts.num_local * counts.batch_size) * (1 + term.symmetric)
-    parts[LIKELIHOODS] += _loss(term, counts, rows=asked, dim=cfg.num_prototypes)
+    parts[LIKELIHOODS] += _loss(
+        term,
+        counts,
+        rows=asked,
+        dim=sized.output_dim,
+        targets=cfg.num_prototypes,
+        assigned=rows * (1 + term.symmetric),
+    )
 
 
 def _loss(
@@ -280,11 +287,12 @@ def _loss(
     rows: int,
     dim: int,
     targets: int | None = None,
+    assigned: int = 0,
     calls: int = 1,
 ) -> Flops:
     """Count the calls of a term's loss in a step, as its row of `LOSSES` says.
 
-    rows, dim, targets: those of a call; targets are the rows of all ranks unless given.
+    rows, dim, targets, assigned: those of a call; targets are the rows of all ranks unless given.
     """
     loss, cfg, vision = LOSSES[term.loss_key], counts.objective, counts.vision
     learns_target = term.target == "embedding" and term.regulariser != "stop_gradient"
@@ -292,6 +300,7 @@ def _loss(
         rows=rows,
         dim=dim,
         targets=rows * counts.num_ranks if targets is None else targets,
+        assigned=assigned,
         target_grad=term.target in LABELS or (term.encoder == "shared" and learns_target),
         queue_length=cfg.queue_length if term.regulariser == "queue" else 0,
         cells=counts.num_cells if term.is_dense else 0,

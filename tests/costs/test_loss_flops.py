@@ -16,7 +16,7 @@ from m3i_fast.objectives.losses.builders import build_loss
 from m3i_fast.objectives.losses.stateful import Prototypes, UniGrad
 from tests.shared.flop_formulas import FORMULAS
 
-OBJECTIVE = ObjectiveConfig(queue_length=12, num_prototypes=7)
+OBJECTIVE = ObjectiveConfig(queue_length=12, num_prototypes=11)
 ROWS, DIM, PICTURES, CELLS, CELL_DIM, CLASSES = 8, 7, 2, 5, 9, 6
 # The product of all predictions with the mean target: 1 / D of the others, and left out.
 LEFT_OUT = {("features", "gaussian", "covariance"): 2 * ROWS * DIM}
@@ -39,7 +39,7 @@ def draw(*shape: int, grad: bool = False) -> Tensor:
     return torch.randn(shape, requires_grad=grad)
 
 
-def arguments(key: LossKey, loss: Any, target_grad: bool) -> tuple[list[Tensor], dict[str, Tensor]]:
+def arguments(key: LossKey, loss: Any, target_grad: bool) -> tuple[list[Any], dict[str, Tensor]]:
     """What a term calls the loss with."""
     target = key[0]
     z_hat = draw(ROWS, DIM, grad=True)
@@ -53,7 +53,8 @@ def arguments(key: LossKey, loss: Any, target_grad: bool) -> tuple[list[Tensor],
             options["bias"] = draw(grad=True)
         return [z_hat, draw(count, DIM, grad=True), draw(grad=True).exp()], options
     if target == "prototypes":
-        return [z_hat, *loss.targets([draw(ROWS, DIM)])], {}
+        prototypes = draw(OBJECTIVE.num_prototypes, DIM, grad=True)
+        return [[z_hat], loss.targets([draw(ROWS, DIM)], prototypes), prototypes], {}
     if key == ("features", "boltzmann", "queue"):
         z_hat = draw(PICTURES, ROWS // PICTURES, DIM, grad=True)
         z, of_target = draw(PICTURES, CELLS, DIM), draw(PICTURES, CELLS, CELL_DIM)
@@ -62,10 +63,12 @@ def arguments(key: LossKey, loss: Any, target_grad: bool) -> tuple[list[Tensor],
 
 
 def sizes_of(key: LossKey, target_grad: bool) -> LossSizes:
+    columns = {"category": CLASSES, "prototypes": OBJECTIVE.num_prototypes}
     return LossSizes(
         rows=ROWS,
         dim=DIM,
-        targets=CLASSES if key[0] == "category" else ROWS,
+        targets=columns.get(key[0], ROWS),
+        assigned=ROWS,
         target_grad=target_grad,
         queue_length=OBJECTIVE.queue_length,
         cells=CELLS,
@@ -82,8 +85,8 @@ CASES += [(key, True) for key in LOSSES if key[0] == "embedding" and key[2] in W
 @pytest.mark.parametrize(("key", "target_grad"), CASES, ids=str)
 def test_a_row_counts_what_its_loss_does(key: LossKey, target_grad: bool) -> None:
     loss: Any = build_loss(term_of(key), OBJECTIVE, DIM, None)
-    given, options = arguments(key, loss, target_grad)
     with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+        given, options = arguments(key, loss, target_grad)
         if isinstance(loss, UniGrad):
             loss.observe(given[1:])
         loss(*given, **options).backward()
