@@ -37,7 +37,8 @@ class LossSizes:
 
     rows: int
     """Rows of z_hat. category, caption: images and local views; pixels, features: cells asked;
-    embedding: images; prototypes: pairs of an input view and a target view."""
+    embedding, summary: images; prototypes: pairs of an input view and a target view;
+    cell_prototypes: cells of those pairs."""
     dim: int
     """Features of a row of z_hat and of z; of prototypes, those of one."""
     targets: int
@@ -189,6 +190,11 @@ def _sinkhorn(sizes: LossSizes) -> Flops:
     return Flops(NUM_SINKHORN * 2 * sizes.assigned * sizes.targets * sizes.dim)
 
 
+def _neighbours(sizes: LossSizes) -> Flops:
+    """Count the [N, N] products of rows, by which neighbours are found without a gradient."""
+    return Flops(2 * sizes.rows**2 * sizes.dim)
+
+
 # ---- The table -----------------------------------------------------------------------------------
 
 SOFTMAX = "-log exp(z_hat . z / tau) / sum_z' exp(z_hat . z' / tau)"
@@ -299,4 +305,12 @@ LOSSES: dict[LossKey, Loss] = {
         flops=_mean_assignment,
         flops_once=_sinkhorn,
     ),
+    ("summary", "none", "koleo"): Loss(
+        formula="-mean log |z - nearest other z of the view|, rows of unit length",
+        build=f"{_BUILDERS}:nearest_neighbour",
+        flops=_neighbours,
+    ),
+}
+LOSSES |= {
+    ("cell_prototypes", *key[1:]): row for key, row in LOSSES.items() if key[0] == "prototypes"
 }

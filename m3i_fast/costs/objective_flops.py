@@ -47,7 +47,7 @@ def step(counts: StepCounts) -> Parts:
     for term in counts.objective.active_terms:
         term.kind.counter()(term, counts, parts)
     for number in sorted(_summaries(counts)):
-        rows, cells = counts.num_images, counts.num_own
+        rows, cells = counts.num_images, counts.num_tokens
         if number >= counts.num_views:
             rows, cells = counts.batch_size, counts.num_local_cells
         pooled = _summarise(counts.vision, rows, cells)
@@ -105,7 +105,7 @@ def _encode_inputs(counts: StepCounts, parts: Parts) -> None:
     """Add the pass over the mixed inputs, in which an image may show but some of its cells."""
     vision, num_inputs = counts.vision, counts.num_inputs * counts.num_views
     num_images = counts.num_images * counts.num_views
-    if counts.objective.mixing.mode in ("own_image", "masked"):
+    if counts.objective.mixing.encodes_alone:
         assert isinstance(vision, ViTConfig)  # vision_conflicts
         parts[ENCODER] += vit_embed(vision, num_inputs)
         own = vit_encode(vision, num_images, counts.num_own)
@@ -193,7 +193,7 @@ def add_dense(term: Term, counts: StepCounts, parts: Parts) -> None:
     if term.target == "pixels":
         dim = 3 * (vision.image_size // vision.grid) ** 2
     count, asked = counts.num_asked(term.asked), counts.num_queries(term)
-    local = counts.num_local if term.view == "other" and term.predictor == "decoder" else 0
+    local = _num_local_asked(term, counts)
     encoded = vision.dim
     projects = cfg.projects(term)
     if projects:
@@ -202,27 +202,40 @@ def add_dense(term: Term, counts: StepCounts, parts: Parts) -> None:
     if term.predictor == "linear":
         parts[HEADS] += linear(count * asked, vision.dim, dim, input_grad=counts.encoder_grad)
     else:
-        calls = (count, counts.num_own), (local * count, counts.num_local_cells)
-        for images, cells in calls if local else calls[:1]:
-            decoded = decoder(
-                cfg.decoder,
-                num_images=images,
-                num_own=cells,
-                num_asked=asked,
-                dims=(encoded, dim),
-                input_grad=counts.encoder_grad or projects,
-            )
-            if projects:
-                rows, grad = images * cells, counts.encoder_grad
-                decoded += mlp(rows, vision.dim, dim, dim, input_grad=grad)
-            parts[DECODER] += _chunked(counts, images, decoded)
+        _add_decoder(term, counts, parts, dims=(encoded, dim), projects=projects)
     parts[LIKELIHOODS] += _loss(term, counts, rows=count * asked, dim=dim, calls=1 + local)
+
+
+def _num_local_asked(term: Term, counts: StepCounts) -> int:
+    """Return the local views from which a term's decoder predicts as well."""
+    return counts.num_local if term.view == "other" and term.predictor == "decoder" else 0
+
+
+def _add_decoder(
+    term: Term, counts: StepCounts, parts: Parts, *, dims: tuple[int, int], projects: bool = False
+) -> None:
+    """Add a term's questions to its decoder, and its projector where the decoder has one."""
+    count, local = counts.num_asked(term.asked), _num_local_asked(term, counts)
+    calls = (count, counts.num_own), (local * count, counts.num_local_cells)
+    for images, cells in calls if local else calls[:1]:
+        decoded = decoder(
+            counts.objective.decoder,
+            num_images=images,
+            num_own=cells,
+            num_asked=counts.num_queries(term),
+            dims=dims,
+            input_grad=counts.encoder_grad or projects,
+        )
+        if projects:
+            rows, grad = images * cells, counts.encoder_grad
+            decoded += mlp(rows, counts.vision.dim, dims[1], dims[1], input_grad=grad)
+        parts[DECODER] += _chunked(counts, images, decoded)
 
 
 def _add_dense_contrast(term: Term, counts: StepCounts, parts: Parts) -> None:
     vision, cfg, count = counts.vision, counts.objective, counts.num_asked(term.asked)
     dims = vision.dim, cfg.projector.hidden_dim, cfg.projector.output_dim
-    rows = count * counts.num_own
+    rows = count * counts.num_tokens
     parts[HEADS] += mlp(rows, *dims, input_grad=counts.encoder_grad)
     parts[HEADS] += mlp(count * counts.num_cells, *dims).forward_only
     parts[LIKELIHOODS] += _loss(term, counts, rows=rows, dim=cfg.projector.output_dim)
@@ -269,6 +282,36 @@ def add_prototypes(term: Term, counts: StepCounts, parts: Parts) -> None:
         targets=cfg.num_prototypes,
         assigned=rows * (1 + term.symmetric),
     )
+
+
+def add_cell_prototypes(term: Term, counts: StepCounts, parts: Parts) -> None:
+    """Add cells' assignments to prototypes: decoder, head and loss."""
+    cfg, vision = counts.objective, counts.vision
+    sized = cfg.projector
+    hidden = [sized.hidden_dim] * (sized.num_layers - 1)
+    dims = vision.dim, *hidden, sized.output_dim
+    views, count, asked = 1 + term.symmetric, counts.num_asked(term.asked), counts.num_queries(term)
+    local = _num_local_asked(term, counts)
+    assigned, rows = views * count * asked, (views + local) * count * asked
+    decodes = term.predictor == "decoder"
+    if decodes:
+        _add_decoder(term, counts, parts, dims=(vision.dim, vision.dim))
+    parts[HEADS] += mlp(rows, *dims, input_grad=counts.encoder_grad or decodes)
+    parts[HEADS] += mlp(assigned, *dims).forward_only
+    parts[LIKELIHOODS] += _loss(
+        term,
+        counts,
+        rows=rows,
+        dim=sized.output_dim,
+        targets=cfg.num_prototypes,
+        assigned=assigned,
+    )
+
+
+def add_summary(term: Term, counts: StepCounts, parts: Parts) -> None:
+    """Add a spread of the encoder's summaries, by view."""
+    rows, dim = counts.num_images, counts.vision.summary_dim
+    parts[LIKELIHOODS] += _loss(term, counts, rows=rows, dim=dim, calls=counts.num_views)
 
 
 def _loss(

@@ -19,6 +19,7 @@ from tests.shared.flop_formulas import FORMULAS
 
 OBJECTIVE = ObjectiveConfig(queue_length=12, num_prototypes=11)
 ROWS, DIM, PICTURES, CELLS, CELL_DIM, CLASSES = 8, 7, 2, 5, 9, 6
+PROTOTYPES = ("prototypes", "cell_prototypes")
 # The product of all predictions with the mean target: 1 / D of the others, and left out.
 LEFT_OUT = {("features", "gaussian", "covariance"): 2 * ROWS * DIM}
 
@@ -28,8 +29,8 @@ def term_of(key: LossKey) -> Term:
     return Term(
         name="term",
         target=target,  # type: ignore[arg-type]
-        view="other" if target in ("embedding", "prototypes") else "same",
-        encoder="none" if target in ("category", "caption", "pixels") else "momentum",
+        view="other" if TARGETS[target].of == "view" else "same",
+        encoder=TARGETS[target].encoders[0],  # type: ignore[arg-type]
         predictor=TARGETS[target].predictors[-1],  # type: ignore[arg-type]
         likelihood=likelihood,
         regulariser=regulariser,
@@ -53,7 +54,9 @@ def arguments(key: LossKey, loss: Any, target_grad: bool) -> tuple[list[Any], di
         elif key[1] == "sigmoid":
             options["bias"] = draw(grad=True)
         return [z_hat, draw(count, DIM, grad=True), draw(grad=True).exp()], options
-    if target == "prototypes":
+    if target == "summary":
+        return [z_hat], {}
+    if isinstance(loss, Prototypes):
         prototypes = draw(OBJECTIVE.num_prototypes, DIM, grad=True)
         return [[z_hat], loss.targets([draw(ROWS, DIM)], prototypes), prototypes], {}
     if key == ("features", "boltzmann", "queue"):
@@ -64,7 +67,8 @@ def arguments(key: LossKey, loss: Any, target_grad: bool) -> tuple[list[Any], di
 
 
 def sizes_of(key: LossKey, target_grad: bool) -> LossSizes:
-    columns = {"category": CLASSES, "prototypes": OBJECTIVE.num_prototypes}
+    columns = {"category": CLASSES}
+    columns |= dict.fromkeys(PROTOTYPES, OBJECTIVE.num_prototypes)
     return LossSizes(
         rows=ROWS,
         dim=DIM,
@@ -105,7 +109,7 @@ def test_without_a_decorrelation_nothing_is_counted() -> None:
 def test_rows_of_prototypes_build_what_has_targets() -> None:
     for key in LOSSES:
         loss = build_loss(term_of(key), OBJECTIVE, DIM, None)
-        assert isinstance(loss, Prototypes) == (key[0] == "prototypes")
+        assert isinstance(loss, Prototypes) == (key[0] in PROTOTYPES)
 
 
 def test_a_loss_without_its_flops_is_refused() -> None:

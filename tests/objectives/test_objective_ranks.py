@@ -38,6 +38,7 @@ CHOSEN = (
     "vicreg",
     "unigrad",
     "dino",
+    "ibot",
     "msn",
     "siameseim",
     "m3i",
@@ -49,7 +50,7 @@ def small_config(name: str) -> ObjectiveConfig:
     method = METHODS[name]
     return ObjectiveConfig(
         terms=method.terms,
-        mixing=MixingConfig(mode=method.mode, mask_block=1),
+        mixing=MixingConfig(mode=method.mode, mask_block=1, hidden=method.hidden),
         decoder=DecoderConfig(dim=32, depth=1, num_heads=2),
         projector=ProjectorConfig(hidden_dim=16, output_dim=8, predictor_hidden_dim=8),
         head_hidden_dim=16,

@@ -20,7 +20,7 @@ from m3i_fast.objectives.losses import distillation, regularisers
 from m3i_fast.ops import SoftTargets
 
 D = 6
-ROWS = {2: (7, 9), 3: (5, 0, 11)}  # unequal, and a rank without any
+ROWS = {2: (7, 9), 3: (5, 0, 11), 4: (4, 6, 0, 6)}  # unequal, and a rank without any
 
 AXES = torch.eye(D, dtype=torch.float64)  # prototypes, so that features are logits
 
