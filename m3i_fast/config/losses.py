@@ -37,13 +37,16 @@ class LossSizes:
 
     rows: int
     """Rows of z_hat. category, caption, labels, numbers: images and local views; caption_tokens:
-    tokens but the first one of each image's caption; pixels, features: cells asked;
-    embedding: images; prototypes: pairs of an input view and a target view."""
+    tokens but the first one of each image's caption; pixels, features: cells asked; embedding,
+    summary: images; prototypes: pairs of an input view and a target view; cell_prototypes: cells of
+    those pairs."""
     dim: int
-    """Features of a row of z_hat and of z; of prototypes, their number."""
+    """Features of a row of z_hat and of z; of prototypes, those of one."""
     targets: int
-    """Rows of z on all ranks together: classes, token ids, captions of the batch, else as many as
-    z_hat's."""
+    """Rows of z on all ranks together: classes, token ids, captions of the batch, prototypes, else
+    as many as z_hat's."""
+    assigned: int = 0
+    """Rows of the target views that a step assigns to prototypes."""
     target_grad: bool = False
     """Whether z gets a gradient: labels, and targets that the trained encoder itself gives."""
     queue_length: int = 0
@@ -165,6 +168,32 @@ def _running_form(sizes: LossSizes) -> Flops:
 def _running_update(sizes: LossSizes) -> Flops:
     """Count the [D, D] products of both views, once for the first step's F and once for later."""
     return Flops(4 * 2 * sizes.rows * sizes.dim**2)
+
+
+NUM_SINKHORN = 3
+"""Iterations of Sinkhorn-Knopp."""
+
+
+def _teacher_and_student(sizes: LossSizes) -> Flops:
+    """Count the [N, K] logits of both, whose gradient is computed in the forward pass."""
+    product = 2 * sizes.rows * sizes.targets * sizes.dim
+    return Flops(2 * product, 2 * product)
+
+
+def _mean_assignment(sizes: LossSizes) -> Flops:
+    """Count also the student's logits for their mean softmax, once more in the backward pass."""
+    mean = linear(sizes.rows, sizes.dim, sizes.targets).recomputed()
+    return _teacher_and_student(sizes) + mean
+
+
+def _sinkhorn(sizes: LossSizes) -> Flops:
+    """Count the teacher's logits, which each iteration computes."""
+    return Flops(NUM_SINKHORN * 2 * sizes.assigned * sizes.targets * sizes.dim)
+
+
+def _neighbours(sizes: LossSizes) -> Flops:
+    """Count the [N, N] products of rows, by which neighbours are found without a gradient."""
+    return Flops(2 * sizes.rows**2 * sizes.dim)
 
 
 # ---- The table -----------------------------------------------------------------------------------
@@ -293,17 +322,27 @@ LOSSES: dict[LossKey, Loss] = {
         formula="-sum_k p_k log softmax(z_hat / tau)_k, p = softmax((z - c) / 0.04), "
         "c a running mean",
         build=f"{_BUILDERS}:centring",
-        flops=no_products,
+        flops=_teacher_and_student,
     ),
     ("prototypes", "boltzmann", "sinkhorn"): Loss(
         formula="-sum_k p_k log softmax(z_hat / tau)_k, p = Sinkhorn-Knopp(z / 0.05)",
         build=f"{_BUILDERS}:sinkhorn",
-        flops=no_products,
+        flops=_teacher_and_student,
+        flops_once=_sinkhorn,
     ),
     ("prototypes", "boltzmann", "mean_entropy"): Loss(
         formula="-sum_k p_k log softmax(z_hat / tau)_k + log K - H(mean softmax(z_hat / tau)), p = "
         "Sinkhorn-Knopp(log softmax(4 z / tau))",
         build=f"{_BUILDERS}:mean_entropy",
-        flops=no_products,
+        flops=_mean_assignment,
+        flops_once=_sinkhorn,
     ),
+    ("summary", "none", "koleo"): Loss(
+        formula="-mean log |z - nearest other z of the view|, rows of unit length",
+        build=f"{_BUILDERS}:nearest_neighbour",
+        flops=_neighbours,
+    ),
+}
+LOSSES |= {
+    ("cell_prototypes", *key[1:]): row for key, row in LOSSES.items() if key[0] == "prototypes"
 }

@@ -31,7 +31,9 @@ class Term(Checked):
     """Target z, a row of `m3i_fast.config.targets.TARGETS`. category: embedding of the class;
     caption: embedding of the caption; caption_tokens: its tokens, one after another; labels: which
     of many the picture has; numbers: of the picture; pixels: of a patch, normalised; features: of a
-    patch; embedding: one of the view; prototypes: the view's assignment to them."""
+    patch; gram: the cosines of all pairs of patches; embedding: one of the view; prototypes: the
+    view's assignment to them; cell_prototypes: that of a cell; summary: the encoder's own mean of
+    the view, which nothing predicts."""
     view: Literal["same", "other"] = "same"
     """View of the target: the input's, or another one of the same picture."""
     asked: Literal["first", "last", "all"] = "all"
@@ -44,12 +46,21 @@ class Term(Checked):
     """Frozen encoder of this term, in the place of `objective.teacher`: so a run has several. Such
     a term has a decoder of its own."""
     predictor: Literal[
-        "none", "head", "captioner", "linear", "decoder", "projector", "projector_predictor"
+        "none",
+        "head",
+        "captioner",
+        "linear",
+        "decoder",
+        "mask_token",
+        "projector",
+        "projector_predictor",
     ]
-    """Predictor of z_hat. none: the tokens themselves; head: mean over the tokens, then an MLP;
-    captioner: causal Transformer over the caption, which reads the cells; linear: of each token;
-    decoder: Transformer with mask tokens; projector: MLP with batch norm, which the target's side
-    has too; projector_predictor: another MLP on top of it, on the input's side alone."""
+    """Predictor of z_hat. none: the encoder's tokens themselves; head: mean over the tokens, then
+    an MLP; captioner: causal Transformer over the caption, which reads the cells; linear: of each
+    token; decoder: Transformer with mask tokens; mask_token: the encoder itself at a hidden cell, of
+    which it gets a mask token, then an MLP (`mixing.hidden`); projector: MLP with batch norm, which
+    the target's side has too; projector_predictor: another MLP on top of it, on the input's side
+    alone."""
     likelihood: str
     """Likelihood. gaussian: squared distance; boltzmann: softmax over candidates; sigmoid: of each
     pair; or one that a loss of your own names."""
@@ -70,7 +81,8 @@ class Term(Checked):
     over steps and ranks, as DINO's centre, which leaves rows independent; batch: by those of the
     step's rows."""
     symmetric: bool = False
-    """Whether each of both views also predicts the other: the mean of both directions."""
+    """Whether each of both views also predicts the other: the mean of both directions. With the
+    predictor mask_token: whether both views predict their own hidden cells."""
     temperature: float = 0.1
     """Temperature of softmaxes over embeddings or prototypes; category and caption learn theirs."""
     output_norm: bool = True
@@ -145,12 +157,16 @@ class Term(Checked):
                 f"shared with {self.target} of the {self.view} view",
             )
 
+        if self.predictor == "mask_token" and self.view != "same":
+            yield "view", "expected same with the predictor mask_token, got other"
+
     def _symmetry_conflicts(self) -> Iterator[Conflict]:
-        if self.symmetric and (self.view != "other" or self.kind.of != "view"):
+        of_other_view = self.view == "other" and self.kind.of == "view"
+        if self.symmetric and not of_other_view and self.predictor != "mask_token":
             yield (
                 "symmetric",
-                "expected an embedding or prototypes of the other view, got "
-                f"{self.target} of the {self.view} view",
+                "expected an embedding or prototypes of the other view, or the predictor "
+                f"mask_token, got {self.target} of the {self.view} view by {self.predictor}",
             )
         if self.symmetric and self.regulariser == "queue":
             yield (
@@ -247,7 +263,7 @@ class ObjectiveConfig(Checked):
     temperature: float = 0.07
     """Initial temperature of categories and captions; learnt, and kept from 0.01 up."""
     num_prototypes: Annotated[int, SOME_ROWS] = 4096
-    """Prototypes of DINO, MSN and SwAV."""
+    """Prototypes of each term over prototypes (DINO, iBOT, MSN, SwAV)."""
     queue_length: Annotated[int, SOME_ROWS] = 65536
     """Embeddings of earlier batches that MoCo's queue holds."""
 
@@ -278,12 +294,29 @@ class ObjectiveConfig(Checked):
                 "expected predictor decoder, or linear with mixing.mode none and the same view, as "
                 f"it predicts the cell of its own token, got linear of {linear}",
             )
+        yield from self._mask_token_conflicts()
         views = [t.name for t in self.active_terms if not t.is_annotation]
         if self.mixing.mode == "blend" and views:
             yield (
                 "mixing.mode",
                 "expected blend, which leaves no image's pixels alone, with terms of annotations "
                 f"only, got {views}",
+            )
+
+    def _mask_token_conflicts(self) -> Iterator[Conflict]:
+        in_place = [t.name for t in self.active_terms if t.predictor == "mask_token"]
+        if in_place and not self.mixing.encodes_hidden:
+            yield (
+                "mixing.hidden",
+                "expected mask_token, with mixing.mode masked, for the predictor mask_token of "
+                f"{in_place}, got {self.mixing.hidden} with mode {self.mixing.mode}",
+            )
+        decoded = [t.name for t in self.active_terms if t.predictor == "decoder"]
+        if decoded and self.mixing.encodes_hidden:
+            yield (
+                "mixing.hidden",
+                f"expected dropped with the predictor decoder of {decoded}, which has mask tokens "
+                "of its own, got mask_token",
             )
 
     @property

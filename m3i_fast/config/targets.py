@@ -160,4 +160,21 @@ TARGETS: dict[str, Target] = {
         count=f"{_COUNTS}:add_prototypes",
         summaries="all",
     ),
+    "cell_prototypes": Target(
+        help="a cell's assignment to prototypes",
+        of="cells",
+        predictors=("mask_token", "decoder"),
+        encoders=("momentum",),
+        build=f"{_TERMS}.cells:CellPrototypes",
+        count=f"{_COUNTS}:add_cell_prototypes",
+    ),
+    "summary": Target(
+        help="the encoder's own mean of the view, which nothing predicts",
+        of="view",
+        predictors=("none",),
+        encoders=("shared",),
+        build=f"{_TERMS}.summary:Summary",
+        count=f"{_COUNTS}:add_summary",
+        summaries="global",
+    ),
 }

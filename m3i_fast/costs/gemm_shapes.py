@@ -187,11 +187,11 @@ def _passes(counts: StepCounts, stride: int) -> dict[str, ModuleCall]:
 
 
 def _encoder_passes(counts: StepCounts, stride: int) -> dict[str, ModuleCall]:
-    vision, mode = counts.vision, counts.objective.mixing.mode
+    vision = counts.vision
     prefix = vision.num_prefix if isinstance(vision, ViTConfig) else 0
     whole = (vision.image_size // stride) ** 2 + prefix
     own = ModuleCall(counts.num_inputs * counts.num_views, whole)
-    if mode in ("own_image", "masked"):
+    if counts.objective.mixing.encodes_alone:
         own = ModuleCall(counts.num_images * counts.num_views, counts.num_own + prefix)
     asked = dict.fromkeys(("momentum", "snapshot", "frozen"), 0)
     for (encoder, _), rows in target_rows(counts.objective.active_terms).items():

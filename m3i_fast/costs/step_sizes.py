@@ -82,6 +82,11 @@ class StepCounts:
         return self.objective.mixing.num_own(self.num_cells, self.progress)
 
     @property
+    def num_tokens(self) -> int:
+        """Return the tokens that the encoder gives for an image: of the cells shown, or of all."""
+        return self.num_cells if self.objective.mixing.encodes_hidden else self.num_own
+
+    @property
     def num_views(self) -> int:
         """Return how many global views the trained encoder sees, 1 or 2."""
         return self.objective.num_encoded_views

@@ -65,6 +65,8 @@ def build_objective(
 
 def _freeze_encoder(objective: MutualInformation) -> None:
     objective.encoder.requires_grad_(False)
+    if objective.mask_token is not None:  # an input of the encoder's
+        objective.mask_token.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in objective.parameters()):
         raise ValueError(
             "optim.freeze_encoder: expected a term with weights of its own to train, got none; set "

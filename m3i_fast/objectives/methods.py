@@ -36,6 +36,8 @@ class Method:
     """Share of the cells hidden in mode masked."""
     mask_block: int = 1
     """Side of a mask block, in tokens."""
+    hidden: Literal["dropped", "mask_token"] = "dropped"
+    """What the encoder gets of hidden cells, as `MixingConfig.hidden`."""
     mask_per_batch: bool = False
     """Whether all inputs of a batch have one mask."""
     local_views: bool = False
@@ -90,12 +92,35 @@ prototypes = partial(
     likelihood="boltzmann",
     regulariser="centring",
 )
+cell_prototypes = partial(
+    Term,
+    target="cell_prototypes",
+    encoder="momentum",
+    predictor="mask_token",
+    likelihood="boltzmann",
+    regulariser="centring",
+)
+KOLEO = Term(
+    name="spread",
+    target="summary",
+    view="other",
+    encoder="shared",
+    predictor="none",
+    likelihood="none",
+    regulariser="koleo",
+    weight=0.2,  # both views' sum, each times 0.1
+)
 SIMCLR = embedding(
     name="views",
     encoder="shared",
     likelihood="boltzmann",
     regulariser="all_views",
     output_norm=False,
+)
+
+MASKS = (
+    "Every view is masked, by one share of its cells and both views of a picture alike; the mean "
+    "of the tokens in place of the class token."
 )
 
 METHODS: dict[str, Method] = {
@@ -377,6 +402,40 @@ METHODS: dict[str, Method] = {
         mode="own_image",
         mask_per_batch=True,
         differs="Images are mixed as pixels, by whole patches, and not as embeddings.",
+    ),
+    "ibot": Method(
+        title="iBOT",
+        paper="arXiv 2111.07832",
+        family="several targets",
+        terms=(
+            prototypes(name="prototypes", symmetric=True),
+            cell_prototypes(name="cells", symmetric=True),
+        ),
+        mode="masked",
+        hidden="mask_token",
+        mask_ratio=0.3,
+        mask_block=2,
+        local_views=True,
+        differs=f"{MASKS} Pictures and cells have a head each; the teacher's temperature is 0.04 "
+        "from the start; the centre of cells is that of the hidden ones.",
+    ),
+    "dinov2": Method(
+        title="DINOv2",
+        paper="arXiv 2304.07193",
+        family="several targets",
+        terms=(
+            prototypes(name="prototypes", symmetric=True),
+            cell_prototypes(name="cells", symmetric=True),
+            KOLEO,
+        ),
+        mode="masked",
+        hidden="mask_token",
+        mask_ratio=0.3,
+        mask_block=2,
+        local_views=True,
+        differs=f"{MASKS} Targets are centred, as in its authors' configuration for ImageNet-1k; "
+        "those of their largest models are balanced by Sinkhorn-Knopp. The teacher's temperature "
+        "is 0.04 from the start.",
     ),
     "slip": Method(
         title="SLIP",

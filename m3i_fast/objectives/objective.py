@@ -25,7 +25,7 @@ from m3i_fast.models.encoder import ImageEncoder, take_cells
 from m3i_fast.models.image_encoder import build_encoder
 from m3i_fast.models.transformer.blocks import TORCH_LAYERS, BlockLayers
 from m3i_fast.models.transformer.layers import reset_children
-from m3i_fast.models.transformer.vit import ViT
+from m3i_fast.models.transformer.vit import Masking, ViT
 from m3i_fast.objectives.balance import Balance
 from m3i_fast.objectives.heads import DenseDecoder
 from m3i_fast.objectives.mixing import Mix
@@ -98,6 +98,9 @@ class MutualInformation(nn.Module):
         self.encoder = build_encoder(vision, layers=layers)
         self._target_rows = target_rows(cfg.active_terms)
         self._num_views = cfg.num_encoded_views
+        self.mask_token = (
+            nn.Parameter(torch.zeros(vision.dim)) if cfg.mixing.encodes_hidden else None
+        )
         if cfg.uses(encoder="momentum"):
             self.target_encoder = MomentumEncoder(self.encoder)
         if cfg.uses(encoder="snapshot"):
@@ -130,6 +133,8 @@ class MutualInformation(nn.Module):
         averages = self.average_encoders()
         reset_children(self, but=[*averages, self.decoders, self.target_projectors])
         self._reset_decoders()
+        if self.mask_token is not None:
+            nn.init.zeros_(self.mask_token)
         for average, online in pairs.items():
             copy_state(average, online)
 
@@ -252,7 +257,7 @@ class MutualInformation(nn.Module):
         images = torch.cat([_mixed(view, mix) for view in views])
         index = self._stacked(mix)
         mode = self.cfg.mixing.mode
-        shown = index if mode in ("own_image", "masked") else None
+        shown = index if self.cfg.mixing.encodes_alone else None
         own, local = self._encode_views(images, shown, batch, mix)
         if mode == "joint":
             own = take_cells(own, index)
@@ -270,25 +275,40 @@ class MutualInformation(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:  # [K V P, n, C] or [V P, N, C], [B, m, C] each
         """Encode inputs and local views, by a ViT with all products of both together."""
         encoder, priority = self.encoder, mix.branch_priority
+        masking = self._masking(mix)
         if not batch.local_views:
-            return self._encode_inputs(images, shown, priority), ()
+            return self._encode_inputs(images, shown, priority, masking), ()
         local = torch.cat(batch.local_views)
         if isinstance(encoder, ViT) and priority is None:
             every = torch.arange(len(local), device=local.device)
             pictures = normalise_views(local, every, autocast_dtype(local.device.type))
-            own, of_local = encoder.encode_views(images, shown, pictures)
+            own, of_local = encoder.encode_views(images, shown, pictures, masking)
         else:
-            own = self._encode_inputs(images, shown, priority)
+            own = self._encode_inputs(images, shown, priority, masking)
             of_local = self._encode_whole(local, mix.local_branch_priority)
         return own, of_local.split(len(batch.local_views[0]))
 
     def _encode_inputs(
-        self, images: Tensor, shown: Tensor | None, priority: Tensor | None
+        self,
+        images: Tensor,
+        shown: Tensor | None,
+        priority: Tensor | None,
+        masking: Masking | None,
     ) -> Tensor:
-        if shown is None:
+        if shown is None and masking is None:
             return self.encoder.encode_cells(images, priority)
         assert isinstance(self.encoder, ViT)  # vision_conflicts
+        if shown is None:
+            return self.encoder.encode_cells(images, priority, masking)
         return self.encoder.encode_alone(images, shown, priority)
+
+    def _masking(self, mix: Mix) -> Masking | None:
+        """Return the cells of inputs, of all views, that are mask tokens for the encoder."""
+        if self.mask_token is None:
+            return None
+        index = self._stacked(mix)
+        hidden = torch.ones(len(index), self.grid**2, dtype=torch.bool, device=index.device)
+        return Masking(hidden.scatter_(1, index, False), self.mask_token)
 
     def _stacked(self, mix: Mix) -> Tensor:  # [K V P, n]
         """Repeat the cells of images for all views, so that image i is in input i % (V P)."""

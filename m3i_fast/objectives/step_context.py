@@ -44,7 +44,7 @@ def target_rows(terms: Iterable[Term]) -> dict[Source, Rows]:
     for term in terms:
         if term.encoder in ("none", "shared"):
             continue
-        views = {int(term.view == "other")} | ({0} if term.symmetric else set())
+        views = {0, 1} if term.symmetric else {int(term.view == "other")}
         for view in views:
             rows: Rows = term.asked if term.is_dense else "every"
             needed.setdefault((term.target_encoder, view), set()).add(rows)
@@ -67,7 +67,7 @@ class Targets:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """The encoder's tokens of the inputs: every image's own cells."""
+    """The encoder's tokens of the inputs: every image's own cells, or all with mask tokens."""
 
     views: tuple[Tensor, ...]  # [I, n, C] of the first view, and of the other one where asked for
     local: tuple[Tensor, ...] = ()  # [B, m, C] of each whole local view

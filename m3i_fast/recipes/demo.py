@@ -91,6 +91,7 @@ def demo_method(name: str, *, data: Path = Path("data/openmoji"), seed: int = 0)
         mask_ratio=method.mask_ratio,
         final_mask_ratio=method.mask_ratio,
         mask_block=method.mask_block,
+        hidden=method.hidden,
         mask_per_batch=method.mask_per_batch,
         min_contrast=0,
         num_queries=0,

@@ -40,6 +40,7 @@ CHOSEN = (
     "vicreg",
     "unigrad",
     "dino",
+    "ibot",
     "msn",
     "siameseim",
     "m3i",
@@ -51,7 +52,7 @@ def small_config(name: str) -> ObjectiveConfig:
     method = METHODS[name]
     return ObjectiveConfig(
         terms=method.terms,
-        mixing=MixingConfig(mode=method.mode, mask_block=1),
+        mixing=MixingConfig(mode=method.mode, mask_block=1, hidden=method.hidden),
         decoder=DecoderConfig(dim=32, depth=1, num_heads=2),
         captioner=CaptionerConfig(dim=16, depth=1, num_heads=2, parallel=method.parallel_captions),
         projector=ProjectorConfig(hidden_dim=16, output_dim=8, predictor_hidden_dim=8),

@@ -2,8 +2,8 @@
 
 A builder takes the term, the objective's config, the width of z and the process group. The loss
 that it returns is called as loss(z_hat, z) for pixels, features and embeddings, and returns a
-scalar; a loss of prototypes also has `targets` (`stateful.Prototypes`), and one of categories and
-captions takes what `ops.boltzmann` takes.
+scalar; a loss of prototypes also has `targets` (`stateful.Prototypes`), one of summaries is called
+as loss(z), and one of categories and captions takes what `ops.boltzmann` takes.
 
 With a process group a loss is that of the rows of all ranks where rows of a batch meet, and of the
 rank's rows where they do not (`row_statistics` says what that means for gradients). SimCLR's
@@ -23,7 +23,7 @@ from m3i_fast.config.losses import LOSSES
 from m3i_fast.config.objective import ObjectiveConfig, Term
 from m3i_fast.objectives.losses import similarity
 from m3i_fast.objectives.losses.annotations import binary_cross_entropy, known_squares
-from m3i_fast.objectives.losses.regularisers import barlow_twins, vicreg
+from m3i_fast.objectives.losses.regularisers import barlow_twins, koleo, vicreg
 from m3i_fast.objectives.losses.similarity import info_nce, negative_cosine_similarity, nt_xent
 from m3i_fast.objectives.losses.stateful import (
     Balanced,
@@ -172,3 +172,11 @@ def sinkhorn(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFu
 def mean_entropy(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
     """Build MSN's loss."""
     return MeanEntropy(term.temperature, group)
+
+
+# ---- Summaries -----------------------------------------------------------------------------------
+
+
+def nearest_neighbour(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
+    """Build KoLeo's entropy term, of the rows of one rank."""
+    return koleo

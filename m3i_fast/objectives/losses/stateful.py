@@ -1,4 +1,4 @@
-"""Losses that keep something from step to step, or take a teacher's logits, as modules.
+"""Losses that keep something from step to step, or take a teacher's features, as modules.
 
 A module's state is buffers, which `reset_parameters` sets and the run's checkpoints hold. With a
 process group the state is that of the rows of all ranks. Legend: N rows, E features, K rows of a
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -16,15 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m3i_fast.objectives.losses.distillation import (
-    centred_softmax,
+    inverse_temperature,
     mean_entropy,
     self_distillation,
-    sinkhorn_knopp,
     update_centre,
 )
 from m3i_fast.objectives.losses.regularisers import unigrad, update_correlation
 from m3i_fast.objectives.losses.similarity import dense_contrastive, moco
 from m3i_fast.objectives.row_statistics import wide
+from m3i_fast.ops import SoftTargets
 
 Group = dist.ProcessGroup | None
 
@@ -117,13 +118,14 @@ class UniGrad(nn.Module):
         return unigrad(z_hat, z, self.correlation.clone())
 
 
-# ---- Prototypes: targets(the teacher's logits of all views), then loss(logits, targets) ----------
+# ---- Prototypes: targets(the teacher's features of all views), then loss(predictions, targets) ---
 
 
 class Prototypes(nn.Module, ABC):
     """Compute the cross-entropy with the teacher's assignment, which subclasses define.
 
-    The loss is called once a step, with the rows of all pairs of views.
+    Logits are products of features and prototypes, and no [N, K] array of them is stored. The loss
+    is called once a step, with the rows of all pairs of an input view and a target view.
     """
 
     def __init__(self, temperature: float, group: Group) -> None:
@@ -131,15 +133,36 @@ class Prototypes(nn.Module, ABC):
         self.temperature, self.group = temperature, group
 
     @abstractmethod
-    def targets(self, logits: Sequence[Tensor]) -> list[Tensor]:
-        """Return the teacher's logits [N, K] of each target view as probabilities [N, K].
+    def targets(
+        self,
+        features: Sequence[Tensor],  # [N, E] of each target view, the teacher's
+        prototypes: Tensor,  # [K, E], the teacher's
+    ) -> list[SoftTargets]:
+        """Return each target view's assignment. It carries no gradient.
 
-        They carry no gradient.
+        Views whose logits are scaled by column alike have the same tensor `column_log_scale`.
         """
 
-    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:  # [N, K], [N, K] -> []
-        """Return the mean cross-entropy of the student's logits."""
-        return self_distillation(logits, targets, temperature=self.temperature)
+    def forward(
+        self,
+        features: Sequence[Tensor],  # [N, E] of each pair, the student's
+        targets: Sequence[SoftTargets],  # of each pair
+        prototypes: Tensor,  # [K, E]
+    ) -> Tensor:  # []
+        """Return the mean cross-entropy over the rows of all pairs."""
+        calls: dict[int, list[int]] = {}
+        for place, of_pair in enumerate(targets):
+            calls.setdefault(id(of_pair.column_log_scale), []).append(place)
+        num_rows = sum(len(rows) for rows in features)
+        values = []
+        for places in calls.values():  # one of all pairs, unless columns are scaled by view
+            rows = torch.cat([features[n] for n in places])
+            of_rows = replace(
+                targets[places[0]], z_hat=torch.cat([targets[n].z_hat for n in places])
+            )
+            value = self_distillation(rows, prototypes, of_rows, temperature=self.temperature)
+            values.append(value if len(rows) == num_rows else len(rows) / num_rows * value)
+        return sum(values[1:], start=values[0])
 
 
 class Centred(Prototypes):
@@ -160,25 +183,30 @@ class Centred(Prototypes):
         """Set the centre to 0."""
         self.centre.zero_()
 
-    def targets(self, logits: Sequence[Tensor]) -> list[Tensor]:
-        probabilities = [
-            centred_softmax(view, self.centre, temperature=self.SHARP) for view in logits
-        ]
+    @torch.no_grad()
+    def targets(self, features: Sequence[Tensor], prototypes: Tensor) -> list[SoftTargets]:
+        scale = inverse_temperature(self.SHARP, prototypes)
+        centring = -scale * self.centre.to(scale.dtype)
         if self.training:  # once for all views: none is centred by another one
-            rows = torch.cat(list(logits))
-            self.centre.copy_(update_centre(self.centre, rows, process_group=self.group))
-        return probabilities
+            rows = torch.cat(list(features))
+            moved = update_centre(self.centre, rows, prototypes, process_group=self.group)
+            self.centre.copy_(moved)
+        return [SoftTargets(view, prototypes, scale, centring) for view in features]
 
 
 class Balanced(Prototypes):
-    """Spread the rows evenly over prototypes by Sinkhorn-Knopp. SwAV, arXiv 2006.09882."""
+    """Spread the rows of each view evenly over prototypes by Sinkhorn-Knopp.
+
+    SwAV, arXiv 2006.09882.
+    """
 
     SHARP = 0.05
 
-    def targets(self, logits: Sequence[Tensor]) -> list[Tensor]:
+    def targets(self, features: Sequence[Tensor], prototypes: Tensor) -> list[SoftTargets]:
+        scale = inverse_temperature(self.SHARP, prototypes)
         return [
-            sinkhorn_knopp(view, temperature=self.SHARP, process_group=self.group)
-            for view in logits
+            SoftTargets.sinkhorn(view, prototypes, scale, process_group=self.group)
+            for view in features
         ]
 
 
@@ -188,12 +216,21 @@ class MeanEntropy(Prototypes):
     SHARP = 0.25  # times the temperature
     WEIGHT = 1.0
 
-    def targets(self, logits: Sequence[Tensor]) -> list[Tensor]:
-        sharp = self.SHARP * self.temperature
-        rows = [(wide(view) / sharp).log_softmax(-1) for view in logits]
-        return [sinkhorn_knopp(view, temperature=1.0, process_group=self.group) for view in rows]
+    def targets(self, features: Sequence[Tensor], prototypes: Tensor) -> list[SoftTargets]:
+        scale = inverse_temperature(self.SHARP * self.temperature, prototypes)
+        return [
+            SoftTargets.sinkhorn(view, prototypes, scale, whole_rows=True, process_group=self.group)
+            for view in features
+        ]
 
-    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+    def forward(
+        self, features: Sequence[Tensor], targets: Sequence[SoftTargets], prototypes: Tensor
+    ) -> Tensor:
         """Return the mean cross-entropy, plus the mean assignment's distance from an even one."""
-        spread = mean_entropy(logits, temperature=self.temperature, process_group=self.group)
-        return super().forward(logits, targets) + self.WEIGHT * spread
+        spread = mean_entropy(
+            torch.cat(list(features)),
+            prototypes,
+            temperature=self.temperature,
+            process_group=self.group,
+        )
+        return super().forward(features, targets, prototypes) + self.WEIGHT * spread

@@ -17,11 +17,12 @@ from m3i_fast.objectives.terms.dense import gather_cells
 
 
 class Gram(TermModule):
-    """A term whose z are the cosines of all pairs of cells that an image shows.
+    """A term whose z are the cosines of all pairs of cells for which the encoder has tokens.
 
     DINOv3, arXiv 2508.10104, section 4.2: |X X^T - X_G X_G^T|_F^2, rows of X of unit length, here
     over n^2. It leaves features free to move as long as their similarities stay. The target encoder
-    sees the whole view, the image shows its own cells of it.
+    sees the whole view, the image shows its own cells of it; hidden ones count where they are mask
+    tokens.
     """
 
     def __init__(self, term: Term, cfg: ObjectiveConfig, sizes: Sizes) -> None:
@@ -31,9 +32,10 @@ class Gram(TermModule):
         term, mix = self.term, step.mix
         tokens = mix.take(step.encoded.views[0], term.asked)
         with torch.no_grad():
-            cells = mix.take(mix.token_index, term.asked)
             seen = step.target_tokens(term.target_encoder, 0, term.asked)
-            z = cosines(gather_cells(seen, cells))
+            if seen.shape[1] > tokens.shape[1]:  # the encoder has no token of hidden cells
+                seen = gather_cells(seen, mix.take(mix.token_index, term.asked))
+            z = cosines(seen)
         z_hat = cosines(tokens)
         if monitor is not None:
             monitor(f"{term.name}_cosine", mean_cosine(z_hat.detach(), z))

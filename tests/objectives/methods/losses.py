@@ -7,7 +7,7 @@ paper's formula. What remembers something is started with the model and called s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from m3i_fast.objectives.objective import MutualInformation
-from tests.objectives.methods.steps import BATCH, PATCH, Step
+from tests.objectives.methods.steps import BATCH, GRID, PATCH, Step
 from tests.shared.torch_decoder import hidden_of
 
 Parts = dict[str, Tensor]
@@ -338,6 +338,38 @@ def dino(model: MutualInformation) -> Run:
         students = [_assign(term.head, pooled) for pooled in _pooled(step)]
         teachers = [_assign(term.momentum, step.momentum(view).mean(1)) for view in range(2)]
         return {"prototypes": criterion(teachers, students)}
+
+    return run
+
+
+def ibot(model: MutualInformation) -> Run:
+    """DINO's loss, and that of both views' hidden cells."""
+    of_views, term = dino(model), model.terms["cells"]
+    criterion = lightly.IBOTPatchLoss(term.loss.centre.shape[0]).double()
+    criterion.center.center = term.loss.centre.double().clone()[None]
+
+    def run(step: Step) -> Parts:
+        mask = torch.zeros(BATCH, GRID**2, dtype=torch.bool).scatter_(1, step.hidden, True)
+
+        def of_hidden(head: nn.Module, views: Iterable[Tensor]) -> Tensor:  # [2 I Q, K]
+            return torch.cat([_assign(head, tokens[mask]) for tokens in views])
+
+        student = of_hidden(term.head, step.tokens)
+        teacher = of_hidden(term.momentum, (step.momentum(view) for view in range(2)))
+        masks = mask.view(BATCH, GRID, GRID).repeat(2, 1, 1)
+        return {**of_views(step), "cells": criterion(teacher, student, masks)}
+
+    return run
+
+
+def dinov2(model: MutualInformation) -> Run:
+    """iBOT's, and KoLeo of the student's views, each by itself, with its weight of 0.1."""
+    with_cells = ibot(model)
+    koleo = lightly.KoLeoLoss(eps=1e-12)  # added to distances, where ours bounds them
+
+    def run(step: Step) -> Parts:
+        spread = sum(koleo(tokens.mean(1).double()) for tokens in step.tokens)
+        return {**with_cells(step), "spread": 0.1 * spread}
 
     return run
 

@@ -77,6 +77,8 @@ ORACLES: dict[str, MethodOracle] = {
     "mixmim": MethodOracle(
         f"{NORMALISED}, each image's hidden cells", losses.each_step(losses.hidden_pixels)
     ),
+    "ibot": MethodOracle("lightly DINOLoss + IBOTPatchLoss", losses.ibot),
+    "dinov2": MethodOracle("lightly DINOLoss + IBOTPatchLoss + KoLeoLoss", losses.dinov2),
     "slip": MethodOracle("open_clip ClipLoss + lightly NTXentLoss", losses.each_step(losses.slip)),
     "m3i": MethodOracle(
         "M3I's formulas in fp64, torch cross_entropy, scikit-learn StandardScaler", losses.m3i
@@ -126,9 +128,10 @@ def _one_step(
     expected = run(step)
     parts, total = _our_parts(step, targets)
     assert parts.keys() == expected.keys(), f"{name}: terms {list(parts)}, {list(expected)}"
-    pairs = [(parts[term], expected[term]) for term in parts]
-    value = max(relative([a], [b]) for a, b in (*pairs, (total, sum(expected.values()))))
-    return Errors(error, value, max(_gradient_error(step, a, b) for a, b in pairs))
+    pairs = {term: (parts[term], expected[term]) for term in parts}
+    whole = total, sum(expected.values())
+    value = max(relative([a], [b]) for a, b in (*pairs.values(), whole))
+    return Errors(error, value, max(_gradient_error(step, term, *of) for term, of in pairs.items()))
 
 
 def _said_by_others(step: Step, method: Method) -> tuple[Encoded, Targets]:
@@ -176,11 +179,13 @@ def _keep(found: losses.Parts, name: str, module: nn.Module, args: tuple, output
     found[name] = output[0]
 
 
-def _gradient_error(step: Step, ours: Tensor, theirs: Tensor) -> float:
-    """The larger one of both groups'."""
+def _gradient_error(step: Step, term: str, ours: Tensor, theirs: Tensor) -> float:
+    """The larger one of both groups'; of the encoder's tokens alone where nothing predicts."""
     modules = (step.model.terms, step.model.decoders)
     learnt = [p for module in modules for p in module.parameters() if p.requires_grad]
-    groups = [*step.tokens, *step.local], learnt
+    groups: list[list[Tensor]] = [[*step.tokens, *step.local]]
+    if modules[0][term].state_dict():
+        groups.append(learnt)
     errors = []
     for group in groups:
         pair = [

@@ -64,6 +64,7 @@ def build_model(method: Method) -> MutualInformation:
             mask_ratio=method.mask_ratio,
             final_mask_ratio=method.mask_ratio,
             mask_block=method.mask_block,
+            hidden=method.hidden,
             mask_per_batch=method.mask_per_batch,
         ),
         decoder=DecoderConfig(dim=32, depth=1, num_heads=2),
@@ -158,18 +159,23 @@ class Step:
         return transforms.normalize(views.to(self.dtype) / 255, mean, std)
 
     @torch.no_grad()
-    def encode(self, images: Tensor, shown: Tensor | None = None) -> Tensor:  # -> [I, n, C]
-        """The encoder's tokens of the cells shown, [I, n], or of all."""
+    def encode(
+        self, images: Tensor, shown: Tensor | None = None, hidden: Tensor | None = None
+    ) -> Tensor:  # -> [I, n, C]
+        """The encoder's tokens of the cells shown, [I, n], or of all; hidden: of mask tokens."""
         vit = MaskedVisionTransformerTIMM(
             to_timm(self.model.encoder),
+            mask_token=self.model.mask_token,
             weight_initialization="skip",
             pos_embed_initialization="skip",
         )
-        return vit.encode(images, idx_keep=shown)
+        return vit.encode(images, idx_keep=shown, idx_mask=hidden)
 
     def inputs(self, view: int, mode: str) -> Tensor:  # [I, n, C]
         """The encoder's tokens of the cells that images show: each image by itself, or where they
         are encoded together cut out of the picture that shows all of them."""
+        if self.model.cfg.mixing.hidden == "mask_token":
+            return self.encode(self.pictures(view), hidden=self.hidden)
         if mode != "joint":
             return self.encode(self.pictures(view), self.shown)
         together = torch.zeros_like(self.pictures(view))[: self.mix.num_inputs]

@@ -17,6 +17,7 @@ from m3i_fast.config.objective import ObjectiveConfig, Term
 from m3i_fast.costs.step_flops import step_flops, without_sampling
 from m3i_fast.engine.parallel.ranks import World
 from m3i_fast.engine.train_step import build_train_step
+from m3i_fast.objectives.methods import METHODS
 from m3i_fast.ops import IMAGENET_MEAN, IMAGENET_STD
 from m3i_fast.recipes import demo_method, shrink
 from tests.shared.engine.real_step import FP32, stepper
@@ -53,9 +54,13 @@ def mean_square_of_grams(own: Tensor, snapshot: Tensor) -> float:
     return float(np.mean(values))
 
 
-@pytest.mark.parametrize("mode", ["own_image", "joint", "none"])
+@pytest.mark.parametrize("mode", ["own_image", "joint", "none", "masked", "mask_token"])
 def test_it_is_the_papers_formula_of_the_cells_that_an_image_shows(mode: str) -> None:
-    cfg = with_gram(make_config(mode))
+    hidden = "mask_token" if mode == "mask_token" else "dropped"
+    cfg = with_gram(make_config("masked" if hidden == "mask_token" else mode, only="caption"))
+    average = replace(METHODS["dino"].terms[0], symmetric=False, weight=1e-9)
+    mixing = replace(cfg.mixing, hidden=hidden)  # type: ignore[arg-type]
+    cfg = replace(cfg, terms=(*cfg.terms, average), mixing=mixing)
     model, batch = build_model(cfg), make_batch()
     with torch.no_grad():  # a snapshot that is not the encoder
         for parameter in model.snapshot.parameters():
@@ -65,7 +70,10 @@ def test_it_is_the_papers_formula_of_the_cells_that_an_image_shows(mode: str) ->
     images = torch.stack([batch.global_views[0][n] for n in mix.sample.tolist()])
     mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
     seen = model.snapshot((images.float() / 255 - mean) / std)
-    shown = torch.stack([view[cells] for view, cells in zip(seen, mix.token_index, strict=True)])
+    shown = seen
+    if hidden == "dropped":
+        cells = zip(seen, mix.token_index, strict=True)
+        shown = torch.stack([view[index] for view, index in cells])
     expected = mean_square_of_grams(own.detach(), shown)
     metrics = loss_of(model, batch, mix)[1]
     assert expected > 1e-4
