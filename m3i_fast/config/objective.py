@@ -57,10 +57,10 @@ class Term(Checked):
     ]
     """Predictor of z_hat. none: the encoder's tokens themselves; head: mean over the tokens, then
     an MLP; captioner: causal Transformer over the caption, which reads the cells; linear: of each
-    token; decoder: Transformer with mask tokens; mask_token: the encoder itself at a hidden cell, of
-    which it gets a mask token, then an MLP (`mixing.hidden`); projector: MLP with batch norm, which
-    the target's side has too; projector_predictor: another MLP on top of it, on the input's side
-    alone."""
+    token; decoder: Transformer with mask tokens; mask_token: the encoder itself at a hidden cell,
+    of which it gets a mask token, then an MLP (`mixing.hidden`); projector: MLP with batch norm,
+    which the target's side has too; projector_predictor: another MLP on top of it, on the input's
+    side alone."""
     likelihood: str
     """Likelihood. gaussian: squared distance; boltzmann: softmax over candidates; sigmoid: of each
     pair; or one that a loss of your own names."""
