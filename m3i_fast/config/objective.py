@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from m3i_fast.config.balance import BalanceConfig
-from m3i_fast.config.fields import SOME_ROWS, WIDTHS, Checked, Conflict, unmet
+from m3i_fast.config.fields import NUMBERS, SOME_ROWS, WIDTHS, Checked, Conflict, unmet
 from m3i_fast.config.heads import CaptionerConfig, DecoderConfig, ProjectorConfig
 from m3i_fast.config.losses import LOSSES, LossKey
 from m3i_fast.config.mixing import MixingConfig
@@ -19,6 +19,8 @@ from m3i_fast.config.models.vision import VisionConfig
 from m3i_fast.config.targets import TARGETS, Target
 
 MAX_SCALE = 100.0
+SHARPENING = ("centring", "sinkhorn", "mean_entropy")
+"""Regularisers whose targets are softmaxes over prototypes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,6 +87,12 @@ class Term(Checked):
     predictor mask_token: whether both views predict their own hidden cells."""
     temperature: float = 0.1
     """Temperature of softmaxes over embeddings or prototypes; category and caption learn theirs."""
+    target_temperature: float | None = None
+    """Temperature of the softmax over prototypes that gives the target; none: its paper's, 0.04 of
+    centring, 0.05 of sinkhorn, a quarter of `temperature` of mean_entropy."""
+    target_warmup_steps: Annotated[int, NUMBERS] = 0
+    """Steps in which the target's temperature goes from its paper's to `target_temperature`, in
+    equal parts (DINO: 0.04 to 0.07 in the first 30 epochs)."""
     output_norm: bool = True
     """Whether the projector ends in a batch norm without affine."""
     weight: float = 1.0
@@ -121,6 +129,15 @@ class Term(Checked):
             ),
             weight=(self.weight >= 0, ">= 0"),
             temperature=(self.temperature > 0, "> 0"),
+            target_temperature=(
+                self.target_temperature is None
+                or (self.regulariser in SHARPENING and self.target_temperature > 0),
+                f"none, or > 0 with a regulariser among {SHARPENING}",
+            ),
+            target_warmup_steps=(
+                not self.target_warmup_steps or self.target_temperature is not None,
+                "0 without target_temperature",
+            ),
             mean=(
                 self.mean == "batch" or self.is_annotation,
                 f"batch for {self.target}, which every picture has (members is for annotations)",

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pkgutil import resolve_name
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -161,17 +162,23 @@ def running_correlation(term: Term, cfg: ObjectiveConfig, dim: int, group: Group
 
 def centring(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
     """Build DINO's loss."""
-    return Centred(term.temperature, group, cfg.num_prototypes)
+    return Centred(term.temperature, group, cfg.num_prototypes, **_of_targets(term))
 
 
 def sinkhorn(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
     """Build SwAV's loss."""
-    return Balanced(term.temperature, group)
+    return Balanced(term.temperature, group, **_of_targets(term))
 
 
 def mean_entropy(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
     """Build MSN's loss."""
-    return MeanEntropy(term.temperature, group)
+    return MeanEntropy(term.temperature, group, **_of_targets(term))
+
+
+def _of_targets(term: Term) -> dict[str, Any]:
+    """Return the temperature of a term's targets, as `stateful.Prototypes` takes it."""
+    names = "target_temperature", "target_warmup_steps"
+    return {name: getattr(term, name) for name in names}
 
 
 # ---- Summaries -----------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -121,6 +122,38 @@ class UniGrad(nn.Module):
 # ---- Prototypes: targets(the teacher's features of all views), then loss(predictions, targets) ---
 
 
+class TargetScale(nn.Module):
+    """Compute 1 / temperature of the targets, which may move over the first steps.
+
+    From step to step it goes from `start` to `end` in equal parts, as DINO's: the steps are counted
+    on the device.
+    """
+
+    num_steps: Tensor  # [] int64, of training so far; there is none without a warm-up
+
+    def __init__(self, start: float, end: float | None = None, warmup_steps: int = 0) -> None:
+        super().__init__()
+        self.start, self.end, self.warmup_steps = start, start if end is None else end, warmup_steps
+        if warmup_steps:
+            self.register_buffer("num_steps", torch.zeros((), dtype=torch.int64))
+
+    def reset_parameters(self) -> None:
+        """Set the count of steps to 0."""
+        if self.warmup_steps:
+            self.num_steps.zero_()
+
+    @torch.no_grad()
+    def forward(self, like: Tensor) -> Tensor:  # -> [], as `inverse_temperature`
+        """Return the scale of this step, and count it in training."""
+        end = inverse_temperature(self.end, like)
+        if not self.warmup_steps:
+            return end
+        share = (self.num_steps / max(self.warmup_steps - 1, 1)).clamp(max=1).to(end.dtype)
+        if self.training:
+            self.num_steps += 1
+        return (self.start + (self.end - self.start) * share).reciprocal()
+
+
 class Prototypes(nn.Module, ABC):
     """Compute the cross-entropy with the teacher's assignment, which subclasses define.
 
@@ -128,9 +161,25 @@ class Prototypes(nn.Module, ABC):
     is called once a step, with the rows of all pairs of an input view and a target view.
     """
 
-    def __init__(self, temperature: float, group: Group) -> None:
+    SHARP: float
+    """Temperature of the targets in the paper."""
+
+    def __init__(
+        self,
+        temperature: float,
+        group: Group,
+        *,
+        target_temperature: float | None = None,
+        target_warmup_steps: int = 0,
+    ) -> None:
         super().__init__()
         self.temperature, self.group = temperature, group
+        self.target_scale = TargetScale(self.sharp, target_temperature, target_warmup_steps)
+
+    @property
+    def sharp(self) -> float:
+        """Return the temperature of the targets in the paper."""
+        return self.SHARP
 
     @abstractmethod
     def targets(
@@ -166,26 +215,29 @@ class Prototypes(nn.Module, ABC):
 
 
 class Centred(Prototypes):
-    """Centre the logits with momentum 0.9, and sharpen them by temperature 0.04.
+    """Centre the logits with momentum 0.9, and sharpen them. DINO, arXiv 2104.14294.
 
-    DINO, arXiv 2104.14294.
+    of_targets: as of `Prototypes`.
     """
 
     SHARP = 0.04
     centre: Tensor  # [K] fp32
 
-    def __init__(self, temperature: float, group: Group, num_prototypes: int) -> None:
-        super().__init__(temperature, group)
+    def __init__(
+        self, temperature: float, group: Group, num_prototypes: int, **of_targets: Any
+    ) -> None:
+        super().__init__(temperature, group, **of_targets)
         self.register_buffer("centre", torch.empty(num_prototypes))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set the centre to 0."""
+        """Set the centre to 0, as the count of steps."""
         self.centre.zero_()
+        self.target_scale.reset_parameters()
 
     @torch.no_grad()
     def targets(self, features: Sequence[Tensor], prototypes: Tensor) -> list[SoftTargets]:
-        scale = inverse_temperature(self.SHARP, prototypes)
+        scale = self.target_scale(prototypes)
         centring = -scale * self.centre.to(scale.dtype)
         if self.training:  # once for all views: none is centred by another one
             rows = torch.cat(list(features))
@@ -203,7 +255,7 @@ class Balanced(Prototypes):
     SHARP = 0.05
 
     def targets(self, features: Sequence[Tensor], prototypes: Tensor) -> list[SoftTargets]:
-        scale = inverse_temperature(self.SHARP, prototypes)
+        scale = self.target_scale(prototypes)
         return [
             SoftTargets.sinkhorn(view, prototypes, scale, process_group=self.group)
             for view in features
@@ -216,8 +268,12 @@ class MeanEntropy(Prototypes):
     SHARP = 0.25  # times the temperature
     WEIGHT = 1.0
 
+    @property
+    def sharp(self) -> float:
+        return self.SHARP * self.temperature
+
     def targets(self, features: Sequence[Tensor], prototypes: Tensor) -> list[SoftTargets]:
-        scale = inverse_temperature(self.SHARP * self.temperature, prototypes)
+        scale = self.target_scale(prototypes)
         return [
             SoftTargets.sinkhorn(view, prototypes, scale, whole_rows=True, process_group=self.group)
             for view in features

@@ -5,11 +5,13 @@ Legend: N rows, E features, K prototypes.
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from m3i_fast.models.transformer.layers import reset
 from m3i_fast.objectives.losses.stateful import Balanced, Centred, MeanEntropy, Prototypes
 from m3i_fast.objectives.terms.views import log_assignment
 from m3i_fast.ops import boltzmann_rows
@@ -72,6 +74,27 @@ def test_values_and_gradients_are_those_of_all_logits(kind: type[Prototypes]) ->
     if isinstance(loss, Centred):
         mean = torch.cat([view @ teacher.T for view in views]).mean(0)
         torch.testing.assert_close(loss.centre, 0.9 * before + 0.1 * mean, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", [Centred, Balanced, MeanEntropy])
+def test_the_temperature_of_targets_moves_as_dinos(kind: type[Prototypes]) -> None:
+    """numpy's linspace over the warm-up, as DINO's code; evaluation neither counts nor moves it."""
+    options = {"target_temperature": 0.07, "target_warmup_steps": 5}
+    args = (K,) if kind is Centred else ()
+    loss, fixed = kind(TEMPERATURE, None, *args, **options), kind(TEMPERATURE, None, *args)
+    start = {Centred: 0.04, Balanced: 0.05, MeanEntropy: 0.025}[kind]
+    teacher, view = unit(K, E, seed=1), unit(N, E, seed=2)
+    expected = [*np.linspace(start, 0.07, 5), 0.07, 0.07]
+    found = []
+    for _ in expected:
+        loss.eval().targets([view], teacher)
+        found.append(1 / float(loss.train().targets([view], teacher)[0].scale))
+        assert float(fixed.targets([view], teacher)[0].scale) == pytest.approx(1 / start)
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert "target_scale.num_steps" in loss.state_dict()
+    assert not any("num_steps" in name for name in fixed.state_dict())
+    reset(loss)
+    assert 1 / float(loss.targets([view], teacher)[0].scale) == pytest.approx(start)
 
 
 def test_views_that_are_centred_alike_are_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
