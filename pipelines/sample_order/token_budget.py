@@ -123,18 +123,14 @@ class TokenBudget:
         """
         if start < 0:
             raise ValueError(f"start: expected 0 or more, got {start}")
-        ends = [start]
-        held = np.zeros(0, np.int64)  # tokens of the samples from the last end on
-        for _ in range(self.num_ranks * self.accumulate):
-            if len(held) <= self.most_samples:  # the sample after a full batch is asked for as well
-                first = ends[-1] + len(held)
-                count = self.most_samples * self.num_ranks * self.accumulate + 1
-                more = self.most_tokens(np.arange(first, first + count)).sum(1)
-                held = np.concatenate([held, more])
-            taken = int(np.searchsorted(held.cumsum(), self.tokens, side="right"))
-            ends.append(ends[-1] + taken)
-            held = held[taken:]
-        return np.array(ends, np.int64)
+        num_batches = self.num_ranks * self.accumulate
+        asked = np.arange(start, start + num_batches * self.most_samples + 1)
+        before = np.concatenate([[0], self.most_tokens(asked).sum(1).cumsum()])
+        ends = [0]
+        for _ in range(num_batches):
+            full = before[ends[-1]] + self.tokens
+            ends.append(int(np.searchsorted(before, full, side="right")) - 1)
+        return start + np.array(ends, np.int64)
 
     def positions(self, start: int, rank: int, batch: int = 0) -> Integers:
         """Return the positions of a rank's batch in the step that begins at a position, ascending.
