@@ -1,7 +1,8 @@
-"""One file adds a method with a new loss: docs/extend/new_method.md, and one with independent rows.
+"""One file adds a method: with a new loss, one of independent rows, and with a new target.
 
-Each of them is listed, trains, has its FLOPs in the step's, and is accumulated or refused as its
-`independent` says, while no other file is touched.
+The first and the last are those of docs/extend/new_method.md. Each is listed, trains, has its FLOPs
+in the step's, and is accumulated or refused as its `independent` says, while no other file is
+touched.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from m3i_fast.config import TextConfig, TrainConfig
 from m3i_fast.config.losses import LOSSES, no_products
+from m3i_fast.config.targets import TARGETS
 from m3i_fast.costs.step_flops import step_flops, without_sampling
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.objectives.methods import METHODS
@@ -73,16 +75,18 @@ METHODS["spectrum"] = Method(title="Spectrum", paper="none", family="intra-view"
 if __name__ == "__main__":
     raise SystemExit(main())
 """
-NAMES = ("simdino", "spectrum")
+NEW_LOSSES = ("simdino", "spectrum")
+TERMS = {"simdino": "embedding", "spectrum": "spectrum", "colour": "colour"}
+"""The term of each file's method."""
 TEXT = TextConfig(vocab_size=90, context_length=24, dim=32, depth=2, num_heads=2, embed_dim=32)
 
 
 @pytest.fixture(scope="module")
 def scripts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Each file, alone in a folder."""
-    (tutorial,) = re.findall(r"```python\n(.*?)```", TUTORIAL.read_text(), re.DOTALL)
+    simdino, colour = re.findall(r"```python\n(.*?)```", TUTORIAL.read_text(), re.DOTALL)
     paths = {}
-    for name, code in zip(NAMES, (tutorial, SPECTRUM), strict=True):
+    for name, code in zip(TERMS, (simdino, SPECTRUM, colour), strict=True):
         paths[name] = tmp_path_factory.mktemp(name) / f"{name}.py"
         paths[name].write_text(code)
     return paths
@@ -90,12 +94,12 @@ def scripts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def added(scripts: dict[str, Path]) -> Iterator[None]:
-    """Have both files' losses and methods in this process, for one test."""
-    losses, methods = dict(LOSSES), dict(METHODS)
+    """Have the files' targets, losses and methods in this process, for one test."""
+    known = [(table, dict(table)) for table in (TARGETS, LOSSES, METHODS)]  # type: ignore[call-overload]
     for path in scripts.values():
         runpy.run_path(str(path))
     yield
-    for table, before in ((LOSSES, losses), (METHODS, methods)):
+    for table, before in known:
         for key in table.keys() - before.keys():
             del table[key]  # type: ignore[attr-defined]
 
@@ -122,7 +126,7 @@ def test_the_tutorials_method_explains_itself(scripts: dict[str, Path]) -> None:
     assert "L_embedding = -cos(z_hat, sg(z)) - 0.01 R(z_hat)" in explained
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TERMS)
 def test_one_file_is_all_that_a_method_takes(
     name: str, scripts: dict[str, Path], dataset: Path, tmp_path: Path
 ) -> None:
@@ -131,9 +135,11 @@ def test_one_file_is_all_that_a_method_takes(
     request = ["--out", str(out), f"--data.path={dataset}", *SMALL]
     _run(scripts[name], "train", f"demo_{name}", *request)
     rows = read_jsonl(out / "metrics.jsonl")
-    term = "embedding" if name == "simdino" else "spectrum"
     assert [row["step"] for row in rows] == [1, 2, 3]
-    assert {f"loss/{term}", f"monitor/{term}_cosine", "monitor/target_rank"} <= rows[0].keys()
+    expected = {f"loss/{TERMS[name]}", "monitor/target_rank"}
+    if name in NEW_LOSSES:
+        expected.add(f"monitor/{TERMS[name]}_cosine")
+    assert expected <= rows[0].keys()
     assert [path for path in scripts[name].parent.rglob("*") if path.is_file()] == [scripts[name]]
 
 
@@ -146,7 +152,15 @@ def _small(name: str) -> TrainConfig:
     )
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.usefixtures("added")
+def test_the_flops_of_a_new_target_are_in_the_steps() -> None:
+    cfg = _small("colour")
+    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as of_step:
+        stepper(cfg)()
+    assert without_sampling(step_flops(cfg)).hardware == of_step.get_total_flops()
+
+
+@pytest.mark.parametrize("name", NEW_LOSSES)
 @pytest.mark.usefixtures("added")
 def test_its_flops_are_in_the_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = _small(name)

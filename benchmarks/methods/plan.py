@@ -16,7 +16,6 @@ from m3i_fast.benchmarks.methods.table import OURS, TITLES, UNTRAINED
 from m3i_fast.benchmarks.methods.variants import AS_BEFORE, AS_IT_WAS, VARIANTS
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.convert import to_tree
-from m3i_fast.config.objective import LABELS
 from m3i_fast.objectives.methods import METHODS
 from m3i_fast.recipes import demo_method
 
@@ -325,7 +324,7 @@ def is_label_free(method: str) -> bool:
     """
     objective = config_of(method).objective
     return not any(
-        term.target in LABELS or term.encoder == "frozen" for term in objective.active_terms
+        term.is_annotation or term.encoder == "frozen" for term in objective.active_terms
     )
 
 

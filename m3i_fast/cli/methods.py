@@ -108,8 +108,8 @@ def explain(name: str) -> list[str]:
         ]
         if term.standardise != "none":
             lines.append(f"  channels of z standardised: {STANDARDISED[term.standardise]}")
-        if term.target in ("category", "caption"):
+        if term.is_annotation:
             lines.append(f"  mean over {MEANS[term.mean]}")
-        if term.target in ("embedding", "prototypes") or term.regulariser == "queue":
+        if term.kind.of == "view" or term.regulariser == "queue":
             lines.append(f"  tau = {term.temperature:g}")
     return lines

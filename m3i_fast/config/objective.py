@@ -16,18 +16,9 @@ from m3i_fast.config.heads import DecoderConfig, ProjectorConfig
 from m3i_fast.config.losses import LOSSES, LossKey
 from m3i_fast.config.mixing import MixingConfig
 from m3i_fast.config.models.vision import VisionConfig
+from m3i_fast.config.targets import TARGETS, Target
 
 MAX_SCALE = 100.0
-DENSE = ("pixels", "features")
-LABELS = ("category", "caption")
-PREDICTORS = {
-    "category": ("head",),
-    "caption": ("head",),
-    "pixels": ("linear", "decoder"),
-    "features": ("linear", "decoder", "projector"),
-    "embedding": ("projector", "projector_predictor"),
-    "prototypes": ("projector",),
-}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,9 +27,10 @@ class Term(Checked):
 
     name: str
     """Name of the term in metrics and tables."""
-    target: Literal["category", "caption", "pixels", "features", "embedding", "prototypes"]
-    """Target z: class embedding; caption's embedding; pixels of a patch, normalised; features of a
-    patch; one embedding of the view; its assignment to prototypes."""
+    target: str
+    """Target z, a row of `m3i_fast.config.targets.TARGETS`. category: embedding of the class;
+    caption: embedding of the caption; pixels: of a patch, normalised; features: of a patch;
+    embedding: one of the view; prototypes: the view's assignment to them."""
     view: Literal["same", "other"] = "same"
     """View of the target: the input's, or another one of the same picture."""
     asked: Literal["first", "last", "all"] = "all"
@@ -79,6 +71,13 @@ class Term(Checked):
         return f"term {self.name!r}: "
 
     def conflicts(self) -> Iterator[Conflict]:
+        if self.target not in TARGETS:
+            yield (
+                "target",
+                f"expected one of {sorted(TARGETS)}, got {self.target!r}; a new one is added to "
+                "m3i_fast.config.targets.TARGETS",
+            )
+            return
         if self.loss_key not in LOSSES:
             known = sorted(key[1:] for key in LOSSES if key[0] == self.target)
             yield (
@@ -90,15 +89,14 @@ class Term(Checked):
         yield from unmet(
             self,
             predictor=(
-                self.predictor in PREDICTORS[self.target],
-                f"one of {PREDICTORS[self.target]} for target {self.target}",
+                self.predictor in self.kind.predictors,
+                f"one of {self.kind.predictors} for target {self.target}",
             ),
             weight=(self.weight >= 0, ">= 0"),
             temperature=(self.temperature > 0, "> 0"),
             mean=(
-                self.mean == "batch" or self.target in LABELS,
-                f"batch for {self.target}, which every picture has (members is for category and "
-                "caption)",
+                self.mean == "batch" or self.is_annotation,
+                f"batch for {self.target}, which every picture has (members is for annotations)",
             ),
             standardise=(
                 self.standardise == "none" or of_gaussian_features,
@@ -110,21 +108,20 @@ class Term(Checked):
         yield from self._symmetry_conflicts()
 
     def _encoder_conflicts(self) -> Iterator[Conflict]:
-        if (self.encoder == "none") != (self.target in (*LABELS, "pixels")):
+        if self.encoder not in self.kind.encoders:
             yield (
                 "encoder",
-                "expected none for category, caption and pixels alone, got "
-                f"{self.encoder} for {self.target}",
+                f"expected {' or '.join(self.kind.encoders)} for {self.target}, got {self.encoder}",
             )
-        if self.encoder == "shared" and (self.view != "other" or self.is_dense):
+        if self.encoder == "shared" and self.view != "other":
             yield (
                 "encoder",
-                "expected none, momentum or frozen, or shared with an embedding or prototypes of "
-                f"the other view, got shared with {self.target} of the {self.view} view",
+                "expected momentum or frozen, or shared with a target of the other view, got "
+                f"shared with {self.target} of the {self.view} view",
             )
 
     def _symmetry_conflicts(self) -> Iterator[Conflict]:
-        if self.symmetric and (self.view != "other" or self.is_dense):
+        if self.symmetric and (self.view != "other" or self.kind.of != "view"):
             yield (
                 "symmetric",
                 "expected an embedding or prototypes of the other view, got "
@@ -143,9 +140,19 @@ class Term(Checked):
         return self.target, self.likelihood, self.regulariser
 
     @property
+    def kind(self) -> Target:
+        """Return what is known of this kind of target."""
+        return TARGETS[self.target]
+
+    @property
     def is_dense(self) -> bool:
-        """Return whether z is of single cells: pixels or features."""
-        return self.target in DENSE
+        """Return whether z is of single cells."""
+        return self.kind.of == "cells"
+
+    @property
+    def is_annotation(self) -> bool:
+        """Return whether z is an annotation of the picture, which some pictures lack."""
+        return self.kind.of == "annotation"
 
     @property
     def decorrelates(self) -> bool:
@@ -232,12 +239,12 @@ class ObjectiveConfig(Checked):
                 "expected predictor decoder, or linear with mixing.mode none and the same view, as "
                 f"it predicts the cell of its own token, got linear of {linear}",
             )
-        views = [t.name for t in self.active_terms if t.target not in LABELS]
+        views = [t.name for t in self.active_terms if not t.is_annotation]
         if self.mixing.mode == "blend" and views:
             yield (
                 "mixing.mode",
-                "expected blend, which leaves no image's pixels alone, with category and caption "
-                f"terms only, got {views}",
+                "expected blend, which leaves no image's pixels alone, with terms of annotations "
+                f"only, got {views}",
             )
 
     @property

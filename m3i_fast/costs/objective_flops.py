@@ -17,7 +17,7 @@ from m3i_fast.config.losses import LOSSES, LossSizes
 from m3i_fast.config.models.internimage import InternImageConfig
 from m3i_fast.config.models.vision import VisionConfig
 from m3i_fast.config.models.vit import ViTConfig
-from m3i_fast.config.objective import LABELS, Term
+from m3i_fast.config.objective import Term
 from m3i_fast.costs.encoder_flops import (
     block,
     internimage,
@@ -45,7 +45,7 @@ def step(counts: StepCounts) -> Parts:
     _encode_targets(counts, parts)
     _encode_inputs(counts, parts)
     for term in counts.objective.active_terms:
-        _add_term(term, counts, parts)
+        term.kind.counter()(term, counts, parts)
     for number in sorted(_summaries(counts)):
         rows, cells = counts.num_images, counts.num_own
         if number >= counts.num_views:
@@ -158,33 +158,18 @@ def _summaries(counts: StepCounts) -> set[int]:
     local = range(counts.num_views, counts.num_views + counts.num_local)
     views: set[int] = set()
     for term in counts.objective.active_terms:
-        if term.target in ("category", "caption"):
-            views |= {0, *local}
-        elif term.target == "prototypes":
-            views |= {*range(2 if term.sees_both_views else 1), *local}
-        elif term.target == "embedding":
+        if term.kind.summaries != "none":
             views |= set(range(1 + term.sees_both_views))
+        if term.kind.summaries == "all":
+            views |= set(local)
     return views
 
 
 # ---- Terms ---------------------------------------------------------------------------------------
 
 
-def _add_term(term: Term, counts: StepCounts, parts: Parts) -> None:
-    match term.target:
-        case "category" | "caption":
-            _add_label(term, counts, parts)
-        case "embedding":
-            _add_embedding(term, counts, parts)
-        case "prototypes":
-            _add_prototypes(term, counts, parts)
-        case _ if term.predictor == "projector":
-            _add_dense_contrast(term, counts, parts)
-        case _:
-            _add_dense(term, counts, parts)
-
-
-def _add_label(term: Term, counts: StepCounts, parts: Parts) -> None:
+def add_label(term: Term, counts: StepCounts, parts: Parts) -> None:
+    """Add a category or caption."""
     rows, dim = counts.num_summaries, counts.text.embed_dim
     hidden = counts.objective.head_hidden_dim
     widths = (hidden, dim) if hidden else (dim,)
@@ -198,7 +183,11 @@ def _add_label(term: Term, counts: StepCounts, parts: Parts) -> None:
     parts[LIKELIHOODS] += _loss(term, counts, rows=rows, dim=dim, targets=targets)
 
 
-def _add_dense(term: Term, counts: StepCounts, parts: Parts) -> None:
+def add_dense(term: Term, counts: StepCounts, parts: Parts) -> None:
+    """Add pixels or features of cells."""
+    if term.predictor == "projector":
+        _add_dense_contrast(term, counts, parts)
+        return
     vision, cfg = counts.vision, counts.objective
     dim = counts.encoder_of(term.encoder).dim
     if term.target == "pixels":
@@ -239,7 +228,8 @@ def _add_dense_contrast(term: Term, counts: StepCounts, parts: Parts) -> None:
     parts[LIKELIHOODS] += _loss(term, counts, rows=rows, dim=cfg.projector.output_dim)
 
 
-def _add_embedding(term: Term, counts: StepCounts, parts: Parts) -> None:
+def add_embedding(term: Term, counts: StepCounts, parts: Parts) -> None:
+    """Add an embedding of a view."""
     sized, rows = counts.objective.projector, counts.num_images
     target = counts.encoder_of(term.encoder)
     dim = target.summary_dim if term.encoder == "frozen" else sized.output_dim
@@ -258,7 +248,8 @@ def _add_embedding(term: Term, counts: StepCounts, parts: Parts) -> None:
     parts[LIKELIHOODS] += _loss(term, counts, rows=rows, dim=dim, calls=directions)
 
 
-def _add_prototypes(term: Term, counts: StepCounts, parts: Parts) -> None:
+def add_prototypes(term: Term, counts: StepCounts, parts: Parts) -> None:
+    """Add a view's assignment to prototypes."""
     cfg, rows = counts.objective, counts.num_images
     sized = cfg.projector
     hidden = [sized.hidden_dim] * (sized.num_layers - 1)
@@ -292,7 +283,7 @@ def _loss(
         rows=rows,
         dim=dim,
         targets=rows * counts.num_ranks if targets is None else targets,
-        target_grad=term.target in LABELS or (term.encoder == "shared" and learns_target),
+        target_grad=term.is_annotation or (term.encoder == "shared" and learns_target),
         queue_length=cfg.queue_length if term.regulariser == "queue" else 0,
         cells=counts.num_cells if term.is_dense else 0,
         cell_dim=vision.dim if term.is_dense else 0,

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from m3i_fast.config.losses import LOSSES, Loss, LossKey, LossSizes, no_products
-from m3i_fast.config.objective import PREDICTORS, ObjectiveConfig, Term
+from m3i_fast.config.objective import ObjectiveConfig, Term
+from m3i_fast.config.targets import TARGETS
 from m3i_fast.objectives.losses.builders import build_loss
 from m3i_fast.objectives.losses.stateful import Prototypes, UniGrad
 from tests.shared.flop_formulas import FORMULAS
@@ -29,7 +30,7 @@ def term_of(key: LossKey) -> Term:
         target=target,  # type: ignore[arg-type]
         view="other" if target in ("embedding", "prototypes") else "same",
         encoder="none" if target in ("category", "caption", "pixels") else "momentum",
-        predictor=PREDICTORS[target][-1],  # type: ignore[arg-type]
+        predictor=TARGETS[target].predictors[-1],  # type: ignore[arg-type]
         likelihood=likelihood,
         regulariser=regulariser,
     )

@@ -22,11 +22,19 @@ from tests.shared.small_objective import NUM_CLASSES, TEXT, VISION, make_config
             "of target caption expected",
         ),
         (lambda: replace(m3i()[3], predictor="decoder"), "predictor: expected one of"),
-        (lambda: replace(m3i()[0], encoder="none"), "encoder: expected none for"),
+        (
+            lambda: replace(m3i()[0], encoder="none"),
+            "encoder: expected momentum or frozen for features, got none",
+        ),
         (
             lambda: replace(m3i()[0], encoder="shared"),
-            "encoder: expected .*, or shared with .*, got shared with features",
+            "encoder: expected momentum or frozen for features, got shared",
         ),
+        (
+            lambda: replace(METHODS["simclr"].terms[0], view="same"),
+            "encoder: expected .*, or shared with .*, got shared with embedding of the same view",
+        ),
+        (lambda: replace(m3i()[0], target="colours"), r"target: expected one of \['caption', "),
         (lambda: replace(m3i()[0], symmetric=True), "symmetric: expected"),
         (
             lambda: replace(METHODS["densecl"].terms[0], symmetric=True),
@@ -37,7 +45,7 @@ from tests.shared.small_objective import NUM_CLASSES, TEXT, VISION, make_config
         (lambda: ObjectiveConfig(queue_length=0), "queue_length"),
         (
             lambda: ObjectiveConfig(mixing=MixingConfig(mode="blend")),
-            "expected blend.* with category",
+            "expected blend.* with terms of annotations",
         ),
         (
             lambda: ObjectiveConfig(terms=(replace(m3i()[0], predictor="linear"),)),

@@ -30,16 +30,5 @@ __all__ = [
 
 def build_term(term: Term, cfg: ObjectiveConfig, sizes: Sizes) -> TermModule:
     """Build the module of a term, with its parameters."""
-    match term.target:
-        case "category":
-            return Category(term, cfg, sizes)
-        case "caption":
-            return Caption(term, cfg, sizes)
-        case "embedding":
-            return Embedding(term, cfg, sizes)
-        case "prototypes":
-            return PrototypeTerm(term, cfg, sizes)
-        case "pixels" | "features" if term.predictor == "projector":
-            return DenseContrast(term, cfg, sizes)
-        case _:
-            return Dense(term, cfg, sizes)
+    module: TermModule = term.kind.builder()(term, cfg, sizes)
+    return module

@@ -184,3 +184,9 @@ class DenseContrast(TermModule):
             z = self.momentum(target_tokens)
         log_spread(monitor, term.name, z_hat=None, z=z.flatten(0, 1))
         return self.loss(z_hat, z, tokens.detach(), target_tokens), len(tokens)
+
+
+def build(term: Term, cfg: ObjectiveConfig, sizes: Sizes) -> TermModule:
+    """Build a term of cells by its predictor."""
+    contrasts = term.predictor == "projector"
+    return DenseContrast(term, cfg, sizes) if contrasts else Dense(term, cfg, sizes)
