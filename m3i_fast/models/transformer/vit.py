@@ -34,6 +34,7 @@ from m3i_fast.models.transformer.positions import (
     resample_to_grids,
     rotary,
 )
+from m3i_fast.ops.views import cut_patches
 
 PREFIX_STD = 1e-6  # timm's class and register tokens
 
@@ -49,12 +50,6 @@ def embed_patches(
     norm and sum of the blocks that follow copies or strides.
     """
     return F.linear(cut_patches(images, weight.shape[-1]), weight.flatten(1), bias)
-
-
-def cut_patches(images: Tensor, size: int) -> Tensor:
-    """Cut images into square patches, row by row: [..., 3, H, W] -> [..., N, 3 size size]."""
-    pixels = images.unflatten(-1, (-1, size)).unflatten(-3, (-1, size))  # [..., 3, h, P, w, P]
-    return pixels.movedim((-4, -2), (-5, -4)).flatten(-3).flatten(-3, -2)
 
 
 class ViT(ImageEncoder):

@@ -27,7 +27,8 @@ from m3i_fast.models.transformer.positions import (
     resample_grid,
     resample_to_grids,
 )
-from m3i_fast.models.transformer.vit import ViT, cut_patches
+from m3i_fast.models.transformer.vit import ViT
+from m3i_fast.ops.views import cut_patches
 
 PATCH = 4
 # Rows and columns: tall and wide, square, one cell, equal lengths of other aspects, the same again.
