@@ -99,11 +99,16 @@ class TokenBudget:
                 f"one sample may have, got {self.tokens}"
             )
 
+    @property
+    def images_per_input(self) -> int:
+        """Return 1: pictures of different grids share no input."""
+        return 1
+
     @cached_property
     def _most_a_sample(self) -> int:
         return sum(view.most**2 for view in self.views)
 
-    @cached_property
+    @property
     def most_samples(self) -> int:
         """Return the samples that a batch has at most."""
         return self.tokens // sum(view.least**2 for view in self.views)
@@ -131,6 +136,10 @@ class TokenBudget:
             full = before[ends[-1]] + self.tokens
             ends.append(int(np.searchsorted(before, full, side="right")) - 1)
         return start + np.array(ends, np.int64)
+
+    def next_start(self, start: int) -> int:
+        """Return the position at which the step after the one that begins at a position begins."""
+        return int(self.ends(start)[-1])
 
     def positions(self, start: int, rank: int, batch: int = 0) -> Integers:
         """Return the positions of a rank's batch in the step that begins at a position, ascending.
