@@ -111,6 +111,7 @@ alone = vit(pictures[1][None])[0]
 torch.testing.assert_close(torch.cat([prefix[1], of_each[1]]), alone, rtol=1e-4, atol=1e-4)
 assert 0.7 * 1024 < int(batch.grids.prod(2).sum()) <= 1024
 assert images.shape == (sum(batch.lengths(0)), 192) and len(batch.patches) == 2
+assert loss.isfinite() and objective.encoder.patch_embed.weight.grad.abs().sum() > 0
 """,
     "start/use_model.md": """
 assert best in captions and named in model.class_names
