@@ -8,6 +8,8 @@ Letters: B images, T tokens of each, D width, n cells of a map, c its channels.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 
 from m3i_fast.config.fields import Mlp
@@ -102,6 +104,22 @@ def vit(cfg: ViTConfig, num_images: int = 1, image_size: int | None = None) -> F
     size = image_size or cfg.image_size
     tokens = (size // cfg.patch_size) ** 2
     return vit_embed(cfg, num_images, size) + vit_encode(cfg, num_images, tokens)
+
+
+def vit_packed(cfg: ViTConfig, lengths: Sequence[int]) -> Flops:
+    """Count a ViT in training on whole pictures that are packed (`ViT.encode_pictures`).
+
+    lengths: patches of each picture. Its products are of these tokens alone, and attention of each
+    picture's with one another. Positions that are resampled from a table are a product of their
+    own, of which the table, and not the weights of its cells, has a gradient.
+    """
+    total = sum(lengths)
+    flops = linear(total, 3 * cfg.patch_size**2, cfg.dim, input_grad=False)
+    if cfg.position == "absolute":
+        flops += linear(total, cfg.num_patches, cfg.dim, input_grad=False)
+    for length, count in Counter(lengths).items():
+        flops += vit_encode(cfg, count, length)
+    return flops
 
 
 def text(cfg: TextConfig, num_captions: int = 1) -> Flops:
