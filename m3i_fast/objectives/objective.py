@@ -343,7 +343,7 @@ class MutualInformation(nn.Module):
         weight and the collapse monitors. measure: update the balance of weights. stage: times each
         term as `loss.NAME` and their sum as `loss.total`.
         """
-        step = StepContext(batch, mix, encoded, targets, self._encoders(), stage)
+        step = StepContext(batch, mix, encoded, targets, self.encoders(), stage)
         read_by = self._separate_views(encoded) if monitor else {}
         metrics: dict[str, Tensor] = {}
         losses: dict[str, Tensor] = {}
@@ -416,7 +416,8 @@ class MutualInformation(nn.Module):
                     arguments[name]["project"] = self.target_projectors[key]
         return arguments
 
-    def _encoders(self) -> dict[str, ImageEncoder]:
+    def encoders(self) -> dict[str, ImageEncoder]:
+        """Return the encoders in use: online, and those of targets by `Term.target_encoder`."""
         encoders: dict[str, ImageEncoder] = {"online": self.encoder}
         if self.cfg.uses(encoder="momentum"):
             encoders["momentum"] = self.target_encoder.encoder

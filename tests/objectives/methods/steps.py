@@ -194,6 +194,11 @@ class Step:
         vit = to_timm(self.model.target_encoder.encoder)
         return vit.forward_features(self.pictures(view))
 
+    @torch.no_grad()
+    def snapshot(self, view: int) -> Tensor:  # [I, N, C]
+        """The tokens of a whole view by an earlier state of the averaged encoder."""
+        return to_timm(self.model.snapshot.encoder).forward_features(self.pictures(view))
+
     @cached_property
     def teacher(self) -> VisionTransformer:
         return build_teacher().to(self.dtype)
