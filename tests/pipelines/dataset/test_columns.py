@@ -121,6 +121,7 @@ def test_the_file_is_as_the_format_says(path: Path) -> None:
     }
     assert recorded["num_known"] == counts
     sizes = rows["sizes"].astype(np.float64)
+    assert recorded["count"]["sizes"] == (~np.isnan(sizes)).sum(0).tolist()
     np.testing.assert_allclose(recorded["mean"]["sizes"], np.nanmean(sizes, 0), rtol=1e-12)
     np.testing.assert_allclose(recorded["std"]["sizes"], np.nanstd(sizes, 0), rtol=1e-12)
 
