@@ -88,7 +88,7 @@ def test_a_run_trains_on_columns_and_goes_on(path: Path, tmp_path: Path) -> None
     whole.train()
     rows = [row for row in read_jsonl(tmp_path / "whole" / "metrics.jsonl") if "loss/total" in row]
     assert all(any(row[f"loss/{name}"] > 0 for row in rows) for name in TERMS)
-    assert {"monitor/tokens_accuracy", "monitor/tags_hit", "monitor/sizes_explained"} <= {*rows[0]}
+    assert {"monitor/tokens_accuracy", "monitor/tags_hit", "monitor/sizes_r2"} <= {*rows[0]}
     part = Trainer(cfg, tmp_path / "part")
 
     def stop(step: int, _: object) -> None:
