@@ -127,6 +127,8 @@ class ColumnsInfo:
     sha256: str
     num_known: dict[str, int] = field(default_factory=dict)
     """Samples of which something is known, by column."""
+    count: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Samples that have each number, by column of numbers."""
     mean: dict[str, tuple[float, ...]] = field(default_factory=dict)
     """Mean of each known number, by column of numbers; 0 where none is known."""
     std: dict[str, tuple[float, ...]] = field(default_factory=dict)
@@ -193,14 +195,15 @@ class Known:
                 self.moments[column.name] += [there.sum(0), wide.sum(0), (wide**2).sum(0)]
 
     def result(self) -> dict[str, Any]:
-        """Return num_known, mean and std of `ColumnsInfo`."""
-        mean, std = {}, {}
+        """Return num_known, count, mean and std of `ColumnsInfo`."""
+        counts, mean, std = {}, {}, {}
         for name, (count, total, square) in self.moments.items():
             some = np.maximum(count, 1)
+            counts[name] = tuple(count.astype(np.int64).tolist())
             mean[name] = tuple((total / some).tolist())
             variance = np.maximum(square / some - (total / some) ** 2, 0)
             std[name] = tuple(np.where(variance > 0, np.sqrt(variance), 1.0).tolist())
-        return {"num_known": self.num_known, "mean": mean, "std": std}
+        return {"num_known": self.num_known, "count": counts, "mean": mean, "std": std}
 
 
 def known(column: ColumnInfo, values: NDArray[Any]) -> NDArray[np.bool_]:  # [N, size] -> [N]
@@ -343,16 +346,18 @@ def moved(own: ColumnInfo, whole: ColumnInfo, values: NDArray[Any]) -> NDArray[A
 def pooled(
     column: ColumnInfo, of_splits: Sequence[ColumnsInfo]
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:  # [K], [K]
-    """Return mean and standard deviation of a column's numbers over splits, each by its samples."""
+    """Return mean and standard deviation of a column's numbers over splits, each by its count."""
     found = [info for info in of_splits if info.num_known.get(column.name)]
     if len(found) == 1:
         return found[0].mean[column.name], found[0].std[column.name]
     if not found:
         return (0.0,) * column.size, (1.0,) * column.size
-    weight = np.array([info.num_known[column.name] for info in found], np.float64)[:, None]
-    means, stds = (
-        np.array([getattr(info, key)[column.name] for info in found]) for key in ("mean", "std")
+    weight, means, stds = (
+        np.array([getattr(info, key)[column.name] for info in found], np.float64)
+        for key in ("count", "mean", "std")
     )
-    mean = (weight * means).sum(0) / weight.sum()
-    variance = (weight * (stds**2 + (means - mean) ** 2)).sum(0) / weight.sum()
-    return tuple(mean.tolist()), tuple(np.sqrt(variance).tolist())
+    total = np.maximum(weight.sum(0), 1)
+    mean = (weight * means).sum(0) / total
+    # a split whose numbers are all the same has a deviation of 1 in the place of 0
+    variance = (weight * (stds**2 + (means - mean) ** 2)).sum(0) / total
+    return tuple(mean.tolist()), tuple(np.where(variance > 0, np.sqrt(variance), 1.0).tolist())

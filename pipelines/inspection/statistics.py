@@ -55,7 +55,7 @@ def describe(
             "largest": int(of_group.max()),
         },
         "classes": _classes(table.rows["label"][good], manifest.class_names),
-        "columns": _columns(manifest, name),
+        "columns": column_counts(manifest, name),
         "read": _read(files, table, chosen, advance),
     }
 
@@ -82,7 +82,7 @@ def _classes(labels: NDArray[np.int32], names: tuple[str, ...]) -> dict[str, Any
     }
 
 
-def _columns(manifest: Manifest, name: str) -> list[dict[str, Any]]:
+def column_counts(manifest: Manifest, name: str) -> list[dict[str, Any]]:
     """Return what each named column is, and of how many samples of a split it is known."""
     info = manifest.split(name).columns
     known = {} if info is None else info.num_known

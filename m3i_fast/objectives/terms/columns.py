@@ -95,5 +95,5 @@ class Numbers(Annotation):
         ]
         if monitor is not None:
             error = (z_hat.detach() - z).square()
-            monitor(f"{self.term.name}_explained", 1 - error.nanmean())
+            monitor(f"{self.term.name}_r2", 1 - error.nanmean())
         return sum(losses[1:], start=losses[0]), members.sum()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,9 @@ from m3i_fast.pipelines.dataset.verification.verify import find_faults, verify
 from m3i_fast.pipelines.inspection.statistics import describe
 from m3i_fast.pipelines.loader import Loader, evaluation_batches
 from m3i_fast.pipelines.mixture import MixedData
+from m3i_fast.pipelines.storage.objects import Bucket
+from m3i_fast.pipelines.storage.remote_files import opened_files
+from m3i_fast.pipelines.storage.upload import push
 from tests.shared.pipelines.data import (
     EVERYTHING,
     edit_manifest,
@@ -117,6 +121,7 @@ def test_the_file_is_as_the_format_says(path: Path) -> None:
     }
     assert recorded["num_known"] == counts
     sizes = rows["sizes"].astype(np.float64)
+    assert recorded["count"]["sizes"] == (~np.isnan(sizes)).sum(0).tolist()
     np.testing.assert_allclose(recorded["mean"]["sizes"], np.nanmean(sizes, 0), rtol=1e-12)
     np.testing.assert_allclose(recorded["std"]["sizes"], np.nanstd(sizes, 0), rtol=1e-12)
 
@@ -242,7 +247,7 @@ def _damage(path: Path, name: str, value: Any) -> None:
     rows = np.fromfile(path / "train.columns", rows_dtype(COLUMNS))
     rows[name][4] = value
     rows.tofile(path / "train.columns")
-    digest = __import__("hashlib").sha256(rows.tobytes()).hexdigest()
+    digest = hashlib.sha256(rows.tobytes()).hexdigest()
     edit_manifest(path, lambda raw: raw["splits"]["train"]["columns"].update(sha256=digest))
 
 
@@ -289,3 +294,26 @@ def test_good_data_have_no_faults(path: Path) -> None:
         ("genus", "class", 3, 13), ("tags", "labels", 4, 13), ("sizes", "numbers", 2, 14),
         ("alt", "text", 0, 14),
     ]  # fmt: skip
+
+
+# ---- In a bucket ---------------------------------------------------------------------------------
+
+
+def test_a_bucket_has_the_columns_too(path: Path, url: str, tmp_path: Path) -> None:
+    """Pushed, read and verified there; a damaged file is named."""
+    push(path, url)
+    cfg = LoaderConfig(path=Path(url), batch_size=6, cache_dir=tmp_path / "cache", backend="torch")
+    loader = Loader(cfg)
+    for _ in range(3):
+        expect_columns(next(loader))
+    loader.close()
+    with opened_files(Path(url), tmp_path / "other") as files:
+        assert not find_faults(files).faults
+    bucket = Bucket(url)
+    content = bytearray(bucket.read("train.columns"))
+    content[5] ^= 1
+    bucket.put("train.columns", bytes(content))
+    with opened_files(Path(url), tmp_path / "third") as files:
+        assert any("train.columns: expected sha256" in f.reason for f in find_faults(files).faults)
+    with pytest.raises(ValueError, match="train.columns: expected sha256"):
+        Loader(replace(cfg, cache_dir=tmp_path / "fourth"))
