@@ -17,6 +17,7 @@ from torch import Tensor
 from m3i_fast.config.fields import Conflict, refuse
 from m3i_fast.config.objective import ObjectiveConfig
 from m3i_fast.models.encoder import ImageEncoder
+from m3i_fast.models.transformer.packing import to_device
 from m3i_fast.objectives.mixing import Mix
 from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.objectives.step_context import Encoded, Source, Targets, target_rows
@@ -95,7 +96,7 @@ def _means(
     patches = torch.cat([views.patches[view] for view in used])
     grids = torch.cat([views.grids[:, view] for view in used])
     cells = encoder.encode_pictures(_normalised(patches), grids, priority).cells
-    lengths = grids.prod(1).to(cells.device)
+    lengths = to_device(grids.prod(1), cells.device)
     means = torch.segment_reduce(cells, "mean", lengths=lengths, unsafe=True)
     return list(means[:, None].chunk(len(used)))
 

@@ -31,7 +31,7 @@ from m3i_fast.models.transformer.layers import (
     Stream,
     reset_children,
 )
-from m3i_fast.models.transformer.packing import Packed, pack, unpack
+from m3i_fast.models.transformer.packing import Packed, pack_last, unpack
 from m3i_fast.models.transformer.positions import rotate
 
 MASK_ALIGNMENT = 16  # elements, of the rows of a mask for torch's memory-efficient attention
@@ -119,7 +119,7 @@ class Attention(nn.Module):
         qkv: Tensor,  # [T, 3 D]
         packed: Packed,
         rotation: Tensor | None = None,  # [T, 2, D / H / 2]
-    ) -> list[Tensor]:  # [B, T, D] of each group
+    ) -> Tensor:  # [T, D], of the groups' last tokens where they ask for these alone
         """Attend from every token to those of its own sequence.
 
         In one kernel where `runs_varlen` says so, else in a call for each group of one length.
@@ -130,10 +130,10 @@ class Attention(nn.Module):
         if packed.ends is not None and not self.causal and runs_varlen(q):
             ends, longest = packed.ends, packed.longest
             out = varlen_attn(q, k, v, ends, ends, longest, longest)
-            assert isinstance(out, Tensor)  # asked for nothing beside it
-            return unpack(out.flatten(1), packed.groups)
+            assert isinstance(out, Tensor) and not packed.asks_last
+            return out.flatten(1)
         of_groups = zip(*(unpack(x, packed.groups) for x in (q, k, v)), strict=True)
-        return [self._attend(group) for group in of_groups]
+        return pack_last([self._attend(group) for group in of_groups], packed.groups)
 
 
 VARLEN_DTYPES = torch.float16, torch.bfloat16
@@ -275,25 +275,22 @@ class Block(nn.Module):
         priority: Tensor | None,
     ) -> Residual:
         """Run the block on sequences of several lengths: products of all, attention of each."""
-        groups, (first, second) = packed.groups, branch_priorities(priority)
+        first, second = branch_priorities(priority)
         x, qkv = self._qkv(stream)
         attended = self._attend_packed(qkv, packed, rotation)
-        if any(of.num_last is not None for of in groups):
-            attended = [a[:, of.start :] for a, of in zip(attended, groups, strict=True)]
-            last = zip(unpack(x, groups), groups, strict=True)
-            x = pack([tokens[:, of.start :] for tokens, of in last])
+        if packed.asks_last:
+            x = pack_last(unpack(x, packed.groups), packed.groups)
         drop = self.drop_path
-        stream = drop.join_packed(x, self.proj(pack(attended)), self.layer_scale_1, packed, first)
+        stream = drop.join_packed(x, self.proj(attended), self.layer_scale_1, packed, first)
         x, branch = add_and_run(self.layernorm_mlp, stream)
         return drop.join_packed(x, branch, self.layer_scale_2, packed, second)
 
-    def _attend_packed(
-        self, qkv: Tensor, packed: Packed, rotation: Tensor | None
-    ) -> list[Tensor]:  # [B, T, D] of each group
+    def _attend_packed(self, qkv: Tensor, packed: Packed, rotation: Tensor | None) -> Tensor:
         if isinstance(self.attention, Attention):
             return self.attention.attend_packed(qkv, packed, rotation)
         assert rotation is None, "another library's attention takes whole batches"
-        return [self.attention(each, None, None) for each in unpack(qkv, packed.groups)]
+        attended = [self.attention(each, None, None) for each in unpack(qkv, packed.groups)]
+        return pack_last(attended, packed.groups)
 
     def prepare_mask(self, key_mask: Tensor, dtype: torch.dtype) -> Tensor:
         """Return what all blocks of a stack take as key_mask: [B, T] bool -> as `Attention`'s."""

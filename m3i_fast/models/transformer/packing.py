@@ -51,6 +51,11 @@ class Packed:
         return sum(group.batch_size for group in self.groups)
 
     @property
+    def asks_last(self) -> bool:
+        """Return whether any group asks for its last tokens alone."""
+        return any(group.num_last is not None for group in self.groups)
+
+    @property
     def longest(self) -> int:
         """Return the tokens of the longest sequence."""
         return max(group.length for group in self.groups)
@@ -59,6 +64,14 @@ class Packed:
 def pack(batches: Sequence[Tensor]) -> Tensor:  # [B, T, D] each -> [B T of all, D]
     """Put batches of sequences of several lengths behind one another."""
     return torch.cat([batch.flatten(0, 1) for batch in batches])
+
+
+def pack_last(
+    batches: Sequence[Tensor],  # [B, T, D] each
+    groups: Sequence[Sequences],
+) -> Tensor:  # [B num_last of all, D]
+    """Put the tokens that the groups ask for behind one another."""
+    return pack([batch[:, of.start :] for batch, of in zip(batches, groups, strict=True)])
 
 
 def unpack(

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from m3i_fast.models.transformer.packing import to_device
+
 
 def sincos_frequencies(dim: int, device: torch.device | None = None) -> Tensor:  # [dim / 4] fp32
     """Return the frequencies w of `sincos_embedding`."""
@@ -135,8 +137,7 @@ def resample_to_grids(
     """
     table = table[0]
     wide = at_least_fp32(table)
-    weights = _side_weights(old, 1 << (largest - 1).bit_length(), wide.dtype)
-    weights = weights.to(wide.device)
+    weights = _side_weights(old, 1 << (largest - 1).bit_length(), wide.dtype, wide.device)
     side = extent * (extent - 1) // 2 + place  # the rows of sides of 1, 2, ... are stacked
     rows, columns = weights[side].unbind(1)  # [T, G] each
     of_cells = (rows[:, :, None] * columns[:, None, :]).flatten(1)  # [T, G G]
@@ -145,7 +146,7 @@ def resample_to_grids(
 
 
 @lru_cache(maxsize=16)
-def _side_weights(old: int, largest: int, dtype: torch.dtype) -> Tensor:
+def _side_weights(old: int, largest: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return the weights by which `resample_grid` resizes a side to 1, 2, ... `largest` cells.
 
     [1 + 2 + ... + largest, old]: n rows for n cells, each the weights of the old cells.
@@ -155,7 +156,7 @@ def _side_weights(old: int, largest: int, dtype: torch.dtype) -> Tensor:
         unit if new == old else F.interpolate(unit, (1, new), mode="bicubic", antialias=True)
         for new in range(1, largest + 1)
     ]
-    return torch.cat([side[0, :, 0].t() for side in sides])
+    return to_device(torch.cat([side[0, :, 0].t() for side in sides]), device)
 
 
 # ---- Views of one picture ------------------------------------------------------------------------
