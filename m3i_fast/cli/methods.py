@@ -101,7 +101,7 @@ def shown(method: Method) -> str:
 def target(term: Term) -> str:
     """Say what a term's target is: `features, other view, EMA`."""
     if term.encoder == "none" and not term.is_dense:
-        return term.target
+        return term.target.replace("_", " ")
     view = f"{term.view} view"
     if term.symmetric:
         view = "each other view" if term.view == "other" else "each view"

@@ -62,6 +62,7 @@ def demo(*, data: Path = Path("data/openmoji"), seed: int = 0) -> TrainConfig:
             captioner=CaptionerConfig(dim=128, depth=2, num_heads=4),
             projector=ProjectorConfig(hidden_dim=256, output_dim=128, predictor_hidden_dim=64),
             head_hidden_dim=256,
+            snapshot_every=100,  # of a thousand steps, as 10,000 of a million
             num_prototypes=256,
             queue_length=1024,
         ),
