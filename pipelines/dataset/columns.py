@@ -176,11 +176,16 @@ def write_columns(
 
 
 class Known:
-    """A count of what is known of each column, with the moments of numbers in fp64."""
+    """A count of what is known of each column, with mean and variance of numbers in fp64.
+
+    Parts are joined by their means (Chan, Golub and LeVeque 1983), so that numbers far from 0, such
+    as dates, keep their deviation.
+    """
 
     def __init__(self, columns: Sequence[ColumnInfo]) -> None:
         self.columns = columns
         self.num_known = {column.name: 0 for column in columns}
+        # count, mean and sum of squared distances from it
         self.moments = {c.name: np.zeros((3, c.size)) for c in columns if c.kind == "numbers"}
 
     def add(self, rows: NDArray[np.void]) -> None:
@@ -191,19 +196,33 @@ class Known:
             if column.kind == "numbers":
                 wide = found.astype(np.float64)
                 there = ~np.isnan(wide)
-                wide = np.where(there, wide, 0)
-                self.moments[column.name] += [there.sum(0), wide.sum(0), (wide**2).sum(0)]
+                count = there.sum(0)
+                mean = np.where(there, wide, 0).sum(0) / np.maximum(count, 1)
+                square = (np.where(there, wide - mean, 0) ** 2).sum(0)
+                self.moments[column.name] = _join(self.moments[column.name], count, mean, square)
 
     def result(self) -> dict[str, Any]:
         """Return num_known, count, mean and std of `ColumnsInfo`."""
         counts, mean, std = {}, {}, {}
-        for name, (count, total, square) in self.moments.items():
-            some = np.maximum(count, 1)
+        for name, (count, average, square) in self.moments.items():
             counts[name] = tuple(count.astype(np.int64).tolist())
-            mean[name] = tuple((total / some).tolist())
-            variance = np.maximum(square / some - (total / some) ** 2, 0)
+            mean[name] = tuple(average.tolist())
+            variance = square / np.maximum(count, 1)
             std[name] = tuple(np.where(variance > 0, np.sqrt(variance), 1.0).tolist())
         return {"num_known": self.num_known, "count": counts, "mean": mean, "std": std}
+
+
+def _join(
+    moments: NDArray[np.float64],  # [3, K]
+    count: NDArray[np.int64],  # [K] of further rows
+    mean: NDArray[np.float64],  # [K]
+    square: NDArray[np.float64],  # [K]
+) -> NDArray[np.float64]:  # [3, K]
+    both = moments[0] + count
+    share = count / np.maximum(both, 1)
+    distance = mean - moments[1]
+    square = moments[2] + square + moments[0] * share * distance**2
+    return np.stack([both, moments[1] + share * distance, square])
 
 
 def known(column: ColumnInfo, values: NDArray[Any]) -> NDArray[np.bool_]:  # [N, size] -> [N]

@@ -103,10 +103,13 @@ def assign_columns(
         _column(spec, [values[spec.name] for values in read], (known or {}).get(spec.name, ()))
         for spec in specs
     ]
+    places = {c.name: {name: place for place, name in enumerate(c.names)} for c in columns}
+    for name in known or {}:  # the source stores numbers of its names
+        places.pop(name, None)
     listing.items = []
     for item, values in zip(kept, read, strict=True):
         try:
-            of_item = tuple((c.name, _numbered(c, values[c.name], known or {})) for c in columns)
+            of_item = tuple((c.name, _numbered(c, values[c.name], places)) for c in columns)
             listing.items.append(item._replace(columns=of_item))
         except Refused as refused:
             listing.refusals.append(refused.of(item.name))
@@ -204,8 +207,11 @@ def _names(found: set[str], name: str) -> Iterator[str]:
     yield from map(str, range(most + 1))
 
 
-def _numbered(column: ColumnInfo, value: Any, known: Mapping[str, Sequence[str]]) -> Any:
-    """Return a value as `ColumnInfo.row` takes it; of a text the text itself."""
+def _numbered(column: ColumnInfo, value: Any, places: Mapping[str, Mapping[str, int]]) -> Any:
+    """Return a value as `ColumnInfo.row` takes it; of a text the text itself.
+
+    places: indices of names by column, but for those of which the source has indices.
+    """
     if value is None or column.kind == "text":
         return value
     if column.kind == "numbers":
@@ -214,12 +220,11 @@ def _numbered(column: ColumnInfo, value: Any, known: Mapping[str, Sequence[str]]
                 f"{column.name}: expected {column.size} numbers, got {len(value)}", _MENDED
             )
         return value
-    by_name = {name: index for index, name in enumerate(column.names)}
     texts = [value] if column.kind == "class" else value
-    if column.name in known:  # numbers of names
-        indices = [int(text) for text in texts if text != "-1"]
+    if column.name in places:
+        indices = [places[column.name][printable(text)] for text in texts]
     else:
-        indices = [by_name[printable(text)] for text in texts]
+        indices = [int(text) for text in texts if text != "-1"]
     if any(not 0 <= index < len(column.names) for index in indices):
         raise Refused(
             f"{column.name}: expected indices from 0 to {len(column.names) - 1}, got {indices}",

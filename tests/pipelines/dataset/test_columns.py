@@ -16,7 +16,7 @@ from m3i_fast.config.data import LoaderConfig
 from m3i_fast.config.train import TrainConfig
 from m3i_fast.engine.run.data_fields import columns_of
 from m3i_fast.pipelines.batch import Batch
-from m3i_fast.pipelines.dataset.columns import ColumnInfo, rows_dtype
+from m3i_fast.pipelines.dataset.columns import ColumnInfo, rows_dtype, write_columns
 from m3i_fast.pipelines.dataset.files import LocalFiles
 from m3i_fast.pipelines.dataset.manifest import read_manifest
 from m3i_fast.pipelines.dataset.pack import write_dataset
@@ -124,6 +124,18 @@ def test_the_file_is_as_the_format_says(path: Path) -> None:
     assert recorded["count"]["sizes"] == (~np.isnan(sizes)).sum(0).tolist()
     np.testing.assert_allclose(recorded["mean"]["sizes"], np.nanmean(sizes, 0), rtol=1e-12)
     np.testing.assert_allclose(recorded["std"]["sizes"], np.nanstd(sizes, 0), rtol=1e-12)
+
+
+def test_numbers_far_from_zero_keep_their_deviation(tmp_path: Path) -> None:
+    """Dates in seconds, in parts of two and three rows, one of which has an unknown number."""
+    column = ColumnInfo(name="date", kind="numbers", names=("year", "second"), size=2)
+    dates = np.array([[2e7, 0.5], [2e7 + 2, np.nan], [2e7 + 4, 1.5], [2e7, 3.0], [2e7 + 2, 0.0]])
+    rows = np.zeros(5, rows_dtype((column,)))
+    rows["date"] = dates
+    info = write_columns(tmp_path / "train.columns", (column,), [rows[:2], rows[2:]])
+    assert info.count["date"] == (5, 4)
+    np.testing.assert_allclose(info.mean["date"], np.nanmean(dates, 0), rtol=1e-12)
+    np.testing.assert_allclose(info.std["date"], np.nanstd(dates, 0), rtol=1e-12)
 
 
 def test_data_without_columns_are_as_before(tmp_path: Path) -> None:
