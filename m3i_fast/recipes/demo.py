@@ -96,8 +96,12 @@ def demo_method(name: str, *, data: Path = Path("data/openmoji"), seed: int = 0)
     )
     captioner = cfg.objective.captioner
     if any(term.predictor == "captioner" for term in method.terms):
-        sizes = {"dim": cfg.text.dim, "depth": cfg.text.depth, "num_heads": cfg.text.num_heads}
-        captioner = CaptionerConfig(**sizes, parallel=method.parallel_captions)
+        captioner = CaptionerConfig(
+            dim=cfg.text.dim,
+            depth=cfg.text.depth,
+            num_heads=cfg.text.num_heads,
+            parallel=method.parallel_captions,
+        )
     loader = replace(
         cfg.data,
         local_views=cfg.data.local_views if method.local_views else None,
