@@ -59,7 +59,6 @@ def demo(*, data: Path = Path("data/openmoji"), seed: int = 0) -> TrainConfig:
                 mask_block=2, min_contrast=MIN_CONTRAST, num_queries=48, token_dropout=0.2
             ),
             decoder=DecoderConfig(dim=96, depth=2, num_heads=4),
-            captioner=CaptionerConfig(dim=128, depth=2, num_heads=4),
             projector=ProjectorConfig(hidden_dim=256, output_dim=128, predictor_hidden_dim=64),
             head_hidden_dim=256,
             snapshot_every=100,  # of a thousand steps, as 10,000 of a million
@@ -97,7 +96,14 @@ def demo_method(name: str, *, data: Path = Path("data/openmoji"), seed: int = 0)
         min_contrast=0,
         num_queries=0,
     )
-    captioner = replace(cfg.objective.captioner, parallel=method.parallel_captions)
+    captioner = cfg.objective.captioner
+    if any(term.predictor == "captioner" for term in method.terms):
+        captioner = CaptionerConfig(
+            dim=cfg.text.dim,
+            depth=cfg.text.depth,
+            num_heads=cfg.text.num_heads,
+            parallel=method.parallel_captions,
+        )
     loader = replace(
         cfg.data,
         local_views=cfg.data.local_views if method.local_views else None,

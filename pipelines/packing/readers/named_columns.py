@@ -99,6 +99,9 @@ def assign_columns(
             kept.append(item)
         except Refused as refused:
             listing.refusals.append(refused.of(item.name))
+    for spec in specs:
+        if spec.kind in ("class", "labels") and spec.name not in (known or {}):
+            _leave_out_minus_one(spec, read)
     columns = [
         _column(spec, [values[spec.name] for values in read], (known or {}).get(spec.name, ()))
         for spec in specs
@@ -127,9 +130,7 @@ def _read(spec: Spec, value: Any) -> Any:
             spec.kind == "text" and not isinstance(value, str)
         ):
             raise Refused(f"{spec.name}: expected text, got {type(value).__name__}", _MENDED)
-        if isinstance(value, float) and value.is_integer():
-            return str(int(value))
-        return str(value).strip()
+        return _text(value)
     cells = _cells(spec, value)
     if cells is None:
         return None
@@ -138,8 +139,33 @@ def _read(spec: Spec, value: Any) -> Any:
             f"{spec.name}: expected at most {MOST_VALUES} values, got {len(cells)}", _MENDED
         )
     if spec.kind == "labels":
-        return list(dict.fromkeys(str(cell).strip() for cell in cells if str(cell).strip()))
+        if any(isinstance(cell, (list, dict, bytes)) for cell in cells):
+            raise Refused(f"{spec.name}: expected texts, got lists of them", _MENDED)
+        there = [_text(cell) for cell in cells if cell is not None and not is_missing(cell)]
+        return list(dict.fromkeys(text for text in there if text))
     return [_number(spec, cell) for cell in cells]
+
+
+def _text(value: Any) -> str:
+    """Return a name as text: whole numbers without a point, as tables with gaps have them."""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value).strip()
+
+
+def _leave_out_minus_one(spec: Spec, read: Sequence[dict[str, Any]]) -> None:
+    """Take -1 for none, in place, where all other classes or labels are indices."""
+    found = {text for values in read for text in _list(values[spec.name])}
+    if "-1" in found and all(text.isascii() and text.isdecimal() for text in found - {"-1"}):
+        for values in read:
+            if spec.kind == "class" and values[spec.name] == "-1":
+                values[spec.name] = None
+            elif values[spec.name] is not None and spec.kind == "labels":
+                values[spec.name] = [text for text in values[spec.name] if text != "-1"]
+
+
+def _list(value: Any) -> list[str]:
+    return [] if value is None else value if isinstance(value, list) else [value]
 
 
 def _cells(spec: Spec, value: Any) -> list[Any] | None:

@@ -105,6 +105,30 @@ def _table(tmp_path: Path, number: int = 9) -> tuple[Path, pyarrow.Table]:
     return file, table
 
 
+def test_indices_and_gaps_of_lists(tmp_path: Path) -> None:
+    """As pandas writes them: floats where some are missing, -1 for none."""
+    columns = {
+        "image": [picture(i) for i in range(4)],
+        "genus": [0.0, 2.0, -1.0, None],
+        "tags": [[1, 3], [0, -1], [None, 2], []],
+    }
+    parquet.write_table(pyarrow.table(columns), tmp_path / "t.parquet")
+    asked = ("genus:class", "tags:labels")
+    packed = pack_with(tmp_path / "t.parquet", tmp_path / "out", column=asked)
+    names = {column.name: column.names for column in packed.manifest.columns}
+    assert names == {"genus": ("0", "1", "2"), "tags": ("0", "1", "2", "3")}
+    found = found_in(tmp_path / "out")
+    assert [found[i]["genus"] for i in range(4)] == ["0", "2", None, None]
+    assert [found[i]["tags"] for i in range(4)] == [["1", "3"], ["0"], ["2"], []]
+
+
+def test_lists_of_lists_are_refused(tmp_path: Path) -> None:
+    columns = {"image": [picture(0), picture(1)], "tags": [[["a"]], None]}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "t.parquet")
+    with pytest.raises(ValueError, match="--column: expected a picture with tags, got none"):
+        pack_with(tmp_path / "t.parquet", tmp_path / "out", column=("tags:labels",))
+
+
 PARQUET = ("genus:class", "tags:labels", "pose:numbers", "alt:text")
 
 
