@@ -51,13 +51,15 @@ class MixedTable:
         """Return the values of each column; missing where a data set does not have it."""
         datasets, own = self.mixed.split_rows(numbers)
         values = {c.name: missing_values(c, len(numbers)) for c in self.mixed.columns}
-        for d, (table, manifest) in enumerate(zip(self.tables, self.mixed.manifests, strict=True)):
+        for d, (table, own_columns) in enumerate(
+            zip(self.tables, self.mixed.column_places, strict=True)
+        ):
             there = datasets == d
-            found = table.columns_at(own[there]) if manifest.columns and there.any() else {}
-            own_columns = {column.name: column for column in manifest.columns}
+            found = table.columns_at(own[there]) if own_columns and there.any() else {}
             for column in self.mixed.columns:
                 if column.name in found:
-                    of_set = moved(own_columns[column.name], column, found[column.name])
+                    theirs, places = own_columns[column.name]
+                    of_set = moved(theirs, column, found[column.name], places)
                     values[column.name][there] = of_set
         return values
 

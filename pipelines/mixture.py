@@ -15,7 +15,7 @@ from functools import cached_property
 import numpy as np
 
 from m3i_fast.config.data import LoaderConfig, MixturePart
-from m3i_fast.pipelines.dataset.columns import ColumnInfo, joined
+from m3i_fast.pipelines.dataset.columns import ColumnInfo, joined, places_in
 from m3i_fast.pipelines.dataset.manifest import MANIFEST_NAME, Manifest
 from m3i_fast.pipelines.dataset.tokenizer import TokenizerInfo
 from m3i_fast.pipelines.sample_order.positions import Integers, Mixture, Order
@@ -77,6 +77,15 @@ class MixedData:
                 except ValueError as error:
                     raise ValueError(f"{place_of(part.path)}/{MANIFEST_NAME}: {error}") from None
         return tuple(found.values())
+
+    @cached_property
+    def column_places(self) -> tuple[dict[str, tuple[ColumnInfo, Integers]], ...]:
+        """Return each data set's own columns by name, with the places of their names in all."""
+        whole = {column.name: column for column in self.columns}
+        return tuple(
+            {c.name: (c, places_in(c, whole[c.name])) for c in manifest.columns}
+            for manifest in self.manifests
+        )
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:

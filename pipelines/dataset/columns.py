@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from pathlib import Path, PurePosixPath
 from typing import Any, get_args
 
@@ -63,6 +64,8 @@ class ColumnInfo:
                 f"column {self.name}: expected names of all but a text, got {len(self.names)} of "
                 f"{self.kind}"
             )
+        if len(set(self.names)) < len(self.names):
+            raise ValueError(f"column {self.name}: expected each name once, got one twice")
         sizes = {"class": (1, 1), "numbers": (len(self.names),) * 2}
         least, most = sizes.get(self.kind, (1, MOST_VALUES))
         if not least <= self.size <= most:
@@ -89,10 +92,11 @@ class ColumnInfo:
         row = np.full(self.dtype.shape, self.missing, self.dtype.base)
         if value is None:
             return row
-        given = [value] if isinstance(value, int) else list(value)
+        given: list[Any] = [value] if isinstance(value, Integral) else list(value)  # type: ignore[arg-type]
         if self.kind == "labels":
             row[:] = NONE
-        if len(given) > self.size or (self.kind == "numbers" and len(given) < self.size):
+        is_whole = self.kind in ("class", "numbers")
+        if len(given) > self.size or (is_whole and len(given) < self.size):
             raise ValueError(f"{self.name}: expected {self.size} values, got {len(given)}")
         limit = len(self.names)
         if self.kind in ("class", "labels"):
@@ -343,12 +347,18 @@ def joined(first: ColumnInfo, second: ColumnInfo) -> ColumnInfo:
     return replace(first, names=names, size=max(first.size, second.size))
 
 
-def moved(own: ColumnInfo, whole: ColumnInfo, values: NDArray[Any]) -> NDArray[Any]:
-    """Return values of a data set's column as those of the column joined of several."""
+def places_in(own: ColumnInfo, whole: ColumnInfo) -> NDArray[np.int64]:  # [names of own]
+    """Return the index of each name of a data set's column in the column joined of several."""
+    index = {name: place for place, name in enumerate(whole.names)}
+    return np.array([index[name] for name in own.names], np.int64)
+
+
+def moved(
+    own: ColumnInfo, whole: ColumnInfo, values: NDArray[Any], places: NDArray[np.int64]
+) -> NDArray[Any]:
+    """Return values of a data set's column as those of the joined one; places: `places_in`."""
     if own.kind in ("class", "labels"):
-        # below 0: what marks the missing ones
-        places = [whole.names.index(name) for name in own.names]
-        values = np.where(values < 0, values, np.array(places, np.int64)[values])
+        values = np.where(values < 0, values, places[values])  # below 0: what marks missing ones
     room = whole.size - own.size
     if values.ndim == 2 and room:
         last = np.where(values[:, :1] == whole.missing, whole.missing, NONE)

@@ -242,6 +242,23 @@ def test_wrong_values_are_refused_while_packing(
         packed(tmp_path / "data", [sample(0, picture, columns=values)])
 
 
+def test_columns_that_are_none_are_refused() -> None:
+    for facts, told in (
+        ({"name": "1st", "kind": "class", "names": ("a",)}, "a name of up to 40 letters"),
+        ({"name": "a", "kind": "class", "names": ("a", "a")}, "each name once"),
+        ({"name": "a", "kind": "sort", "names": ("a",)}, "kind class, labels, numbers, text"),
+        ({"name": "a", "kind": "text", "names": ("a",)}, "names of all but a text"),
+        ({"name": "a", "kind": "labels"}, "names of all but a text"),
+        ({"name": "a", "kind": "numbers", "names": ("a", "b")}, "size 2 to 2, got 1"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            ColumnInfo(**facts)  # type: ignore[arg-type]
+    column = COLUMNS[0]
+    assert column.row(np.int64(2)) == 2 and column.row(None) == -1
+    with pytest.raises(ValueError, match="genus: expected 1 values, got 0"):
+        column.row([])
+
+
 def test_a_text_has_the_tokenizers_length(tmp_path: Path) -> None:
     picture = encode_image(smooth_picture(0, 9, 9))
     short = (ColumnInfo(name="alt", kind="text", size=11),)
