@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from sklearn.metrics import log_loss, r2_score
 from torch import Tensor
 
+from m3i_fast.config.heads import CaptionerConfig
 from m3i_fast.config.objective import ObjectiveConfig
 from m3i_fast.objectives.losses.annotations import binary_cross_entropy, known_squares
+from m3i_fast.objectives.methods import METHODS
 from m3i_fast.objectives.mixing import Mix
 from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.objectives.terms import CaptionTokens
@@ -248,4 +250,10 @@ def test_a_column_that_is_not_there_is_refused() -> None:
         build(objective("sizes", column="tags"))
     with pytest.raises(ValueError, match="column: expected the name of a column of labels"):
         objective("tags", column="")
+    with pytest.raises(ValueError, match="column: expected none for pixels, got 'tags'"):
+        replace(METHODS["autoencoder"].terms[0], column="tags")
+    with pytest.raises(ValueError, match="parallel: expected in .0, 1., got 1.5"):
+        CaptionerConfig(parallel=1.5)
+    with pytest.raises(ValueError, match="dim: expected a multiple of num_heads = 3, got 16"):
+        CaptionerConfig(dim=16, num_heads=3)
     assert [column.kind for column in COLUMNS] == ["labels", "numbers", "text", "class"]
