@@ -31,6 +31,7 @@ from m3i_fast.costs.step_flops import step_flops, without_sampling
 from m3i_fast.engine.teacher import Teacher
 from m3i_fast.models.image_encoder import build_encoder
 from m3i_fast.objectives.heads import DenseDecoder
+from m3i_fast.objectives.methods import cell_prototypes
 from m3i_fast.recipes import recipes, shrink
 from tests.shared import annotated
 from tests.shared.engine.real_step import stepper
@@ -92,6 +93,19 @@ def test_a_step_that_asks_a_part_of_the_cells_of_a_part_of_the_inputs() -> None:
         cfg.objective, mixing=mixing, decoder=DecoderConfig(dim=32, depth=3, num_heads=2)
     )
     expect_counted(replace(cfg, objective=objective))
+
+
+@pytest.mark.parametrize(
+    ("view", "regulariser"),
+    [("same", "centring"), ("other", "sinkhorn"), ("other", "mean_entropy")],
+)
+def test_a_step_with_prototypes_of_cells_by_the_decoder(view: str, regulariser: str) -> None:
+    cfg = small("demo")
+    cells = cell_prototypes(
+        name="cells", predictor="decoder", asked="last", view=view, regulariser=regulariser
+    )
+    terms = (*cfg.objective.terms, cells)
+    expect_counted(replace(cfg, objective=replace(cfg.objective, terms=terms)))
 
 
 @pytest.mark.parametrize("chunk", [0, 100])

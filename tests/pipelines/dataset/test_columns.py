@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from m3i_fast.config.data import LoaderConfig
+from m3i_fast.config.train import TrainConfig
+from m3i_fast.engine.run.data_fields import columns_of
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.dataset.columns import ColumnInfo, rows_dtype, write_columns
 from m3i_fast.pipelines.dataset.files import LocalFiles
@@ -146,6 +148,18 @@ def test_data_without_columns_are_as_before(tmp_path: Path) -> None:
     assert raw["format_version"] == 4 and "columns" not in raw
     assert "columns" not in raw["splits"]["train"] and not (path / "train.columns").exists()
     assert read_manifest(path).columns == ()
+
+
+def test_a_run_is_told_kinds_sizes_and_statistics(path: Path) -> None:
+    cfg = replace(TrainConfig(), data=replace(TrainConfig().data, path=path))
+    manifest = read_manifest(path)
+    found = {column.name: column for column in columns_of(cfg, manifest)}
+    assert [(c.kind, c.num_names, c.size) for c in found.values()] == [
+        ("class", 3, 1), ("labels", 4, 3), ("numbers", 2, 2), ("text", 0, 12)
+    ]  # fmt: skip
+    info_of_split = manifest.split("train").columns
+    assert info_of_split is not None
+    assert found["sizes"].mean == info_of_split.mean["sizes"] and found["tags"].mean == ()
 
 
 # ---- Mixtures ------------------------------------------------------------------------------------
