@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m3i_fast.keyed_draws import Purpose, words
+from m3i_fast.pipelines.dataset.columns import Values
 from m3i_fast.pipelines.dataset.sample_table import BAD, NO_CRC, Rows, SampleTable
 from m3i_fast.pipelines.sample_order.positions import Integers, Layout, Order, shuffled
 from m3i_fast.pipelines.storage.shards import Shards
@@ -41,6 +42,9 @@ class Table(Protocol):
     def at(self, numbers: Integers, /) -> Rows:  # [N] -> [N]
         """Return rows by their number."""
 
+    def columns_at(self, numbers: Integers, /) -> Values:  # [N]
+        """Return the values of each named column of rows."""
+
     def same_set(self, numbers: Integers, /) -> tuple[Integers, Integers]:  # [N] -> [N], [N]
         """Return the first row of each row's data set, and how many rows that has."""
 
@@ -54,6 +58,7 @@ class BatchRows:
     samples: Integers  # [B] rows of the table
     label: Integers  # [B], -1: none
     group_id: Integers  # [B]
+    columns: Values = field(default_factory=dict)  # [B, ...] each
 
     @property
     def positions(self) -> Integers:
@@ -96,6 +101,7 @@ def rows_of(
         samples=samples,
         label=entries["label"].astype(np.int64),
         group_id=entries["group_id"].astype(np.int64),
+        columns=table.columns_at(samples),
     )
 
 

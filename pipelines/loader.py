@@ -463,5 +463,6 @@ def _to_batch(made: MadeBatch, opened: OpenSplit, num_global: int, device_id: in
         sample_id=torch.from_numpy(rows.sample_id.copy()),
         group_id=torch.from_numpy(rows.group_id),
         position=torch.from_numpy(rows.positions.copy()),
+        columns={name: torch.from_numpy(values) for name, values in rows.columns.items()},
     )
     return batch if device_id is None else batch.to(f"cuda:{device_id}")

@@ -29,6 +29,13 @@ MEANS = {
     "batch": "all rows, 0 for one without a target",
     "members": "the rows that have a target",
 }
+ENCODERS = {
+    "none": "",
+    "momentum": ", EMA",
+    "shared": ", same encoder",
+    "frozen": ", frozen",
+    "snapshot": ", earlier EMA",
+}
 console = make_console()
 
 
@@ -69,8 +76,17 @@ def table() -> Table:
 
 def predicted(term: Term) -> str:
     """Say what a term predicts: `features, other view, EMA: decoder, gaussian, decorrelation`."""
-    parts = term.predictor.replace("_", " + "), term.likelihood, term.regulariser.replace("_", " ")
+    parts = [] if term.predictor == "none" else [_predictor(term)]
+    parts += [] if term.likelihood == "none" else [term.likelihood.replace("_", " ")]
+    parts.append(term.regulariser.replace("_", " "))
     return f"{target(term)}: {', '.join(parts)}"
+
+
+def _predictor(term: Term) -> str:
+    """Say which networks predict: `projector + predictor`."""
+    return {"mask_token": "mask token + projector"}.get(
+        term.predictor, term.predictor.replace("_", " + ")
+    )
 
 
 def shown(method: Method) -> str:
@@ -78,17 +94,19 @@ def shown(method: Method) -> str:
     text = INPUTS[method.mode]
     if method.mode == "masked":
         text += f", {method.mask_ratio:.0%}"
+        text += " as mask tokens" if method.hidden == "mask_token" else ""
     return text + (", small views" if method.local_views else "")
 
 
 def target(term: Term) -> str:
     """Say what a term's target is: `features, other view, EMA`."""
     if term.encoder == "none" and not term.is_dense:
-        return term.target
-    view = "each other view" if term.symmetric else f"{term.view} view"
-    encoder = {"none": "", "momentum": ", EMA", "shared": ", same encoder"}
+        return term.target.replace("_", " ")
+    view = f"{term.view} view"
+    if term.symmetric:
+        view = "each other view" if term.view == "other" else "each view"
     asked = "" if term.asked == "all" else f", {term.asked} image"
-    return f"{term.target}, {view}{encoder.get(term.encoder, ', frozen')}{asked}"
+    return f"{term.target.replace('_', ' ')}, {view}{ENCODERS[term.encoder]}{asked}"
 
 
 def explain(name: str) -> list[str]:
@@ -104,12 +122,17 @@ def explain(name: str) -> list[str]:
             "",
             f"L_{term.name} = {formula}",
             f"  z: {target(term)}",
-            f"  z_hat: {term.predictor.replace('_', ' + ')} of the input's tokens",
         ]
+        if term.predictor != "none":
+            lines.append(f"  z_hat: {_predictor(term)} of the input's tokens")
         if term.standardise != "none":
             lines.append(f"  channels of z standardised: {STANDARDISED[term.standardise]}")
+        if term.target == "caption_tokens" and method.parallel_captions:
+            lines.append(f"  predicted from the picture alone: {method.parallel_captions:.0%}")
+        if term.column:
+            lines.append(f"  column of the data: {term.column}")
         if term.is_annotation:
             lines.append(f"  mean over {MEANS[term.mean]}")
-        if term.kind.of == "view" or term.regulariser == "queue":
+        if term.likelihood == "boltzmann" and not term.is_annotation:
             lines.append(f"  tau = {term.temperature:g}")
     return lines

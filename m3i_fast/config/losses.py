@@ -36,12 +36,17 @@ class LossSizes:
     """
 
     rows: int
-    """Rows of z_hat. category, caption: images and local views; pixels, features: cells asked;
-    embedding: images; prototypes: pairs of an input view and a target view."""
+    """Rows of z_hat. category, caption, labels, numbers: images and local views; caption_tokens:
+    tokens but the first one of each image's caption; pixels, features: cells asked; embedding,
+    summary: images; prototypes: pairs of an input view and a target view; cell_prototypes: cells of
+    those pairs."""
     dim: int
-    """Features of a row of z_hat and of z; of prototypes, their number."""
+    """Features of a row of z_hat and of z; of prototypes, those of one."""
     targets: int
-    """Rows of z on all ranks together: classes, captions of the batch, else as many as z_hat's."""
+    """Rows of z on all ranks together: classes, token ids, captions of the batch, prototypes, else
+    as many as z_hat's."""
+    assigned: int = 0
+    """Rows of the target views that a step assigns to prototypes."""
     target_grad: bool = False
     """Whether z gets a gradient: labels, and targets that the trained encoder itself gives."""
     queue_length: int = 0
@@ -165,6 +170,32 @@ def _running_update(sizes: LossSizes) -> Flops:
     return Flops(4 * 2 * sizes.rows * sizes.dim**2)
 
 
+NUM_SINKHORN = 3
+"""Iterations of Sinkhorn-Knopp."""
+
+
+def _teacher_and_student(sizes: LossSizes) -> Flops:
+    """Count the [N, K] logits of both, whose gradient is computed in the forward pass."""
+    product = 2 * sizes.rows * sizes.targets * sizes.dim
+    return Flops(2 * product, 2 * product)
+
+
+def _mean_assignment(sizes: LossSizes) -> Flops:
+    """Count also the student's logits for their mean softmax, once more in the backward pass."""
+    mean = linear(sizes.rows, sizes.dim, sizes.targets).recomputed()
+    return _teacher_and_student(sizes) + mean
+
+
+def _sinkhorn(sizes: LossSizes) -> Flops:
+    """Count the teacher's logits, which each iteration computes."""
+    return Flops(NUM_SINKHORN * 2 * sizes.assigned * sizes.targets * sizes.dim)
+
+
+def _neighbours(sizes: LossSizes) -> Flops:
+    """Count the [N, N] products of rows, by which neighbours are found without a gradient."""
+    return Flops(2 * sizes.rows**2 * sizes.dim)
+
+
 # ---- The table -----------------------------------------------------------------------------------
 
 SOFTMAX = "-log exp(z_hat . z / tau) / sum_z' exp(z_hat . z' / tau)"
@@ -186,6 +217,25 @@ LOSSES: dict[LossKey, Loss] = {
         "and its caption, else -1; tau, b learnt",
         build=f"{_BUILDERS}:caption_sigmoid",
         flops=_all_targets,
+    ),
+    ("caption_tokens", "boltzmann", "negatives"): Loss(
+        formula="-log exp(z_hat . z) / sum_z' exp(z_hat . z'), z' all tokens of the vocabulary, "
+        "the mean over tokens",
+        build=f"{_BUILDERS}:category",
+        flops=_all_targets,
+    ),
+    ("labels", "sigmoid", "negatives"): Loss(
+        formula="mean over labels of log(1 + exp(-y z_hat)), y = 1 for those that the picture has, "
+        "else -1",
+        build=f"{_BUILDERS}:labels",
+        flops=no_products,
+        independent=True,
+    ),
+    ("numbers", "gaussian", "fixed"): Loss(
+        formula="|z_hat - z|^2 / (2 sigma^2), the mean over known numbers, z less its mean in the "
+        "data, over its standard deviation",
+        build=f"{_BUILDERS}:numbers",
+        flops=no_products,
     ),
     ("pixels", "gaussian", "fixed"): Loss(
         formula="|z_hat - z|^2 / (2 sigma^2 E), z the pixels of a patch less their mean, over "
@@ -212,10 +262,22 @@ LOSSES: dict[LossKey, Loss] = {
         build=f"{_BUILDERS}:dense_gaussian",
         flops=_decorrelation,
     ),
+    ("features", "cosine_smooth_l1", "stop_gradient"): Loss(
+        formula="0.9 (1 - cos(z_hat, sg(z))) + 0.1 smooth_l1(z_hat - sg(z))",
+        build=f"{_BUILDERS}:cosine_smooth_l1",
+        flops=no_products,
+        independent=True,
+    ),
     ("features", "boltzmann", "queue"): Loss(
         formula=f"{SOFTMAX}, z the target cell whose features are most alike, z' it and a queue",
         build=f"{_BUILDERS}:dense_queue",
         flops=_match_and_queue,
+    ),
+    ("gram", "gaussian", "stop_gradient"): Loss(
+        formula="sum_ij (z_hat_ij - sg(z)_ij)^2 / n^2 of n cells, z_ij the cosine of cells i and j",
+        build=f"{_BUILDERS}:squared_distance",
+        flops=no_products,
+        independent=True,
     ),
     ("embedding", "boltzmann", "queue"): Loss(
         formula=f"{SOFTMAX}, z' the own target and a queue of earlier ones, rows of unit length",
@@ -260,17 +322,27 @@ LOSSES: dict[LossKey, Loss] = {
         formula="-sum_k p_k log softmax(z_hat / tau)_k, p = softmax((z - c) / 0.04), "
         "c a running mean",
         build=f"{_BUILDERS}:centring",
-        flops=no_products,
+        flops=_teacher_and_student,
     ),
     ("prototypes", "boltzmann", "sinkhorn"): Loss(
         formula="-sum_k p_k log softmax(z_hat / tau)_k, p = Sinkhorn-Knopp(z / 0.05)",
         build=f"{_BUILDERS}:sinkhorn",
-        flops=no_products,
+        flops=_teacher_and_student,
+        flops_once=_sinkhorn,
     ),
     ("prototypes", "boltzmann", "mean_entropy"): Loss(
         formula="-sum_k p_k log softmax(z_hat / tau)_k + log K - H(mean softmax(z_hat / tau)), p = "
         "Sinkhorn-Knopp(log softmax(4 z / tau))",
         build=f"{_BUILDERS}:mean_entropy",
-        flops=no_products,
+        flops=_mean_assignment,
+        flops_once=_sinkhorn,
     ),
+    ("summary", "none", "koleo"): Loss(
+        formula="-mean log |z - nearest other z of the view|, rows of unit length",
+        build=f"{_BUILDERS}:nearest_neighbour",
+        flops=_neighbours,
+    ),
+}
+LOSSES |= {
+    ("cell_prototypes", *key[1:]): row for key, row in LOSSES.items() if key[0] == "prototypes"
 }

@@ -33,6 +33,9 @@ class MixingConfig(Checked):
     """Share of the cells that masked hides at the first step."""
     final_mask_ratio: float = 0.5
     """The same at the last step; linear in between."""
+    hidden: Literal["dropped", "mask_token"] = "dropped"
+    """What the encoder gets of the cells that masked hides. dropped: nothing, which saves their
+    share of its work (MAE); mask_token: a learnt token with the cell's position (BEiT, iBOT)."""
     mask_per_batch: bool = False
     """Draw the cells once for all inputs of a step (as MixMIM), alike on all ranks."""
     blend_alpha: float = 0.8
@@ -60,6 +63,10 @@ class MixingConfig(Checked):
             num_images=(2 <= self.num_images <= most, images),
             mask_ratio=(0 < self.mask_ratio < 1, "in (0, 1)"),
             final_mask_ratio=(0 < self.final_mask_ratio < 1, "in (0, 1)"),
+            hidden=(
+                self.hidden == "dropped" or self.mode == "masked",
+                "dropped unless mode is masked",
+            ),
             blend_alpha=(self.blend_alpha > 0, "> 0"),
             dense_fraction=(0 < self.dense_fraction <= 1, "in (0, 1]"),
             token_dropout=(0 <= self.token_dropout < 1, "in [0, 1)"),
@@ -74,6 +81,16 @@ class MixingConfig(Checked):
     def divides_cells(self) -> bool:
         """Return whether an image shows but some of the cells."""
         return self.mode not in ("blend", "none")
+
+    @property
+    def encodes_hidden(self) -> bool:
+        """Return whether the encoder gives a token for each cell, of hidden ones a mask token's."""
+        return self.hidden == "mask_token"
+
+    @property
+    def encodes_alone(self) -> bool:
+        """Return whether the encoder is given the cells that an image shows and no others."""
+        return self.mode in ("own_image", "masked") and not self.encodes_hidden
 
     def num_own(self, num_cells: int, progress: float) -> int:
         """Return the cells that an image shows; progress: 0 at the first step, 1 at the last."""

@@ -11,14 +11,16 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from m3i_fast.config.balance import BalanceConfig
-from m3i_fast.config.fields import SOME_ROWS, WIDTHS, Checked, Conflict, unmet
-from m3i_fast.config.heads import DecoderConfig, ProjectorConfig
+from m3i_fast.config.fields import NUMBERS, SOME_ROWS, WIDTHS, Checked, Conflict, unmet
+from m3i_fast.config.heads import CaptionerConfig, DecoderConfig, ProjectorConfig
 from m3i_fast.config.losses import LOSSES, LossKey
 from m3i_fast.config.mixing import MixingConfig
 from m3i_fast.config.models.vision import VisionConfig
 from m3i_fast.config.targets import TARGETS, Target
 
 MAX_SCALE = 100.0
+SHARPENING = ("centring", "sinkhorn", "mean_entropy")
+"""Regularisers whose targets are softmaxes over prototypes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,27 +31,49 @@ class Term(Checked):
     """Name of the term in metrics and tables."""
     target: str
     """Target z, a row of `m3i_fast.config.targets.TARGETS`. category: embedding of the class;
-    caption: embedding of the caption; pixels: of a patch, normalised; features: of a patch;
-    embedding: one of the view; prototypes: the view's assignment to them."""
+    caption: embedding of the caption; caption_tokens: its tokens, one after another; labels: which
+    of many the picture has; numbers: of the picture; pixels: of a patch, normalised; features: of a
+    patch; gram: the cosines of all pairs of patches; embedding: one of the view; prototypes: the
+    view's assignment to them; cell_prototypes: that of a cell; summary: the encoder's own mean of
+    the view, which nothing predicts."""
     view: Literal["same", "other"] = "same"
     """View of the target: the input's, or another one of the same picture."""
     asked: Literal["first", "last", "all"] = "all"
     """Images of a mixed input for which a dense target is predicted."""
-    encoder: Literal["none", "momentum", "shared", "frozen"] = "none"
+    encoder: Literal["none", "momentum", "shared", "frozen", "snapshot"] = "none"
     """Encoder of the target view: none (labels, pixels), the EMA of the image encoder, the image
-    encoder itself (shared), or the frozen one of `objective.teacher`."""
-    predictor: Literal["head", "linear", "decoder", "projector", "projector_predictor"]
-    """Predictor of z_hat. head: mean over the tokens, then an MLP; linear: of each token; decoder:
-    Transformer with mask tokens; projector: MLP with batch norm, which the target's side has too;
-    projector_predictor: another MLP on top of it, on the input's side alone."""
+    encoder itself (shared), a frozen one (`teacher`), or an earlier state of the EMA (snapshot),
+    which is taken anew every `objective.snapshot_every` steps."""
+    teacher: str | None = None
+    """Frozen encoder of this term, in the place of `objective.teacher`: so a run has several. Such
+    a term has a decoder of its own."""
+    predictor: Literal[
+        "none",
+        "head",
+        "captioner",
+        "linear",
+        "decoder",
+        "mask_token",
+        "projector",
+        "projector_predictor",
+    ]
+    """Predictor of z_hat. none: the encoder's tokens themselves; head: mean over the tokens, then
+    an MLP; captioner: causal Transformer over the caption, which reads the cells; linear: of each
+    token; decoder: Transformer with mask tokens; mask_token: the encoder itself at a hidden cell,
+    of which it gets a mask token, then an MLP (`mixing.hidden`); projector: MLP with batch norm,
+    which the target's side has too; projector_predictor: another MLP on top of it, on the input's
+    side alone."""
     likelihood: str
     """Likelihood. gaussian: squared distance; boltzmann: softmax over candidates; sigmoid: of each
     pair; or one that a loss of your own names."""
     regulariser: str
     """Regulariser, for the entropy H(p(z)); `m3i_fast.config.losses.LOSSES` has the
     combinations."""
+    column: str = ""
+    """Named column of the data that holds an annotation; empty: the data set's class, or its
+    captions."""
     mean: Literal["batch", "members"] = "batch"
-    """Rows that a category or caption term is the mean over, where not every picture has a target.
+    """Rows that a term of an annotation is the mean over, where not every picture has a target.
     batch: all rows of all ranks, those without a target as 0, so that the term is an expectation
     over samples and one labelled picture weighs the same in any batch; members: the rows that have
     a target, so that the only one of a batch weighs as much as a whole batch."""
@@ -59,9 +83,16 @@ class Term(Checked):
     over steps and ranks, as DINO's centre, which leaves rows independent; batch: by those of the
     step's rows."""
     symmetric: bool = False
-    """Whether each of both views also predicts the other: the mean of both directions."""
+    """Whether each of both views also predicts the other: the mean of both directions. With the
+    predictor mask_token: whether both views predict their own hidden cells."""
     temperature: float = 0.1
     """Temperature of softmaxes over embeddings or prototypes; category and caption learn theirs."""
+    target_temperature: float | None = None
+    """Temperature of the softmax over prototypes that gives the target; none: its paper's, 0.04 of
+    centring, 0.05 of sinkhorn, a quarter of `temperature` of mean_entropy."""
+    target_warmup_steps: Annotated[int, NUMBERS] = 0
+    """Steps in which the target's temperature goes from its paper's to `target_temperature`, in
+    equal parts (DINO: 0.04 to 0.07 in the first 30 epochs)."""
     output_norm: bool = True
     """Whether the projector ends in a batch norm without affine."""
     weight: float = 1.0
@@ -85,25 +116,48 @@ class Term(Checked):
                 f"of target {self.target} expected likelihood and regulariser among {known}, got "
                 f"{self.loss_key[1:]}; a new one is added to m3i_fast.config.losses.LOSSES",
             )
-        of_gaussian_features = (self.target, self.likelihood) == ("features", "gaussian")
+        compares_features = self.target == "features" and self.likelihood != "boltzmann"
         yield from unmet(
             self,
             predictor=(
                 self.predictor in self.kind.predictors,
                 f"one of {self.kind.predictors} for target {self.target}",
             ),
+            view=(
+                self.view in self.kind.views,
+                f"{' or '.join(self.kind.views)} for target {self.target}",
+            ),
             weight=(self.weight >= 0, ">= 0"),
             temperature=(self.temperature > 0, "> 0"),
+            target_temperature=(
+                self.target_temperature is None
+                or (self.regulariser in SHARPENING and self.target_temperature > 0),
+                f"none, or > 0 with a regulariser among {SHARPENING}",
+            ),
+            target_warmup_steps=(
+                not self.target_warmup_steps or self.target_temperature is not None,
+                "0 without target_temperature",
+            ),
             mean=(
                 self.mean == "batch" or self.is_annotation,
                 f"batch for {self.target}, which every picture has (members is for annotations)",
             ),
+            teacher=(
+                self.teacher is None or self.encoder == "frozen",
+                f"none with encoder {self.encoder} (it is for frozen)",
+            ),
+            column=(
+                self.kind.has_default or not self.kind.column or bool(self.column),
+                f"the name of a column of {self.kind.column} for {self.target}",
+            ),
             standardise=(
-                self.standardise == "none" or of_gaussian_features,
+                self.standardise == "none" or compares_features,
                 f"none for {self.target} under {self.likelihood} (it is for features under "
-                "gaussian)",
+                "gaussian or cosine_smooth_l1)",
             ),
         )
+        if self.column and not self.kind.column:
+            yield "column", f"expected none for {self.target}, got {self.column!r}"
         yield from self._encoder_conflicts()
         yield from self._symmetry_conflicts()
 
@@ -120,12 +174,16 @@ class Term(Checked):
                 f"shared with {self.target} of the {self.view} view",
             )
 
+        if self.predictor == "mask_token" and self.view != "same":
+            yield "view", "expected same with the predictor mask_token, got other"
+
     def _symmetry_conflicts(self) -> Iterator[Conflict]:
-        if self.symmetric and (self.view != "other" or self.kind.of != "view"):
+        of_other_view = self.view == "other" and self.kind.of == "view"
+        if self.symmetric and not of_other_view and self.predictor != "mask_token":
             yield (
                 "symmetric",
-                "expected an embedding or prototypes of the other view, got "
-                f"{self.target} of the {self.view} view",
+                "expected an embedding or prototypes of the other view, or the predictor "
+                f"mask_token, got {self.target} of the {self.view} view by {self.predictor}",
             )
         if self.symmetric and self.regulariser == "queue":
             yield (
@@ -143,6 +201,11 @@ class Term(Checked):
     def kind(self) -> Target:
         """Return what is known of this kind of target."""
         return TARGETS[self.target]
+
+    @property
+    def target_encoder(self) -> str:
+        """Return the name of the target's encoder, of which each frozen one has its own."""
+        return f"frozen:{self.teacher}" if self.teacher is not None else self.encoder
 
     @property
     def is_dense(self) -> bool:
@@ -200,12 +263,15 @@ class ObjectiveConfig(Checked):
     """Choice of the terms' weights."""
     mixing: MixingConfig = field(default_factory=MixingConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    captioner: CaptionerConfig = field(default_factory=CaptionerConfig)
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     head_hidden_dim: Annotated[int, range(WIDTHS.stop)] = 2048
-    """Width of the hidden layer of the category and caption heads; 0: one linear layer without bias
+    """Width of the hidden layer of the heads of annotations; 0: one linear layer without bias
     in the place of two, as CLIP."""
     teacher: str | None = None
     """Frozen encoder: a run directory, timm:NAME or timm:NAME:FILE."""
+    snapshot_every: Annotated[int, SOME_ROWS] = 10_000
+    """Steps after which the snapshot is taken anew from the encoder's EMA: 10,000 in DINOv3."""
     sigma: float = 0.5**0.5
     """Standard deviation of the Gaussian likelihood; sqrt(1/2) gives SiameseIM's mean squared
     error."""
@@ -214,7 +280,7 @@ class ObjectiveConfig(Checked):
     temperature: float = 0.07
     """Initial temperature of categories and captions; learnt, and kept from 0.01 up."""
     num_prototypes: Annotated[int, SOME_ROWS] = 4096
-    """Prototypes of DINO, MSN and SwAV."""
+    """Prototypes of each term over prototypes (DINO, iBOT, MSN, SwAV)."""
     queue_length: Annotated[int, SOME_ROWS] = 65536
     """Embeddings of earlier batches that MoCo's queue holds."""
 
@@ -232,6 +298,12 @@ class ObjectiveConfig(Checked):
             yield "terms", "expected a weight > 0, got none"
         least = 1 / MAX_SCALE
         yield from unmet(self, temperature=(self.temperature >= least, f">= {least}"))
+        if self.uses(encoder="snapshot") and not self.uses(encoder="momentum"):
+            yield (
+                "terms",
+                "expected a term with encoder momentum beside those with encoder snapshot, an "
+                "earlier state of it, got none",
+            )
         linear = [t.name for t in self.active_terms if t.predictor == "linear"]
         if linear and (self.mixing.mode != "none" or self.uses(predictor="linear", view="other")):
             yield (
@@ -239,6 +311,7 @@ class ObjectiveConfig(Checked):
                 "expected predictor decoder, or linear with mixing.mode none and the same view, as "
                 f"it predicts the cell of its own token, got linear of {linear}",
             )
+        yield from self._mask_token_conflicts()
         views = [t.name for t in self.active_terms if not t.is_annotation]
         if self.mixing.mode == "blend" and views:
             yield (
@@ -247,10 +320,32 @@ class ObjectiveConfig(Checked):
                 f"only, got {views}",
             )
 
+    def _mask_token_conflicts(self) -> Iterator[Conflict]:
+        in_place = [t.name for t in self.active_terms if t.predictor == "mask_token"]
+        if in_place and not self.mixing.encodes_hidden:
+            yield (
+                "mixing.hidden",
+                "expected mask_token, with mixing.mode masked, for the predictor mask_token of "
+                f"{in_place}, got {self.mixing.hidden} with mode {self.mixing.mode}",
+            )
+        decoded = [t.name for t in self.active_terms if t.predictor == "decoder"]
+        if decoded and self.mixing.encodes_hidden:
+            yield (
+                "mixing.hidden",
+                f"expected dropped with the predictor decoder of {decoded}, which has mask tokens "
+                "of its own, got mask_token",
+            )
+
     @property
     def active_terms(self) -> tuple[Term, ...]:
         """Return the terms whose weight is above 0."""
         return tuple(term for term in self.terms if term.weight > 0)
+
+    @property
+    def teachers(self) -> dict[str, str | None]:
+        """Return the frozen encoders in use by `Term.target_encoder`: what to load, or None."""
+        frozen = (term for term in self.active_terms if term.encoder == "frozen")
+        return {term.target_encoder: term.teacher or self.teacher for term in frozen}
 
     @property
     def num_encoded_views(self) -> int:

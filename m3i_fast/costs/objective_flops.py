@@ -24,6 +24,7 @@ from m3i_fast.costs.encoder_flops import (
     internimage_pool,
     internimage_sampling,
     text,
+    text_decoder,
     vit,
     vit_embed,
     vit_encode,
@@ -47,7 +48,7 @@ def step(counts: StepCounts) -> Parts:
     for term in counts.objective.active_terms:
         term.kind.counter()(term, counts, parts)
     for number in sorted(_summaries(counts)):
-        rows, cells = counts.num_images, counts.num_own
+        rows, cells = counts.num_images, counts.num_tokens
         if number >= counts.num_views:
             rows, cells = counts.batch_size, counts.num_local_cells
         pooled = _summarise(counts.vision, rows, cells)
@@ -105,7 +106,7 @@ def _encode_inputs(counts: StepCounts, parts: Parts) -> None:
     """Add the pass over the mixed inputs, in which an image may show but some of its cells."""
     vision, num_inputs = counts.vision, counts.num_inputs * counts.num_views
     num_images = counts.num_images * counts.num_views
-    if counts.objective.mixing.mode in ("own_image", "masked"):
+    if counts.objective.mixing.encodes_alone:
         assert isinstance(vision, ViTConfig)  # vision_conflicts
         parts[ENCODER] += vit_embed(vision, num_inputs)
         own = vit_encode(vision, num_images, counts.num_own)
@@ -175,12 +176,36 @@ def add_label(term: Term, counts: StepCounts, parts: Parts) -> None:
     widths = (hidden, dim) if hidden else (dim,)
     summary_dim = counts.vision.summary_dim
     parts[HEADS] += mlp(rows, summary_dim, *widths, input_grad=counts.encoder_grad)
-    targets = counts.num_classes
+    targets = counts.num_names(term)
     if term.target == "caption":
         captions = text(counts.text, counts.batch_size)
         parts[TEXT] += _chunked(counts, counts.batch_size, captions)
         targets = counts.batch_size * counts.num_ranks
     parts[LIKELIHOODS] += _loss(term, counts, rows=rows, dim=dim, targets=targets)
+
+
+def add_column(term: Term, counts: StepCounts, parts: Parts) -> None:
+    """Add labels or numbers, whose loss has no product."""
+    rows, names = counts.num_summaries, counts.num_names(term)
+    hidden = counts.objective.head_hidden_dim
+    widths = (hidden, names) if hidden else (names,)
+    parts[HEADS] += mlp(rows, counts.vision.summary_dim, *widths, input_grad=counts.encoder_grad)
+
+
+def add_caption_tokens(term: Term, counts: StepCounts, parts: Parts) -> None:
+    """Add the tokens of captions, of the full context length, padding included."""
+    images, tokens, cfg = counts.num_images, counts.num_caption_tokens, counts.objective.captioner
+    decoded = text_decoder(
+        cfg,
+        num_images=images,
+        num_tokens=tokens,
+        num_cells=counts.num_own,
+        input_dim=counts.vision.dim,
+        input_grad=counts.encoder_grad,
+    )
+    parts[DECODER] += _chunked(counts, images, decoded)
+    rows, vocabulary = images * tokens, counts.text.vocab_size
+    parts[LIKELIHOODS] += _loss(term, counts, rows=rows, dim=cfg.dim, targets=vocabulary)
 
 
 def add_dense(term: Term, counts: StepCounts, parts: Parts) -> None:
@@ -189,11 +214,11 @@ def add_dense(term: Term, counts: StepCounts, parts: Parts) -> None:
         _add_dense_contrast(term, counts, parts)
         return
     vision, cfg = counts.vision, counts.objective
-    dim = counts.encoder_of(term.encoder).dim
+    dim = counts.encoder_of(term.target_encoder).dim
     if term.target == "pixels":
         dim = 3 * (vision.image_size // vision.grid) ** 2
     count, asked = counts.num_asked(term.asked), counts.num_queries(term)
-    local = counts.num_local if term.view == "other" and term.predictor == "decoder" else 0
+    local = _num_local_asked(term, counts)
     encoded = vision.dim
     projects = cfg.projects(term)
     if projects:
@@ -202,27 +227,51 @@ def add_dense(term: Term, counts: StepCounts, parts: Parts) -> None:
     if term.predictor == "linear":
         parts[HEADS] += linear(count * asked, vision.dim, dim, input_grad=counts.encoder_grad)
     else:
-        calls = (count, counts.num_own), (local * count, counts.num_local_cells)
-        for images, cells in calls if local else calls[:1]:
-            decoded = decoder(
-                cfg.decoder,
-                num_images=images,
-                num_own=cells,
-                num_asked=asked,
-                dims=(encoded, dim),
-                input_grad=counts.encoder_grad or projects,
-            )
-            if projects:
-                rows, grad = images * cells, counts.encoder_grad
-                decoded += mlp(rows, vision.dim, dim, dim, input_grad=grad)
-            parts[DECODER] += _chunked(counts, images, decoded)
+        _add_decoder(term, counts, parts, dims=(encoded, dim), projects=projects)
     parts[LIKELIHOODS] += _loss(term, counts, rows=count * asked, dim=dim, calls=1 + local)
+
+
+def add_gram(term: Term, counts: StepCounts, parts: Parts) -> None:
+    """Add the cosines of all pairs of an image's cells."""
+    pairs = counts.num_asked(term.asked) * counts.num_tokens**2
+    target = counts.encoder_of(term.target_encoder).dim
+    parts[HEADS] += Flops(forward=2 * pairs * target)
+    own = 2 * pairs * counts.vision.dim
+    parts[HEADS] += Flops(forward=own, backward=2 * own * counts.encoder_grad)
+    images, cells = counts.num_asked(term.asked), counts.num_tokens
+    parts[LIKELIHOODS] += _loss(term, counts, rows=images * cells, dim=cells)
+
+
+def _num_local_asked(term: Term, counts: StepCounts) -> int:
+    """Return the local views from which a term's decoder predicts as well."""
+    return counts.num_local if term.view == "other" and term.predictor == "decoder" else 0
+
+
+def _add_decoder(
+    term: Term, counts: StepCounts, parts: Parts, *, dims: tuple[int, int], projects: bool = False
+) -> None:
+    """Add a term's questions to its decoder, and its projector where the decoder has one."""
+    count, local = counts.num_asked(term.asked), _num_local_asked(term, counts)
+    calls = (count, counts.num_own), (local * count, counts.num_local_cells)
+    for images, cells in calls if local else calls[:1]:
+        decoded = decoder(
+            counts.objective.decoder,
+            num_images=images,
+            num_own=cells,
+            num_asked=counts.num_queries(term),
+            dims=dims,
+            input_grad=counts.encoder_grad or projects,
+        )
+        if projects:
+            rows, grad = images * cells, counts.encoder_grad
+            decoded += mlp(rows, counts.vision.dim, dims[1], dims[1], input_grad=grad)
+        parts[DECODER] += _chunked(counts, images, decoded)
 
 
 def _add_dense_contrast(term: Term, counts: StepCounts, parts: Parts) -> None:
     vision, cfg, count = counts.vision, counts.objective, counts.num_asked(term.asked)
     dims = vision.dim, cfg.projector.hidden_dim, cfg.projector.output_dim
-    rows = count * counts.num_own
+    rows = count * counts.num_tokens
     parts[HEADS] += mlp(rows, *dims, input_grad=counts.encoder_grad)
     parts[HEADS] += mlp(count * counts.num_cells, *dims).forward_only
     parts[LIKELIHOODS] += _loss(term, counts, rows=rows, dim=cfg.projector.output_dim)
@@ -231,7 +280,7 @@ def _add_dense_contrast(term: Term, counts: StepCounts, parts: Parts) -> None:
 def add_embedding(term: Term, counts: StepCounts, parts: Parts) -> None:
     """Add an embedding of a view."""
     sized, rows = counts.objective.projector, counts.num_images
-    target = counts.encoder_of(term.encoder)
+    target = counts.encoder_of(term.target_encoder)
     dim = target.summary_dim if term.encoder == "frozen" else sized.output_dim
     directions, shared = 1 + term.symmetric, term.encoder == "shared"
     hidden = [sized.hidden_dim] * (sized.num_layers - 1)
@@ -253,7 +302,7 @@ def add_prototypes(term: Term, counts: StepCounts, parts: Parts) -> None:
     cfg, rows = counts.objective, counts.num_images
     sized = cfg.projector
     hidden = [sized.hidden_dim] * (sized.num_layers - 1)
-    dims = counts.vision.summary_dim, *hidden, sized.output_dim, cfg.num_prototypes
+    dims = counts.vision.summary_dim, *hidden, sized.output_dim
     seen = rows * (2 if term.sees_both_views else 1) + counts.num_local * counts.batch_size
     parts[HEADS] += mlp(seen, *dims, input_grad=counts.encoder_grad)
     if term.encoder == "momentum":
@@ -261,7 +310,44 @@ def add_prototypes(term: Term, counts: StepCounts, parts: Parts) -> None:
         parts[HEADS] += (targets * (1 + term.symmetric)).forward_only
     # Each target view is asked of the other global view and of every local one, in one call.
     asked = (rows + counts.num_local * counts.batch_size) * (1 + term.symmetric)
-    parts[LIKELIHOODS] += _loss(term, counts, rows=asked, dim=cfg.num_prototypes)
+    parts[LIKELIHOODS] += _loss(
+        term,
+        counts,
+        rows=asked,
+        dim=sized.output_dim,
+        targets=cfg.num_prototypes,
+        assigned=rows * (1 + term.symmetric),
+    )
+
+
+def add_cell_prototypes(term: Term, counts: StepCounts, parts: Parts) -> None:
+    """Add cells' assignments to prototypes: decoder, head and loss."""
+    cfg, vision = counts.objective, counts.vision
+    sized = cfg.projector
+    hidden = [sized.hidden_dim] * (sized.num_layers - 1)
+    dims = vision.dim, *hidden, sized.output_dim
+    views, count, asked = 1 + term.symmetric, counts.num_asked(term.asked), counts.num_queries(term)
+    local = _num_local_asked(term, counts)
+    assigned, rows = views * count * asked, (views + local) * count * asked
+    decodes = term.predictor == "decoder"
+    if decodes:
+        _add_decoder(term, counts, parts, dims=(vision.dim, vision.dim))
+    parts[HEADS] += mlp(rows, *dims, input_grad=counts.encoder_grad or decodes)
+    parts[HEADS] += mlp(assigned, *dims).forward_only
+    parts[LIKELIHOODS] += _loss(
+        term,
+        counts,
+        rows=rows,
+        dim=sized.output_dim,
+        targets=cfg.num_prototypes,
+        assigned=assigned,
+    )
+
+
+def add_summary(term: Term, counts: StepCounts, parts: Parts) -> None:
+    """Add a spread of the encoder's summaries, by view."""
+    rows, dim = counts.num_images, counts.vision.summary_dim
+    parts[LIKELIHOODS] += _loss(term, counts, rows=rows, dim=dim, calls=counts.num_views)
 
 
 def _loss(
@@ -271,11 +357,12 @@ def _loss(
     rows: int,
     dim: int,
     targets: int | None = None,
+    assigned: int = 0,
     calls: int = 1,
 ) -> Flops:
     """Count the calls of a term's loss in a step, as its row of `LOSSES` says.
 
-    rows, dim, targets: those of a call; targets are the rows of all ranks unless given.
+    rows, dim, targets, assigned: those of a call; targets are the rows of all ranks unless given.
     """
     loss, cfg, vision = LOSSES[term.loss_key], counts.objective, counts.vision
     learns_target = term.target == "embedding" and term.regulariser != "stop_gradient"
@@ -283,6 +370,7 @@ def _loss(
         rows=rows,
         dim=dim,
         targets=rows * counts.num_ranks if targets is None else targets,
+        assigned=assigned,
         target_grad=term.is_annotation or (term.encoder == "shared" and learns_target),
         queue_length=cfg.queue_length if term.regulariser == "queue" else 0,
         cells=counts.num_cells if term.is_dense else 0,

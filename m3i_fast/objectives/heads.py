@@ -225,7 +225,7 @@ class Mlp(nn.Sequential):
 
 
 class PrototypeHead(nn.Module):
-    """A head of cosines with K prototypes after an MLP without batch norm.
+    """A head whose cosines with K prototypes are logits, after an MLP without batch norm.
 
     As DINO, arXiv 2104.14294, with its weight norm kept at one, and MSN, arXiv 2204.07141.
     """
@@ -245,10 +245,10 @@ class PrototypeHead(nn.Module):
     def _reset_own(self) -> None:
         nn.init.normal_(self.prototypes)
 
-    def forward(
-        self, features: Tensor, prototypes: Tensor | None = None
-    ) -> Tensor:  # [N, C] -> [N, K]
-        """Return the cosines in fp32; prototypes: [K, E] to use instead of the head's own."""
-        chosen = self.prototypes if prototypes is None else prototypes
-        rows = unit_rows(wide(self.mlp(features)))
-        return rows @ unit_rows(wide(chosen)).T
+    def forward(self, features: Tensor) -> Tensor:  # [N, C] -> [N, E] fp32
+        """Return rows of unit length, whose products with `directions` are logits."""
+        return unit_rows(wide(self.mlp(features)))
+
+    def directions(self) -> Tensor:  # [K, E] fp32
+        """Return the prototypes as rows of unit length."""
+        return unit_rows(wide(self.prototypes))

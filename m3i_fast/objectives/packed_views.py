@@ -43,12 +43,11 @@ class PackedViews(Protocol):
 def packed_conflicts(cfg: ObjectiveConfig) -> Iterator[Conflict]:
     """Yield what of an objective needs views of one size, with what to change."""
     for term in cfg.active_terms:
-        if term.is_dense:
+        if term.kind.summaries == "none":
             yield (
                 "terms",
-                f"expected terms of a category, a caption or a whole view for views of any size, "
-                f"got {term.name!r} of single cells, whose places are those of a square grid: give "
-                "it weight 0",
+                "expected terms that read a picture's mean token for views of any size, got "
+                f"{term.name!r}, which reads single cells: give it weight 0",
             )
     if cfg.mixing.mode != "none":
         yield "mixing.mode", f"expected none for views of any size, got {cfg.mixing.mode}"
@@ -76,14 +75,9 @@ def encode_packed(
 
 @torch.no_grad()
 def _encode_targets(objective: MutualInformation, views: PackedViews, mix: Mix) -> Targets:
-    encoders: dict[str, ImageEncoder] = {}
-    if objective.cfg.uses(encoder="momentum"):
-        encoders["momentum"] = objective.target_encoder.encoder
-    if objective.teacher is not None:
-        encoders["frozen"] = objective.teacher
     sources = target_rows(objective.cfg.active_terms)
     tokens: dict[Source, Tensor] = {}
-    for name, encoder in encoders.items():
+    for name, encoder in objective.encoders().items():
         of_encoder = [source for source in sources if source[0] == name]
         means = _means(encoder, views, [view for _, view in of_encoder], None)
         tokens |= {source: mean[mix.sample] for source, mean in zip(of_encoder, means, strict=True)}

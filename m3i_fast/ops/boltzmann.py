@@ -20,7 +20,7 @@ from torch import Tensor
 from m3i_fast.ops.boltzmann_autograd import Sigmoid, Softmax
 from m3i_fast.ops.boltzmann_exchange import Ring, SingleProcess
 from m3i_fast.ops.boltzmann_rows import SoftTargets, row_softmax
-from m3i_fast.ops.boltzmann_vectors import wide
+from m3i_fast.ops.boltzmann_vectors import autocast_features, wide
 from m3i_fast.ops.library import contiguous
 
 IGNORED = -1
@@ -64,18 +64,9 @@ def _check_features(z_hat: Tensor, z: Tensor, scale: Tensor, bias: Tensor | None
         _expect_like("bias", bias, [] if bias.dim() == 0 else [z.shape[0]], z_hat)
 
 
-def _autocast(*features: Tensor) -> list[Tensor]:
-    """Cast features to the dtype of autocast where it is on, except float64 ones."""
-    device = features[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return list(features)
-    dtype = torch.get_autocast_dtype(device)
-    return [rows if rows.dtype == torch.float64 else rows.to(dtype) for rows in features]
-
-
 def _check_soft(targets: SoftTargets, z_hat: Tensor, z: Tensor) -> SoftTargets:
     """Return the targets with contiguous features, cast as those of the call."""
-    of_rows, of_columns = _autocast(targets.z_hat, targets.z)
+    of_rows, of_columns = autocast_features(targets.z_hat, targets.z)
     for name, rows, own in (("targets.z_hat", of_rows, z_hat), ("targets.z", of_columns, z)):
         _expect(rows.dim() == 2, f"{name}: expected 2 dimensions, got {list(rows.shape)}")
         _expect_like(name, rows, [own.shape[0], of_columns.shape[1]], z_hat)
@@ -197,11 +188,12 @@ def boltzmann(
     fp64); a loss close to 0 and its gradient keep their relative precision. Rows need not be
     normalised. A softmax over columns alone (targets, or not symmetric, in one process) computes
     its gradients in the forward pass, with three products of N x M x D, and keeps them in fp32; a
-    tile is then a block of rows, at most 64 MiB of logits on a CPU and 256 on CUDA, twice that with
-    SoftTargets, unless one row has more, and products of fp32 features on CUDA are as exact as
-    torch's own. Else, where logits leave the range that one shift covers (|scale| |z_hat| |z| above
-    73 with rows whose largest logit is that much below the largest possible one), sums are computed
-    once more with one shift a row and column. Differentiable once, by z_hat, z, scale and bias.
+    tile is then a block of rows, at most 56 MiB of logits on a CPU and 256 on CUDA, those of
+    SoftTargets included, unless one row has more, and products of fp32 features on CUDA are as
+    exact as torch's own. Else, where logits leave the range that one shift covers (|scale| |z_hat|
+    |z| above 73 with rows whose largest logit is that much below the largest possible one), sums
+    are computed once more with one shift a row and column. Differentiable once, by z_hat, z, scale
+    and bias.
 
     Under autocast z_hat and z are cast to its dtype, except float64 ones.
 
@@ -228,7 +220,7 @@ def boltzmann(
         ValueError: an argument is not as described, or contradicts another; the message names it,
             what was expected and what was given.
     """
-    z_hat, z = _autocast(z_hat, z)
+    z_hat, z = autocast_features(z_hat, z)
     _check_features(z_hat, z, scale, bias)
     _expect(form in ("softmax", "sigmoid"), f"form: expected softmax or sigmoid, got {form!r}")
     _expect(reduction in ("mean", "sum"), f"reduction: expected mean or sum, got {reduction!r}")

@@ -20,10 +20,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from m3i_fast.ops.boltzmann_autograd import _refuse_second_derivative, _warn_once
+from m3i_fast.ops.boltzmann_vectors import autocast_features
+from m3i_fast.ops.boltzmann_vectors import wide as wide_type
 from m3i_fast.ops.library import m3i
 
-# Bytes of a block's wide [R, M] logits at most, unless a single row has more.
-_BLOCK_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
+# Bytes of a block's wide [R, M] matrices at most, unless a single row has more.
+_BLOCK_BYTES = {"cpu": 56 << 20, "cuda": 256 << 20}
+_ROW_STEP = {"cpu": 16, "cuda": 64}  # rows of a block are a multiple, where there are so many
 # Bytes of a wide copy of some rows of a matrix, where a GEMM cannot sum half types in fp32.
 _COPY_BYTES = 8 << 20
 # Elements to which rows of a block are padded; cuda/boltzmann/rows/params.h
@@ -60,6 +63,7 @@ class SoftTargets:
         scale: Tensor,  # []
         *,
         num_iterations: int = 3,
+        whole_rows: bool = False,
         process_group: dist.ProcessGroup | None = None,
     ) -> SoftTargets:
         """Return targets that Sinkhorn-Knopp spreads over the columns (prototypes) evenly.
@@ -67,19 +71,42 @@ class SoftTargets:
         SwAV, arXiv 2006.09882, equation 5: Q = Diag(u) exp(scale C) Diag(v), which DINOv2 uses for
         targets. An iteration divides every column by its sum over all rows, then every row by its
         sum. It works on logarithms, so that no scale overflows and no column vanishes. It costs one
-        product of N x M x D', in the memory of some blocks of rows and vectors of M; half types are
-        multiplied with sums in fp32.
+        product of N x M x D' an iteration, in the memory of a block of rows and vectors of M; half
+        types are multiplied with sums in fp32. Under autocast z_hat and z are cast as by
+        `boltzmann`.
 
         Args:
             scale: 1 / temperature, on the device of z_hat; the host does not read it.
+            whole_rows: divide every row by its sum before the first iteration, too, as MSN does
+                (arXiv 2204.07141).
             process_group: each of its ranks passes its own rows, in any number, and the same
                 columns. The sums of columns are those of all ranks' rows.
 
         Raises:
             ValueError: num_iterations is below 1.
         """
-        log_scale = _sinkhorn_log_scale(z_hat, z, scale, num_iterations, process_group)
+        z_hat, z = autocast_features(z_hat.detach(), z.detach())
+        start = None
+        if whole_rows:
+            start = torch.zeros(len(z), dtype=wide_type(z.dtype), device=z.device)
+        log_scale = _sinkhorn_log_scale(z_hat, z, scale, num_iterations, start, process_group)
         return cls(z_hat, z, scale, log_scale)
+
+    @torch.no_grad()
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield T as (rows, [R, M] wide), in memory that the next block overwrites.
+
+        For what needs the probabilities themselves, at one product of N x M x D'. All blocks
+        together take as much memory as those of `boltzmann`, half of it for copies of a block.
+        """
+        z_hat, z, dtype = self.z_hat.contiguous(), self.z.contiguous(), wide_type(self.z.dtype)
+        rows = _block_rows(len(z_hat), _stride(len(z)), dtype, z.device.type, matrices=2)
+        for block, products in _blocks(z_hat, z, rows, dtype):
+            probabilities = products[:, : len(z)].mul_(self.scale)
+            if self.column_log_scale is not None:
+                probabilities.add_(self.column_log_scale)
+            probabilities.sub_(probabilities.amax(1, keepdim=True)).exp_()
+            yield block, probabilities.div_(probabilities.sum(1, keepdim=True))
 
 
 # ---- Products ------------------------------------------------------------------------------------
@@ -110,9 +137,13 @@ def _stride(columns: int) -> int:
     return -(-columns // _PADDING) * _PADDING
 
 
-def _block_rows(num_rows: int, stride: int, wide: torch.dtype, device: str) -> int:
-    most = _BLOCK_BYTES[device] // (wide.itemsize * max(1, stride))
-    return max(1, min(num_rows, most // 64 * 64 or most))
+def _block_rows(
+    num_rows: int, stride: int, wide: torch.dtype, device: str, *, matrices: int
+) -> int:
+    """Return the rows of a block, of which so many matrices [R, M] are alive at a time."""
+    most = _BLOCK_BYTES[device] // (matrices * wide.itemsize * max(1, stride))
+    step = _ROW_STEP[device]
+    return max(1, min(num_rows, most // step * step or most))
 
 
 def _blocks(
@@ -189,7 +220,8 @@ def rows(
             output.zero_()
         return outputs
     wide, device = scale.dtype, z.device.type
-    most = _block_rows(len(z_hat), _stride(len(z)), wide, device)
+    matrices = 1 if target_z is None else 2
+    most = _block_rows(len(z_hat), _stride(len(z)), wide, device, matrices=matrices)
     blocks = _blocks(z_hat, z, most, wide)
     target_blocks: Iterator[tuple[slice, Tensor]] | None = None
     if target_z_hat is not None and target_z is not None:
@@ -257,6 +289,7 @@ class RowSoftmax(torch.autograd.Function):
 
     What is saved are the wide gradients of the sum over rows, of the size of N x D and M x D: the
     backward scales and rounds them once, so that fp16 gradients are in range whatever factor comes.
+    On a CPU it scales wide ones in place, unless the graph is kept for another backward pass.
     """
 
     @staticmethod
@@ -288,11 +321,23 @@ class RowSoftmax(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_second_derivative()
         *grads, scale, share = ctx.saved_tensors
-        _, *scaled = m3i.boltzmann_scale.default(grad, share, scale, *grads, ctx.dtype)
+        if _is_last_use(grads[0]) and ctx.dtype == scale.dtype:
+            shared = grad * share
+            factors = shared * scale, shared * scale, shared, shared
+            scaled = [g.mul_(factor) for g, factor in zip(grads, factors, strict=True)]
+        else:
+            _, *scaled = m3i.boltzmann_scale.default(grad, share, scale, *grads, ctx.dtype)
         needed = ctx.needs_input_grad[:4]
         return *(g if wanted else None for g, wanted in zip(scaled, needed, strict=True)), *(
             None,
         ) * 5
+
+
+def _is_last_use(saved: Tensor) -> bool:
+    """Return whether a CPU's backward pass may overwrite what it saved: the graph is not kept."""
+    if saved.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def _total_weight(
@@ -355,13 +400,12 @@ def _sinkhorn_log_scale(
     z: Tensor,  # [M, D]
     scale: Tensor,  # []
     num_iterations: int,
+    log_scale: Tensor | None,  # [M] wide, to begin with
     process_group: dist.ProcessGroup | None,
 ) -> Tensor:  # [M] wide
     if num_iterations < 1:
         raise ValueError(f"num_iterations: expected at least 1, got {num_iterations}")
-    wide = torch.float64 if z_hat.dtype == torch.float64 else torch.float32
-    z_hat, z, scale = z_hat.contiguous(), z.contiguous(), scale.to(wide)
-    log_scale: Tensor | None = None
+    z_hat, z, scale = z_hat.contiguous(), z.contiguous(), scale.to(wide_type(z_hat.dtype))
     for _ in range(num_iterations):
         total = _log_sum_columns(z_hat, z, scale, log_scale, process_group)
         log_scale = -total if log_scale is None else log_scale - total
@@ -388,7 +432,7 @@ def _log_sum_columns(
         """Return the total with another shift; 0 of no rows, whose shift is -inf."""
         return torch.where(most == -torch.inf, 0, total * (most - to).exp())
 
-    rows = _block_rows(len(z_hat), _stride(len(z)), scale.dtype, z.device.type)
+    rows = _block_rows(len(z_hat), _stride(len(z)), scale.dtype, z.device.type, matrices=3)
     for _, products in _blocks(z_hat, z, rows, scale.dtype):
         log_q = products[:, : len(z)].mul_(scale)
         if log_scale is not None:

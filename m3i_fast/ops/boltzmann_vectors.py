@@ -1,4 +1,4 @@
-"""Fake kernels of the compiled ops of `boltzmann` on vectors of N and M.
+"""Dtypes of `boltzmann`, and fake kernels of its compiled ops on vectors of N and M.
 
 Legend: N rows and M columns, D features; K parts of a sum. `cuda/boltzmann/vectors/params.h` says
 what each op computes. Wide is fp32, fp64 for fp64.
@@ -13,6 +13,15 @@ from torch import Tensor
 def wide(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of logits, sums and gradients for features of this dtype."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def autocast_features(*features: Tensor) -> list[Tensor]:
+    """Cast features to the dtype of autocast where it is on, except float64 ones."""
+    device = features[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(features)
+    dtype = torch.get_autocast_dtype(device)
+    return [rows if rows.dtype == torch.float64 else rows.to(dtype) for rows in features]
 
 
 def num_parts(rows: int, columns: int) -> int:

@@ -17,8 +17,10 @@ from m3i_fast.objectives.losses.builders import build_loss
 from m3i_fast.objectives.losses.stateful import Prototypes, UniGrad
 from tests.shared.flop_formulas import FORMULAS
 
-OBJECTIVE = ObjectiveConfig(queue_length=12, num_prototypes=7)
+OBJECTIVE = ObjectiveConfig(queue_length=12, num_prototypes=11)
 ROWS, DIM, PICTURES, CELLS, CELL_DIM, CLASSES = 8, 7, 2, 5, 9, 6
+OF_CLASSES = "category", "caption_tokens"
+PROTOTYPES = ("prototypes", "cell_prototypes")
 # The product of all predictions with the mean target: 1 / D of the others, and left out.
 LEFT_OUT = {("features", "gaussian", "covariance"): 2 * ROWS * DIM}
 
@@ -28,8 +30,9 @@ def term_of(key: LossKey) -> Term:
     return Term(
         name="term",
         target=target,  # type: ignore[arg-type]
-        view="other" if target in ("embedding", "prototypes") else "same",
-        encoder="none" if target in ("category", "caption", "pixels") else "momentum",
+        view="other" if TARGETS[target].of == "view" else "same",
+        encoder=TARGETS[target].encoders[0],  # type: ignore[arg-type]
+        column="" if TARGETS[target].has_default else TARGETS[target].column,
         predictor=TARGETS[target].predictors[-1],  # type: ignore[arg-type]
         likelihood=likelihood,
         regulariser=regulariser,
@@ -40,21 +43,27 @@ def draw(*shape: int, grad: bool = False) -> Tensor:
     return torch.randn(shape, requires_grad=grad)
 
 
-def arguments(key: LossKey, loss: Any, target_grad: bool) -> tuple[list[Tensor], dict[str, Tensor]]:
+def arguments(key: LossKey, loss: Any, target_grad: bool) -> tuple[list[Any], dict[str, Tensor]]:
     """What a term calls the loss with."""
     target = key[0]
     z_hat = draw(ROWS, DIM, grad=True)
-    if target in ("category", "caption"):
-        count = CLASSES if target == "category" else ROWS
+    if target == "labels":
+        members = torch.ones(ROWS, dtype=torch.bool)
+        return [z_hat, torch.ones(ROWS, DIM)], {"members": members}
+    if target in OF_CLASSES or target == "caption":
+        count = CLASSES if target in OF_CLASSES else ROWS
         ids = torch.arange(ROWS) % count
         options = {"row_ids": ids, "col_ids": torch.arange(count)}
-        if target == "category":
+        if target in OF_CLASSES:
             options = {"targets": ids}
         elif key[1] == "sigmoid":
             options["bias"] = draw(grad=True)
         return [z_hat, draw(count, DIM, grad=True), draw(grad=True).exp()], options
-    if target == "prototypes":
-        return [z_hat, *loss.targets([draw(ROWS, DIM)])], {}
+    if target == "summary":
+        return [z_hat], {}
+    if isinstance(loss, Prototypes):
+        prototypes = draw(OBJECTIVE.num_prototypes, DIM, grad=True)
+        return [[z_hat], loss.targets([draw(ROWS, DIM)], prototypes), prototypes], {}
     if key == ("features", "boltzmann", "queue"):
         z_hat = draw(PICTURES, ROWS // PICTURES, DIM, grad=True)
         z, of_target = draw(PICTURES, CELLS, DIM), draw(PICTURES, CELLS, CELL_DIM)
@@ -63,10 +72,13 @@ def arguments(key: LossKey, loss: Any, target_grad: bool) -> tuple[list[Tensor],
 
 
 def sizes_of(key: LossKey, target_grad: bool) -> LossSizes:
+    columns = dict.fromkeys(OF_CLASSES, CLASSES)
+    columns |= dict.fromkeys(PROTOTYPES, OBJECTIVE.num_prototypes)
     return LossSizes(
         rows=ROWS,
         dim=DIM,
-        targets=CLASSES if key[0] == "category" else ROWS,
+        targets=columns.get(key[0], ROWS),
+        assigned=ROWS,
         target_grad=target_grad,
         queue_length=OBJECTIVE.queue_length,
         cells=CELLS,
@@ -76,15 +88,15 @@ def sizes_of(key: LossKey, target_grad: bool) -> LossSizes:
 
 
 WITH_TARGET_GRAD = ("negatives", "all_views", "cross_correlation", "variance_covariance")
-CASES = [(key, key[0] in ("category", "caption")) for key in LOSSES]
+CASES = [(key, key[0] in (*OF_CLASSES, "caption")) for key in LOSSES]
 CASES += [(key, True) for key in LOSSES if key[0] == "embedding" and key[2] in WITH_TARGET_GRAD]
 
 
 @pytest.mark.parametrize(("key", "target_grad"), CASES, ids=str)
 def test_a_row_counts_what_its_loss_does(key: LossKey, target_grad: bool) -> None:
     loss: Any = build_loss(term_of(key), OBJECTIVE, DIM, None)
-    given, options = arguments(key, loss, target_grad)
     with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+        given, options = arguments(key, loss, target_grad)
         if isinstance(loss, UniGrad):
             loss.observe(given[1:])
         loss(*given, **options).backward()
@@ -102,7 +114,7 @@ def test_without_a_decorrelation_nothing_is_counted() -> None:
 def test_rows_of_prototypes_build_what_has_targets() -> None:
     for key in LOSSES:
         loss = build_loss(term_of(key), OBJECTIVE, DIM, None)
-        assert isinstance(loss, Prototypes) == (key[0] == "prototypes")
+        assert isinstance(loss, Prototypes) == (key[0] in PROTOTYPES)
 
 
 def test_a_loss_without_its_flops_is_refused() -> None:

@@ -41,6 +41,14 @@ from tests.shared.small_objective import NUM_CLASSES, TEXT, VISION, make_config
             "symmetric: expected False with a queue",
         ),
         (lambda: replace(m3i()[0], temperature=0.0), "temperature: expected > 0"),
+        (
+            lambda: replace(m3i()[0], target_temperature=0.07),
+            r"target_temperature: expected none, or > 0 with a regulariser among \('centring', ",
+        ),
+        (
+            lambda: replace(METHODS["dino"].terms[0], target_warmup_steps=5),
+            "target_warmup_steps: expected 0 without target_temperature, got 5",
+        ),
         (lambda: ObjectiveConfig(terms=(replace(m3i()[0], name="a b"),)), "letters"),
         (lambda: ObjectiveConfig(queue_length=0), "queue_length"),
         (

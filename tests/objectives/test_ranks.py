@@ -17,9 +17,12 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from m3i_fast.objectives.losses import distillation, regularisers
+from m3i_fast.ops import SoftTargets
 
 D = 6
-ROWS = {2: (7, 9), 3: (5, 0, 11)}  # unequal, and a rank without any
+ROWS = {2: (7, 9), 3: (5, 0, 11), 4: (4, 6, 0, 6)}  # unequal, and a rank without any
+
+AXES = torch.eye(D, dtype=torch.float64)  # prototypes, so that features are logits
 
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "barlow_twins": regularisers.barlow_twins,
@@ -28,7 +31,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "covariance": lambda a, b, **group: regularisers.covariance(a * b, **group),
     "coding_rate": lambda a, b, **group: regularisers.coding_rate(a + b, **group),
     "mean_entropy": lambda a, b, **group: distillation.mean_entropy(
-        a * b, temperature=0.5, **group
+        a * b, AXES, temperature=0.5, **group
     ),
 }
 
@@ -41,11 +44,12 @@ def views() -> tuple[Tensor, Tensor]:  # [16, D] fp64, the same on every rank
 
 def states(a: Tensor, b: Tensor, group: dist.ProcessGroup | None) -> dict[str, Tensor]:
     """What has no gradient; the assignments are this rank's rows, the others are everyone's."""
-    start = torch.ones(D, dtype=torch.float64)
+    start, scale = torch.ones(D, dtype=torch.float64), torch.tensor(25.0, dtype=torch.float64)
+    assigned = SoftTargets.sinkhorn(300 * b, AXES, scale, process_group=group)
     return {
-        "centre": distillation.update_centre(start, a, process_group=group),
+        "centre": distillation.update_centre(start, a, AXES, process_group=group),
         "correlation": regularisers.update_correlation(start.diag(), a, b, process_group=group),
-        "assignments": distillation.sinkhorn_knopp(300 * b, temperature=0.04, process_group=group),
+        "assignments": torch.cat([b[:0], *(rows.clone() for _, rows in assigned.blocks())]),
     }
 
 

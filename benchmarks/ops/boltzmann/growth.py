@@ -92,6 +92,14 @@ def measure_growth(device: str, largest: int | None, dim: int) -> list[dict[str,
     return curves
 
 
+def measure_apart(
+    name: str, size: Size, dtype: torch.dtype, device: str, num_threads: int
+) -> Point | None:
+    """Return `measure_point` of a fresh process."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(measure_point, name, size, dtype, device, num_threads).result()
+
+
 def _extend(curve: dict[str, Any], count: int) -> Point | None:
     """Measure the next point of a curve; None where it has stopped."""
     if curve["stops_at"] is not None:
@@ -102,9 +110,7 @@ def _extend(curve: dict[str, Any], count: int) -> Point | None:
     needed, free = NUM_MATRICES.get(name, 0) * count**2 * dtype.itemsize, free_bytes(device)
     point = None
     if needed <= free:
-        arguments = name, size, dtype, device, curve["num_threads"]
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-            point = process.submit(measure_point, *arguments).result()
+        point = measure_apart(name, size, dtype, device, curve["num_threads"])
     if point is None:
         curve["stops_at"] = count
         logger.warning(

@@ -16,6 +16,9 @@ of the sigmoid form and of classes, one forward (of soft targets two). Of a GPU 
 peak is known, `hfu` is that over the peak, and `model_fraction` of every loss counts the GEMMs
 that a loss which keeps its logits needs: three, of soft targets four.
 
+Of soft targets, the prototypes of DINO and SwAV, forward and backward has `extra_peak_bytes` as
+well: of each loss in a fresh process, the peak above the inputs, less the gradients' bytes.
+
 `--growth` is described in growth.py and `--ranks` in ranks.py.
 """
 
@@ -46,6 +49,7 @@ from m3i_fast.benchmarks.ops.boltzmann.losses import (
     OURS,
     Form,
     Size,
+    losses,
     make_functions,
 )
 from m3i_fast.costs.gpus import card_of
@@ -162,7 +166,17 @@ def measure_speed(cfg: Config) -> Iterator[dict[str, Any]]:
     peak = peak_of(torch.cuda.get_device_name()) if on_gpu else None
     for size in GPU_SIZES if on_gpu else CPU_SIZES:
         for backward in (False, True):
-            yield figures_of(cfg, size, dtype, backward, peak)
+            figures = figures_of(cfg, size, dtype, backward, peak)
+            if backward and size.form == "soft":
+                figures["extra_peak_bytes"] = extra_peaks(size, dtype, resolve(cfg.device))
+            yield figures
+
+
+def extra_peaks(size: Size, dtype: torch.dtype, device: str) -> dict[str, int]:
+    """Return the memory of each loss above inputs and gradients, in bytes by name."""
+    arguments = size, dtype, device, torch.get_num_threads()
+    points = {n: growth.measure_apart(n, *arguments) for n in losses(size.form, device)}
+    return {name: point.extra_peak_bytes for name, point in points.items() if point is not None}
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
@@ -174,7 +188,12 @@ def table(rows: list[dict[str, Any]]) -> Table:
     def rate(row: dict[str, Any], name: str) -> str:
         return f"{row['tflop_s']:.3g}" if name == OURS else ""
 
-    return ratio_table(SUBJECT, "form, N x M x D", rows, label, {"TFLOP/s": rate})
+    shown = ratio_table(SUBJECT, "form, N x M x D", rows, label, {"TFLOP/s": rate})
+    for row in rows:
+        if extra := row.get("extra_peak_bytes"):
+            memory = ", ".join(f"{name} {count / 2**20:,.0f}" for name, count in extra.items())
+            shown.caption = f"{label(row)}: MiB above inputs and gradients: {memory}"
+    return shown
 
 
 def main(argv: list[str] | None = None) -> None:

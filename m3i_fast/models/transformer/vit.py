@@ -7,6 +7,7 @@ D width, H heads, I images in inputs; of pictures of any size P pictures, T patc
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,13 @@ from m3i_fast.models.transformer.positions import (
 from m3i_fast.ops.views import cut_patches
 
 PREFIX_STD = 1e-6  # timm's class and register tokens
+
+
+class Masking(NamedTuple):
+    """Patches that are embedded as a mask token, with their positions."""
+
+    hidden: Tensor  # [B, N] bool
+    token: Tensor  # [D]
 
 
 def embed_patches(
@@ -115,7 +123,7 @@ class ViT(ImageEncoder):
             if prefix is not None:
                 nn.init.normal_(prefix, std=PREFIX_STD)
 
-    def embed(self, images: Tensor) -> Tensor:
+    def embed(self, images: Tensor, masking: Masking | None = None) -> Tensor:
         """Embed patches with their absolute positions, without prefix: [B, 3, H, W] -> [B, N, D].
 
         H and W may differ from the configured size; positions are then interpolated. Raises
@@ -129,6 +137,9 @@ class ViT(ImageEncoder):
                 f"got {list(images.shape)}"
             )
         tokens = embed_patches(images, self.patch_embed.weight, self.patch_embed.bias)
+        if masking is not None:
+            hidden, token = masking
+            tokens = torch.where(hidden[..., None], token.to(tokens.dtype), tokens)
         if self.pos_embed is None:
             return tokens
         old, new = (self.cfg.grid, self.cfg.grid), (height // patch, width // patch)
@@ -175,19 +186,23 @@ class ViT(ImageEncoder):
         head_dim = self.cfg.dim // self.cfg.num_heads
         return rotary(torch.cat([prefix, centres], dim=1), head_dim)
 
-    def forward(self, images: Tensor, priority: Tensor | None = None) -> Tensor:
+    def forward(
+        self, images: Tensor, priority: Tensor | None = None, masking: Masking | None = None
+    ) -> Tensor:
         """Encode whole images: [B, 3, H, W] -> [B, R + N, D], prefix first.
 
         priority: [B, 2 depth] int32, as in `encode`.
         """
-        return self.encode(self.embed(images), self.places(images), priority)
+        return self.encode(self.embed(images, masking), self.places(images), priority)
 
-    def encode_cells(self, images: Tensor, priority: Tensor | None = None) -> Tensor:
+    def encode_cells(
+        self, images: Tensor, priority: Tensor | None = None, masking: Masking | None = None
+    ) -> Tensor:
         """Encode whole images as one token a patch: [B, 3, H, W] -> [B, N, D].
 
         priority: [B, 2 depth] int32, as in `encode`.
         """
-        return self(images, priority)[:, self.num_prefix :]
+        return self(images, priority, masking)[:, self.num_prefix :]
 
     def encode_alone(
         self,
@@ -209,6 +224,7 @@ class ViT(ImageEncoder):
         images: Tensor,  # [B, 3, H, W]
         token_index: Tensor | None,  # [I, n] int64 as `encode_alone`
         local: Tensor,  # [L, 3, h, w]
+        masking: Masking | None = None,  # of images, where no cells are given
     ) -> tuple[Tensor, Tensor]:  # [I, n, D] or [B, N, D], [L, m, D]
         """Encode images, alone where cells are given, and whole pictures of another size.
 
@@ -219,9 +235,9 @@ class ViT(ImageEncoder):
         of_batches = self.cfg.position != "absolute" or self.cfg.drop_path_rate > 0
         if self.calls_apart or of_batches:
             if token_index is None:
-                return self.encode_cells(images), self.encode_cells(local)
+                return self.encode_cells(images, None, masking), self.encode_cells(local)
             return self.encode_alone(images, token_index), self.encode_cells(local)
-        tokens = self.embed(images)
+        tokens = self.embed(images, masking)
         if token_index is not None:
             tokens = take_cells(tokens, token_index)
         whole = [self._with_prefix(tokens), self._with_prefix(self.embed(local))]

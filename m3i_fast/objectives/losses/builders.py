@@ -2,8 +2,8 @@
 
 A builder takes the term, the objective's config, the width of z and the process group. The loss
 that it returns is called as loss(z_hat, z) for pixels, features and embeddings, and returns a
-scalar; a loss of prototypes also has `targets` (`stateful.Prototypes`), and one of categories and
-captions takes what `ops.boltzmann` takes.
+scalar; a loss of prototypes also has `targets` (`stateful.Prototypes`), one of summaries is called
+as loss(z), and one of categories and captions takes what `ops.boltzmann` takes.
 
 With a process group a loss is that of the rows of all ranks where rows of a batch meet, and of the
 rank's rows where they do not (`row_statistics` says what that means for gradients). SimCLR's
@@ -15,12 +15,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pkgutil import resolve_name
+from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from m3i_fast.config.losses import LOSSES
 from m3i_fast.config.objective import ObjectiveConfig, Term
-from m3i_fast.objectives.losses.regularisers import barlow_twins, vicreg
+from m3i_fast.objectives.losses import similarity
+from m3i_fast.objectives.losses.annotations import binary_cross_entropy, known_squares
+from m3i_fast.objectives.losses.regularisers import barlow_twins, koleo, vicreg
 from m3i_fast.objectives.losses.similarity import info_nce, negative_cosine_similarity, nt_xent
 from m3i_fast.objectives.losses.stateful import (
     Balanced,
@@ -53,7 +57,7 @@ def build_loss(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> Loss
 
 
 def category(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
-    """Build the softmax over all categories, which every rank has; rows alone are sharded."""
+    """Build the softmax over all categories, or a vocabulary; rows alone are sharded."""
 
     def loss(z_hat: Tensor, z: Tensor, scale: Tensor, *, targets: Tensor) -> Tensor:
         if group is None:
@@ -75,6 +79,16 @@ def caption_sigmoid(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) ->
     return partial(boltzmann, form="sigmoid", process_group=group, equal_sizes=True)
 
 
+def labels(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
+    """Build the mean over labels of rows' binary cross-entropies, of rows with labels alone."""
+    return partial(binary_cross_entropy, process_group=group)
+
+
+def numbers(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
+    """Build the squared distance over 2 sigma^2, of the numbers that are known."""
+    return partial(known_squares, sigma=cfg.sigma, process_group=group)
+
+
 # ---- Cells ---------------------------------------------------------------------------------------
 
 
@@ -88,6 +102,16 @@ def dense_gaussian(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> 
         decorrelation_weight=cfg.decorrelation_weight if term.decorrelates else 0.0,
         centred=term.regulariser == "covariance",
     )
+
+
+def cosine_smooth_l1(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
+    """Build AM-RADIO's loss of a teacher's cells, of the rows of one rank."""
+    return similarity.cosine_smooth_l1
+
+
+def squared_distance(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
+    """Build the mean squared distance of the rows of one rank."""
+    return F.mse_loss
 
 
 def dense_queue(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
@@ -138,14 +162,28 @@ def running_correlation(term: Term, cfg: ObjectiveConfig, dim: int, group: Group
 
 def centring(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
     """Build DINO's loss."""
-    return Centred(term.temperature, group, cfg.num_prototypes)
+    return Centred(term.temperature, group, cfg.num_prototypes, **_of_targets(term))
 
 
 def sinkhorn(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
     """Build SwAV's loss."""
-    return Balanced(term.temperature, group)
+    return Balanced(term.temperature, group, **_of_targets(term))
 
 
 def mean_entropy(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
     """Build MSN's loss."""
-    return MeanEntropy(term.temperature, group)
+    return MeanEntropy(term.temperature, group, **_of_targets(term))
+
+
+def _of_targets(term: Term) -> dict[str, Any]:
+    """Return the temperature of a term's targets, as `stateful.Prototypes` takes it."""
+    names = "target_temperature", "target_warmup_steps"
+    return {name: getattr(term, name) for name in names}
+
+
+# ---- Summaries -----------------------------------------------------------------------------------
+
+
+def nearest_neighbour(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
+    """Build KoLeo's entropy term, of the rows of one rank."""
+    return koleo

@@ -1,4 +1,4 @@
-"""Losses that keep something from step to step, or take a teacher's logits, as modules.
+"""Losses that keep something from step to step, or take a teacher's features, as modules.
 
 A module's state is buffers, which `reset_parameters` sets and the run's checkpoints hold. With a
 process group the state is that of the rows of all ranks. Legend: N rows, E features, K rows of a
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,15 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m3i_fast.objectives.losses.distillation import (
-    centred_softmax,
+    inverse_temperature,
     mean_entropy,
     self_distillation,
-    sinkhorn_knopp,
     update_centre,
 )
 from m3i_fast.objectives.losses.regularisers import unigrad, update_correlation
 from m3i_fast.objectives.losses.similarity import dense_contrastive, moco
 from m3i_fast.objectives.row_statistics import wide
+from m3i_fast.ops import SoftTargets
 
 Group = dist.ProcessGroup | None
 
@@ -117,68 +119,146 @@ class UniGrad(nn.Module):
         return unigrad(z_hat, z, self.correlation.clone())
 
 
-# ---- Prototypes: targets(the teacher's logits of all views), then loss(logits, targets) ----------
+# ---- Prototypes: targets(the teacher's features of all views), then loss(predictions, targets) ---
+
+
+class TargetScale(nn.Module):
+    """Compute 1 / temperature of the targets, which may move over the first steps.
+
+    From step to step it goes from `start` to `end` in equal parts, as DINO's: the steps are counted
+    on the device.
+    """
+
+    num_steps: Tensor  # [] int64, of training so far; there is none without a warm-up
+
+    def __init__(self, start: float, end: float | None = None, warmup_steps: int = 0) -> None:
+        super().__init__()
+        self.start, self.end, self.warmup_steps = start, start if end is None else end, warmup_steps
+        if warmup_steps:
+            self.register_buffer("num_steps", torch.zeros((), dtype=torch.int64))
+
+    def reset_parameters(self) -> None:
+        """Set the count of steps to 0."""
+        if self.warmup_steps:
+            self.num_steps.zero_()
+
+    @torch.no_grad()
+    def forward(self, like: Tensor) -> Tensor:  # -> [], as `inverse_temperature`
+        """Return the scale of this step, and count it in training."""
+        end = inverse_temperature(self.end, like)
+        if not self.warmup_steps:
+            return end
+        share = (self.num_steps / max(self.warmup_steps - 1, 1)).clamp(max=1).to(end.dtype)
+        if self.training:
+            self.num_steps += 1
+        return (self.start + (self.end - self.start) * share).reciprocal()
 
 
 class Prototypes(nn.Module, ABC):
     """Compute the cross-entropy with the teacher's assignment, which subclasses define.
 
-    The loss is called once a step, with the rows of all pairs of views.
+    Logits are products of features and prototypes, and no [N, K] array of them is stored. The loss
+    is called once a step, with the rows of all pairs of an input view and a target view.
     """
 
-    def __init__(self, temperature: float, group: Group) -> None:
+    SHARP: float
+    """Temperature of the targets in the paper."""
+
+    def __init__(
+        self,
+        temperature: float,
+        group: Group,
+        *,
+        target_temperature: float | None = None,
+        target_warmup_steps: int = 0,
+    ) -> None:
         super().__init__()
         self.temperature, self.group = temperature, group
+        self.target_scale = TargetScale(self.sharp, target_temperature, target_warmup_steps)
+
+    @property
+    def sharp(self) -> float:
+        """Return the temperature of the targets in the paper."""
+        return self.SHARP
 
     @abstractmethod
-    def targets(self, logits: Sequence[Tensor]) -> list[Tensor]:
-        """Return the teacher's logits [N, K] of each target view as probabilities [N, K].
+    def targets(
+        self,
+        features: Sequence[Tensor],  # [N, E] of each target view, the teacher's
+        prototypes: Tensor,  # [K, E], the teacher's
+    ) -> list[SoftTargets]:
+        """Return each target view's assignment. It carries no gradient.
 
-        They carry no gradient.
+        Views whose logits are scaled by column alike have the same tensor `column_log_scale`.
         """
 
-    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:  # [N, K], [N, K] -> []
-        """Return the mean cross-entropy of the student's logits."""
-        return self_distillation(logits, targets, temperature=self.temperature)
+    def forward(
+        self,
+        features: Sequence[Tensor],  # [N, E] of each pair, the student's
+        targets: Sequence[SoftTargets],  # of each pair
+        prototypes: Tensor,  # [K, E]
+    ) -> Tensor:  # []
+        """Return the mean cross-entropy over the rows of all pairs."""
+        calls: dict[int, list[int]] = {}
+        for place, of_pair in enumerate(targets):
+            calls.setdefault(id(of_pair.column_log_scale), []).append(place)
+        num_rows = sum(len(rows) for rows in features)
+        values = []
+        for places in calls.values():  # one of all pairs, unless columns are scaled by view
+            rows = torch.cat([features[n] for n in places])
+            of_rows = replace(
+                targets[places[0]], z_hat=torch.cat([targets[n].z_hat for n in places])
+            )
+            value = self_distillation(rows, prototypes, of_rows, temperature=self.temperature)
+            values.append(value if len(rows) == num_rows else len(rows) / num_rows * value)
+        return sum(values[1:], start=values[0])
 
 
 class Centred(Prototypes):
-    """Centre the logits with momentum 0.9, and sharpen them by temperature 0.04.
+    """Centre the logits with momentum 0.9, and sharpen them. DINO, arXiv 2104.14294.
 
-    DINO, arXiv 2104.14294.
+    of_targets: as of `Prototypes`.
     """
 
     SHARP = 0.04
     centre: Tensor  # [K] fp32
 
-    def __init__(self, temperature: float, group: Group, num_prototypes: int) -> None:
-        super().__init__(temperature, group)
+    def __init__(
+        self, temperature: float, group: Group, num_prototypes: int, **of_targets: Any
+    ) -> None:
+        super().__init__(temperature, group, **of_targets)
         self.register_buffer("centre", torch.empty(num_prototypes))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set the centre to 0."""
+        """Set the centre to 0, as the count of steps."""
         self.centre.zero_()
+        self.target_scale.reset_parameters()
 
-    def targets(self, logits: Sequence[Tensor]) -> list[Tensor]:
-        probabilities = [
-            centred_softmax(view, self.centre, temperature=self.SHARP) for view in logits
-        ]
+    @torch.no_grad()
+    def targets(self, features: Sequence[Tensor], prototypes: Tensor) -> list[SoftTargets]:
+        scale = self.target_scale(prototypes)
+        centring = -scale * self.centre.to(scale.dtype)
         if self.training:  # once for all views: none is centred by another one
-            rows = torch.cat(list(logits))
-            self.centre.copy_(update_centre(self.centre, rows, process_group=self.group))
-        return probabilities
+            rows = torch.cat(list(features))
+            moved = update_centre(self.centre, rows, prototypes, process_group=self.group)
+            self.centre.copy_(moved)
+        return [SoftTargets(view, prototypes, scale, centring) for view in features]
 
 
 class Balanced(Prototypes):
-    """Spread the rows evenly over prototypes by Sinkhorn-Knopp. SwAV, arXiv 2006.09882."""
+    """Spread the rows of each view evenly over prototypes by Sinkhorn-Knopp.
+
+    SwAV, arXiv 2006.09882.
+    """
 
     SHARP = 0.05
 
-    def targets(self, logits: Sequence[Tensor]) -> list[Tensor]:
+    def targets(self, features: Sequence[Tensor], prototypes: Tensor) -> list[SoftTargets]:
+        scale = self.target_scale(prototypes)
         return [
-            sinkhorn_knopp(view, temperature=self.SHARP, process_group=self.group)
-            for view in logits
+            SoftTargets.sinkhorn(view, prototypes, scale, process_group=self.group)
+            for view in features
         ]
 
 
@@ -188,12 +268,25 @@ class MeanEntropy(Prototypes):
     SHARP = 0.25  # times the temperature
     WEIGHT = 1.0
 
-    def targets(self, logits: Sequence[Tensor]) -> list[Tensor]:
-        sharp = self.SHARP * self.temperature
-        rows = [(wide(view) / sharp).log_softmax(-1) for view in logits]
-        return [sinkhorn_knopp(view, temperature=1.0, process_group=self.group) for view in rows]
+    @property
+    def sharp(self) -> float:
+        return self.SHARP * self.temperature
 
-    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+    def targets(self, features: Sequence[Tensor], prototypes: Tensor) -> list[SoftTargets]:
+        scale = self.target_scale(prototypes)
+        return [
+            SoftTargets.sinkhorn(view, prototypes, scale, whole_rows=True, process_group=self.group)
+            for view in features
+        ]
+
+    def forward(
+        self, features: Sequence[Tensor], targets: Sequence[SoftTargets], prototypes: Tensor
+    ) -> Tensor:
         """Return the mean cross-entropy, plus the mean assignment's distance from an even one."""
-        spread = mean_entropy(logits, temperature=self.temperature, process_group=self.group)
-        return super().forward(logits, targets) + self.WEIGHT * spread
+        spread = mean_entropy(
+            torch.cat(list(features)),
+            prototypes,
+            temperature=self.temperature,
+            process_group=self.group,
+        )
+        return super().forward(features, targets, prototypes) + self.WEIGHT * spread

@@ -39,7 +39,7 @@ class Dense(TermModule):
     """A term whose z are pixels or features of single cells, of the input's view or another one."""
 
     decoder_key: str | None
-    """Key of the decoder that terms of one kind of target share; None for a linear predictor."""
+    """Key of the decoder that terms of one kind of target share; None for another predictor."""
     standardise: Standardise | None
 
     def __init__(self, term: Term, cfg: ObjectiveConfig, sizes: Sizes) -> None:
@@ -51,14 +51,18 @@ class Dense(TermModule):
         self.standardise = None
         if term.standardise != "none":
             self.standardise = Standardise(dim, term.standardise, sizes.process_group)
-        self.decoder_key = None if term.predictor == "linear" else f"{term.target}_{term.encoder}"
+        self.decoder_key = None
+        if term.predictor == "decoder":
+            # A teacher's own name is no name of a module.
+            source = term.encoder if term.teacher is None else term.name
+            self.decoder_key = f"{term.target}_{source}"
         if term.predictor == "linear":
             self.predictor = Linear(vision.dim, dim)
 
     def ask(self, step: StepContext) -> Asked:
         """Return what is asked of the decoder of `decoder_key`, and which cells it predicts."""
         term, mix, local = self.term, step.mix, step.encoded.local
-        query = self._query(step)
+        query = self._query(step, int(term.view == "other"))
         samples = mix.take(mix.sample, term.asked)
         boxes = step.batch.boxes[samples]  # [A, V + L, 5]
         inputs = [boxes[:, :1]]
@@ -101,7 +105,7 @@ class Dense(TermModule):
         questions and the decoder's predictions, [A, Q, E] and of local views [L A, Q, E].
         """
         term = self.term
-        query = asked.query if asked is not None else self._query(step)
+        query = asked.query if asked is not None else self._query(step, int(term.view == "other"))
         target = self._target(step, query, project)
         if not answers:
             tokens = step.mix.take(step.encoded.views[0], term.asked)
@@ -121,15 +125,14 @@ class Dense(TermModule):
             return self.loss(z_hat, target.repeat(count, 1, 1))
         return torch.stack([self.loss(each, target) for each in z_hat.chunk(count)]).mean()
 
-    def _query(self, step: StepContext) -> Tensor:  # [A, Q] int64
-        """Return the cells to predict; with min_contrast those of enough contrast first."""
+    def _query(self, step: StepContext, view: int) -> Tensor:  # [A, Q] int64
+        """Return the cells of a view to predict; with min_contrast those of enough contrast."""
         term = self.term
         query = step.mix.queries(term.asked, own=term.view == "same")
         if not self.min_contrast:
             return query
-        views = step.batch.global_views[int(term.view == "other")]
         samples = step.mix.take(step.mix.sample, term.asked)
-        contrast = cell_contrast(views[samples], self.patch_size)
+        contrast = cell_contrast(step.batch.global_views[view][samples], self.patch_size)
         most = query.shape[1]
         number = min(self.num_queries or most, most)
         return prefer_cells(query, contrast >= self.min_contrast, number)
@@ -140,7 +143,7 @@ class Dense(TermModule):
     ) -> Tensor:  # [A, Q, E]
         term, view = self.term, int(self.term.view == "other")
         if term.target == "features":
-            tokens = gather_cells(step.target_tokens(term.encoder, view, term.asked), query)
+            tokens = gather_cells(step.target_tokens(term.target_encoder, view, term.asked), query)
             tokens = tokens if project is None else project(tokens)
             return tokens if self.standardise is None else self.standardise(tokens)
         samples = step.mix.take(step.mix.sample, term.asked)
@@ -152,8 +155,8 @@ def dense_dim(term: Term, cfg: ObjectiveConfig, sizes: Sizes) -> int:
     """Return the width of a dense term's target."""
     if cfg.projects(term):
         return cfg.decoder.dim
-    if term.target == "features":
-        return sizes.target_dim[term.encoder]
+    if term.encoder != "none":
+        return sizes.target_dim[term.target_encoder]
     return 3 * (sizes.vision.image_size // sizes.vision.grid) ** 2
 
 
@@ -178,7 +181,8 @@ class DenseContrast(TermModule):
     def forward(self, step: StepContext, monitor: Monitor | None) -> tuple[Tensor, Tensor | int]:
         term = self.term
         tokens = step.mix.take(step.encoded.views[0], term.asked)
-        target_tokens = step.target_tokens(term.encoder, int(term.view == "other"), term.asked)
+        view = int(term.view == "other")
+        target_tokens = step.target_tokens(term.target_encoder, view, term.asked)
         z_hat = self.projector(tokens)
         with torch.no_grad():
             z = self.momentum(target_tokens)

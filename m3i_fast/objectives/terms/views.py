@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from m3i_fast.objectives.heads import Mlp, PrototypeHead
 from m3i_fast.objectives.losses.stateful import Prototypes, UniGrad
 from m3i_fast.objectives.step_context import Monitor, StepContext
 from m3i_fast.objectives.terms.base import Sizes, TermModule, log_spread, momentum_copy
+from m3i_fast.ops import SoftTargets
 
 
 class Embedding(TermModule):
@@ -20,7 +22,7 @@ class Embedding(TermModule):
 
     def __init__(self, term: Term, cfg: ObjectiveConfig, sizes: Sizes) -> None:
         sized, frozen = cfg.projector, term.encoder == "frozen"
-        dim = sizes.summary_dim["frozen"] if frozen else sized.output_dim
+        dim = sizes.summary_dim[term.target_encoder] if frozen else sized.output_dim
         super().__init__(term, cfg, dim, sizes)
         hidden = [sized.hidden_dim] * (sized.num_layers - 1)
         dims = sizes.vision.summary_dim, *hidden, dim
@@ -62,7 +64,7 @@ class Embedding(TermModule):
             stops = self.term.regulariser == "stop_gradient"
             return projected[view].detach() if stops else projected[view]
         with torch.no_grad():
-            embedded = step.target_embedding(self.term.encoder, view)
+            embedded = step.target_embedding(self.term.target_encoder, view)
             return embedded if self.momentum is None else self.momentum(embedded)
 
 
@@ -85,42 +87,64 @@ class PrototypeTerm(TermModule):
 
     def forward(self, step: StepContext, monitor: Monitor | None) -> tuple[Tensor, Tensor | int]:
         """Predict from every view of the picture the assignment of every other target view."""
-        targets = (0, 1) if self.term.symmetric else (int(self.term.view == "other"),)
+        views = (0, 1) if self.term.symmetric else (int(self.term.view == "other"),)
         inputs = range(2) if self.term.sees_both_views else range(1)
         order = step.mix.sample.argsort()  # local views are in the order of samples
-        logits = {n: self.head(step.embedding(n)) for n in (*inputs, *step.local_indices)}
-        assigned = self.loss.targets([self._logits(step, logits, view) for view in targets])
-        pairs: list[tuple[Tensor, Tensor]] = []
-        for view, z in zip(targets, assigned, strict=True):
+        prototypes = self.head.directions()
+        rows = {n: self.head(step.embedding(n)) for n in (*inputs, *step.local_indices)}
+        assigned = self.loss.targets(
+            [self._target_rows(step, rows, view) for view in views],
+            target_prototypes(self.term, self.momentum, prototypes),
+        )
+        predictions: list[Tensor] = []
+        targets: list[SoftTargets] = []
+        for view, z in zip(views, assigned, strict=True):
             if monitor is not None:
-                _log_assignment(monitor, self.term.name, z)
-            for number, z_hat in logits.items():
+                log_assignment(monitor, self.term.name, z)
+            for number, z_hat in rows.items():
                 if number in step.local_indices:
-                    pairs.append((z_hat, z[order]))
+                    predictions.append(z_hat)
+                    targets.append(replace(z, z_hat=z.z_hat[order]))
                 elif number != view or self.term.view == "same":
-                    pairs.append((z_hat, z))
-        z_hats, zs = (torch.cat(rows) for rows in zip(*pairs, strict=True))
-        return self.loss(z_hats, zs), len(step.mix.sample)
+                    predictions.append(z_hat)
+                    targets.append(z)
+        return self.loss(predictions, targets, prototypes), len(step.mix.sample)
 
     @torch.no_grad()
-    def _logits(self, step: StepContext, own: Mapping[int, Tensor], view: int) -> Tensor:  # [I, K]
+    def _target_rows(
+        self, step: StepContext, own: Mapping[int, Tensor], view: int
+    ) -> Tensor:  # [I, E]
         if self.momentum is None:
             return own[view].detach()
-        # MSN learns prototypes with the encoder; DINO's teacher has averaged ones.
-        shares = self.term.regulariser == "mean_entropy"
-        embedded = step.target_embedding(self.term.encoder, view)
-        head: PrototypeHead = self.momentum  # type: ignore[assignment]
-        return head(embedded, self.head.prototypes if shares else None)
+        return self.momentum(step.target_embedding(self.term.target_encoder, view))
 
 
 @torch.no_grad()
-def _log_assignment(monitor: Monitor, name: str, z: Tensor) -> None:  # [N, K] probabilities
-    """Log `NAME_use` and `NAME_doubt`, relative entropies in [0, 1].
+def target_prototypes(term: Term, momentum: nn.Module | None, own: Tensor) -> Tensor:  # [K, E]
+    """Return the prototypes that targets are assigned to, given the unit rows of the head's own.
+
+    MSN learns prototypes with the encoder; DINO's teacher has averaged ones.
+    """
+    if momentum is None or term.regulariser == "mean_entropy":
+        return own.detach()
+    assert isinstance(momentum, PrototypeHead)
+    return momentum.directions()
+
+
+@torch.no_grad()
+def log_assignment(monitor: Monitor, name: str, z: SoftTargets) -> None:
+    """Log `NAME_use` and `NAME_doubt`, relative entropies in [0, 1], of N rows and K prototypes.
 
     Use: entropy of the mean assignment over the largest one that N rows can have. Doubt: mean
-    entropy of an assignment over log K, 1 where it is uniform.
+    entropy of an assignment over log K, 1 where it is uniform. Assignments are computed in blocks
+    of rows.
     """
-    mean, num_rows, num_prototypes = z.mean(0), *z.shape
+    num_rows, num_prototypes = len(z.z_hat), len(z.z)
+    total = doubt = z.scale.new_zeros(num_prototypes)
+    for _, share in z.blocks():
+        total = total + share.sum(0)
+        doubt = doubt - torch.xlogy(share, share).sum(0)
+    mean = total / num_rows
     used = -torch.xlogy(mean, mean).sum() / math.log(max(min(num_rows, num_prototypes), 2))
     monitor(f"{name}_use", used)
-    monitor(f"{name}_doubt", -torch.xlogy(z, z).sum(1).mean() / math.log(num_prototypes))
+    monitor(f"{name}_doubt", doubt.sum() / num_rows / math.log(num_prototypes))

@@ -55,6 +55,7 @@ def test_rows_are_shown_and_recorded(
 ) -> None:
     monkeypatch.setattr(boltzmann, "CPU_SIZES", tuple(map(small, FORMS)))
     monkeypatch.setattr(boltzmann, "measure", partial(harness.measure, warmup_s=0.01))
+    monkeypatch.setattr(boltzmann_growth, "measure_apart", boltzmann_growth.measure_point)
     boltzmann.main(["--device", "cpu", "--num-samples", "2"])
     rows = recorded()
     assert [(row["kind"], row["form"], row["pass"]) for row in rows] == [
@@ -67,6 +68,10 @@ def test_rows_are_shown_and_recorded(
     milliseconds = rows[3]["timings"]["m3i_fast"]["median_ms"]
     assert rows[3]["tflop_s"] == pytest.approx(6 * 24 * 24 * 8 / milliseconds / 1e9)
     assert "hfu" not in rows[3]
+    assert [set(row.get("extra_peak_bytes", ())) for row in rows[6:]] == [
+        set(),
+        {"m3i_fast", "cross_entropy"},
+    ]
     shown = capsys.readouterr().out
     assert "classes, 24x30x8, fwd + bwd" in shown and str(results) in shown
 

@@ -18,7 +18,7 @@ from tests.engine.parallel.parallel_work import Case, run, work
 from tests.shared.engine.small_run import TEXT
 
 # Batch norms, queues, centres, prototypes, terms without an EMA encoder.
-OTHERS = ("moco_v3", "byol", "dino", "mae", "densecl", "siglip")
+OTHERS = ("moco_v3", "byol", "dino", "mae", "densecl", "siglip", "coca")
 BATCH_NORMS = ("moco_v3", "byol")
 Found = dict[str, Tensor]
 

@@ -7,7 +7,8 @@ meant; theirs are not packages.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from m3i_fast.objectives import targets
 from m3i_fast.objectives.losses import distillation, regularisers, similarity
-from m3i_fast.ops import boltzmann, gaussian
+from m3i_fast.ops import SoftTargets, boltzmann, gaussian
 
 N, D, K = 24, 10, 16
 TEMPERATURE = 0.2
@@ -108,18 +109,38 @@ def _tico(z: Tensor, z_momentum: Tensor) -> Tensor:
     return criterion(z, z_momentum)
 
 
-def _sharp(teacher: Tensor, centre: Tensor) -> Tensor:
-    return distillation.centred_softmax(teacher, centre, temperature=0.04)
+def _axes(logits: Tensor) -> Tensor:  # [K, K]
+    """Prototypes whose products with features are the features: logits as they are."""
+    return torch.eye(logits.shape[1], dtype=logits.dtype)
+
+
+def soft_targets(
+    logits: Tensor, temperature: float, centre: Tensor | None = None
+) -> SoftTargets:  # softmax((logits - centre) / temperature)
+    scale = distillation.inverse_temperature(temperature, logits)
+    return SoftTargets(logits, _axes(logits), scale, None if centre is None else -scale * centre)
+
+
+def balanced(
+    logits: Tensor, *, temperature: float, whole_rows: bool = False, **options: Any
+) -> SoftTargets:
+    scale = distillation.inverse_temperature(temperature, logits)
+    return SoftTargets.sinkhorn(logits, _axes(logits), scale, whole_rows=whole_rows, **options)
+
+
+def probabilities(targets: SoftTargets) -> Tensor:  # [N, K]
+    return torch.cat([rows.clone() for _, rows in targets.blocks()])
+
+
+def of_logits(logits: Tensor, targets: SoftTargets) -> Tensor:
+    return distillation.self_distillation(logits, _axes(logits), targets, temperature=0.1)
 
 
 def _dino(*views: Tensor) -> Tensor:
     """Two views of the student and of the teacher, each asked for the other one."""
     student, teacher, centre = views[:2], views[2:4], views[4][0]
     pairs = ((student[1], teacher[0]), (student[0], teacher[1]))
-    terms = [
-        distillation.self_distillation(of_student, _sharp(of_teacher, centre), temperature=0.1)
-        for of_student, of_teacher in pairs
-    ]
+    terms = [of_logits(of, soft_targets(to, 0.04, centre)) for of, to in pairs]
     return sum(terms) / 2
 
 
@@ -136,8 +157,7 @@ PATCHES = int(MASK.sum())
 
 def _ibot(student: Tensor, teacher: Tensor) -> Tensor:
     share = 1 / MASK.sum((1, 2), keepdim=True).expand_as(MASK)[MASK] / len(MASK)
-    sharp = _sharp(teacher, teacher.new_zeros(K))
-    return distillation.self_distillation(student, sharp, temperature=0.1, row_weights=share)
+    return of_logits(student, replace(soft_targets(teacher, 0.04), row_weights=share))
 
 
 def _lightly_ibot(student: Tensor, teacher: Tensor) -> Tensor:
@@ -145,12 +165,8 @@ def _lightly_ibot(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _swav(*views: Tensor) -> Tensor:
-    codes = [
-        distillation.sinkhorn_knopp(x.detach(), temperature=0.05, num_iterations=3) for x in views
-    ]
-    pairs = ((views[1], codes[0]), (views[0], codes[1]))
-    terms = [distillation.self_distillation(x, code, temperature=0.1) for x, code in pairs]
-    return sum(terms) / 2
+    codes = [balanced(x.detach(), temperature=0.05, num_iterations=3) for x in views]
+    return (of_logits(views[1], codes[0]) + of_logits(views[0], codes[1])) / 2
 
 
 def _lightly_swav(*views: Tensor) -> Tensor:
@@ -158,14 +174,12 @@ def _lightly_swav(*views: Tensor) -> Tensor:
 
 
 def _msn(anchors: Tensor, prototypes: Tensor, positives: Tensor) -> Tensor:
-    prototypes = _unit(prototypes)
-    logits = _unit(anchors) @ prototypes.T
-    of_positives = (_unit(positives) @ prototypes.T).detach()
+    rows, prototypes, positives = (_unit(x) for x in (anchors, prototypes, positives))
     # MSN normalises rows before it sharpens and balances them; the temperature is 0.1 * 0.25.
-    sharpened = (of_positives / 0.025).log_softmax(-1)
-    codes = distillation.sinkhorn_knopp(sharpened, temperature=1.0)
-    distance = distillation.self_distillation(logits, codes, temperature=0.1)
-    return distance + 0.7 * distillation.mean_entropy(logits, temperature=0.1)
+    scale = distillation.inverse_temperature(0.025, rows)
+    codes = SoftTargets.sinkhorn(positives, prototypes, scale, whole_rows=True)
+    distance = distillation.self_distillation(rows, prototypes, codes, temperature=0.1)
+    return distance + 0.7 * distillation.mean_entropy(rows, prototypes, temperature=0.1)
 
 
 def _lightly_msn(anchors: Tensor, prototypes: Tensor, positives: Tensor) -> Tensor:
@@ -179,8 +193,9 @@ def _msn_regulariser(logits: Tensor) -> Tensor:
 
 
 def _centre(logits: Tensor) -> Tensor:
-    first = distillation.update_centre(logits.new_zeros(K), logits, momentum=0.9)
-    return distillation.update_centre(first, 2 * logits, momentum=0.9)
+    axes, start = _axes(logits), logits.new_zeros(K)
+    first = distillation.update_centre(start, logits, axes, momentum=0.9)
+    return distillation.update_centre(first, 2 * logits, axes, momentum=0.9)
 
 
 def _lightly_centre(logits: Tensor) -> Tensor:
@@ -215,6 +230,11 @@ def _lightly_dense(q: Tensor, k: Tensor, of_q: Tensor, of_k: Tensor, queue: Tens
 
 def _lightly_pixels(images: Tensor) -> Tensor:
     return lightly_models.normalize_mean_var(lightly_models.patchify(images, 4))
+
+
+def _radio(z_hat: Tensor, z: Tensor) -> Tensor:
+    alike = F.cosine_embedding_loss(z_hat, z, z_hat.new_ones(len(z_hat)))
+    return 0.9 * alike + 0.1 * F.smooth_l1_loss(z_hat, z)
 
 
 def _category(z_hat: Tensor, classes: Tensor, scale: Tensor) -> Tensor:
@@ -258,11 +278,11 @@ ORACLES = (
     Oracle("koleo", "lightly KoLeoLoss, port of DINOv2",
            regularisers.koleo, lightly.KoLeoLoss(), PAIR[:1], 1),
     Oracle("mean_entropy", "lightly MSNLoss.regularization_loss",
-           lambda x: distillation.mean_entropy(x, temperature=TEMPERATURE), _msn_regulariser,
-           ((N, K),), 1),
+           lambda x: distillation.mean_entropy(x, _axes(x), temperature=TEMPERATURE),
+           _msn_regulariser, ((N, K),), 1),
     Oracle("update_centre", "lightly Center", _centre, _lightly_centre, ((N, K),), 0),
-    Oracle("sinkhorn_knopp", "lightly swav_loss.sinkhorn",
-           lambda x: distillation.sinkhorn_knopp(x, temperature=0.05),
+    Oracle("SoftTargets.sinkhorn", "lightly swav_loss.sinkhorn",
+           lambda x: probabilities(balanced(x, temperature=0.05)),
            lambda x: swav_loss.sinkhorn(x, epsilon=0.05), ((N, K),), 0),
     Oracle("self_distillation, centred", "lightly DINOLoss", _dino, _lightly_dino,
            ((N, K),) * 5, 2),
@@ -274,6 +294,8 @@ ORACLES = (
            ((N, D), (K, D), (N, D)), 2),
     Oracle("negative_cosine_similarity", "lightly NegativeCosineSimilarity",
            similarity.negative_cosine_similarity, lightly.NegativeCosineSimilarity(), PAIR, 2),
+    Oracle("cosine_smooth_l1", "torch cosine_embedding_loss and smooth_l1_loss",
+           similarity.cosine_smooth_l1, _radio, PAIR, 1),
     Oracle("nt_xent", "lightly NTXentLoss",
            lambda a, b: similarity.nt_xent(a, b, temperature=TEMPERATURE),
            lightly.NTXentLoss(temperature=TEMPERATURE), PAIR, 2),

@@ -18,7 +18,15 @@ from torch import Tensor
 
 from m3i_fast.objectives import targets
 from m3i_fast.objectives.losses import distillation, regularisers, similarity
-from tests.objectives.losses.oracles import ORACLES, Oracle, draw, gradient, measure
+from tests.objectives.losses.oracles import (
+    ORACLES,
+    Oracle,
+    draw,
+    gradient,
+    measure,
+    of_logits,
+    soft_targets,
+)
 
 N, D, K = 24, 10, 16
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-7}
@@ -44,9 +52,12 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] 
     "unigrad": (regularisers.unigrad, ((N, D), (N, D), (D, D))),
     "coding_rate": (regularisers.coding_rate, ((N, D),)),
     "koleo": (regularisers.koleo, ((N, D),)),
-    "mean_entropy": (lambda x: distillation.mean_entropy(x, temperature=0.3), ((N, K),)),
+    "mean_entropy": (
+        lambda x, of: distillation.mean_entropy(x, of, temperature=0.3),
+        ((N, D), (K, D)),
+    ),
     "self_distillation": (
-        lambda x, t: distillation.self_distillation(x, t, temperature=0.3),
+        lambda x, z: of_logits(x, soft_targets(z, 0.3)),
         ((N, K), (N, K)),
     ),
     "cosine": (similarity.negative_cosine_similarity, ((N, D), (N, D))),
@@ -286,15 +297,20 @@ def test_patches_are_crops_of_the_picture() -> None:
         (lambda z: regularisers.variance_hinge(z[:1]), "z: expected at least 2 rows, got 1"),
         (lambda z: regularisers.covariance(z[0]), r"z: expected shape \[N, D\], got \[6\]"),
         (lambda z: regularisers.koleo(z[0]), r"z: expected shape \[N, D\], got \[6\]"),
-        (lambda z: distillation.mean_entropy(z, temperature=0.0), "temperature: expected > 0"),
-        (lambda z: distillation.mean_entropy(z[0], temperature=1.0), r"logits: expected shape"),
+        (lambda z: distillation.mean_entropy(z, z, temperature=0.0), "temperature: expected > 0"),
         (
-            lambda z: distillation.sinkhorn_knopp(z, temperature=1.0, num_iterations=0),
-            "num_iterations: expected >= 1, got 0",
+            lambda z: distillation.mean_entropy(z[0], z, temperature=1.0),
+            r"features, prototypes: expected shapes \[N, E\] and \[K, E\], got \[6\] and \[4, 6\]",
         ),
         (
-            lambda z: distillation.self_distillation(z, z[:2], temperature=1.0),
-            r"logits, targets: expected one shape \[N, K\], got \[4, 6\] and \[2, 6\]",
+            lambda z: distillation.self_distillation(
+                z, z, soft_targets(z[:2], 0.1), temperature=1.0
+            ),
+            r"targets.z_hat: expected shape \[4, 6\], got \[2, 6\]",
+        ),
+        (
+            lambda z: distillation.self_distillation(z, z, soft_targets(z, 0.1), temperature=0.0),
+            "temperature: expected > 0",
         ),
         (lambda z: similarity.negative_cosine_similarity(z, z[:2]), r"z: expected shape \[4, 6\]"),
         (lambda z: similarity.nt_xent(z, z[:2], temperature=1.0), "z_a, z_b: expected one shape"),

@@ -40,6 +40,12 @@ ORACLES: dict[str, MethodOracle] = {
     "supervised": MethodOracle("torch cross_entropy", losses.each_step(losses.category)),
     "clip": MethodOracle("open_clip ClipLoss", losses.each_step(losses.clip)),
     "siglip": MethodOracle("open_clip SigLipLoss", losses.each_step(losses.siglip)),
+    "cappa": MethodOracle(
+        "open_clip CoCaLoss, torch TransformerDecoder", losses.each_step(losses.cappa)
+    ),
+    "coca": MethodOracle(
+        "open_clip ClipLoss, CoCaLoss, torch TransformerDecoder", losses.each_step(losses.coca)
+    ),
     "autoencoder": MethodOracle(NORMALISED, losses.each_step(losses.autoencoder)),
     "dense_distillation": MethodOracle(
         f"{MSE} of layer_norm, {TIMM}", losses.each_step(losses.distillation)
@@ -70,6 +76,16 @@ ORACLES: dict[str, MethodOracle] = {
     "msn": MethodOracle("lightly MSNLoss", losses.each_step(losses.msn)),
     "mixmim": MethodOracle(
         f"{NORMALISED}, each image's hidden cells", losses.each_step(losses.hidden_pixels)
+    ),
+    "ibot": MethodOracle("lightly DINOLoss + IBOTPatchLoss", losses.ibot),
+    "dinov2": MethodOracle("lightly DINOLoss + IBOTPatchLoss + KoLeoLoss", losses.dinov2),
+    "dinov3": MethodOracle(
+        "lightly swav_loss.sinkhorn + KoLeoLoss, torch mse_loss of Gram matrices", losses.dinov3
+    ),
+    "tips": MethodOracle("torch cross_entropy + lightly DINOLoss + IBOTPatchLoss", losses.tips),
+    "siglip2": MethodOracle(
+        "torch binary_cross_entropy, open_clip CoCaLoss, lightly DINOLoss + IBOTPatchLoss",
+        losses.siglip2,
     ),
     "slip": MethodOracle("open_clip ClipLoss + lightly NTXentLoss", losses.each_step(losses.slip)),
     "m3i": MethodOracle(
@@ -120,9 +136,10 @@ def _one_step(
     expected = run(step)
     parts, total = _our_parts(step, targets)
     assert parts.keys() == expected.keys(), f"{name}: terms {list(parts)}, {list(expected)}"
-    pairs = [(parts[term], expected[term]) for term in parts]
-    value = max(relative([a], [b]) for a, b in (*pairs, (total, sum(expected.values()))))
-    return Errors(error, value, max(_gradient_error(step, a, b) for a, b in pairs))
+    pairs = {term: (parts[term], expected[term]) for term in parts}
+    whole = total, sum(expected.values())
+    value = max(relative([a], [b]) for a, b in (*pairs.values(), whole))
+    return Errors(error, value, max(_gradient_error(step, term, *of) for term, of in pairs.items()))
 
 
 def _said_by_others(step: Step, method: Method) -> tuple[Encoded, Targets]:
@@ -131,7 +148,7 @@ def _said_by_others(step: Step, method: Method) -> tuple[Encoded, Targets]:
     views = [step.inputs(view, method.mode) for view in range(1 + both)]
     local = [step.encode(step.local_pictures(n)) for n in range(len(step.batch.local_views))]
     tokens: dict[Source, Tensor] = {}
-    for encoder in {term.encoder for term in method.terms} & {"momentum", "frozen"}:
+    for encoder in {term.encoder for term in method.terms} & {"momentum", "frozen", "snapshot"}:
         for view in range(2):
             tokens[encoder, view] = getattr(step, encoder)(view)
     return Encoded(tuple(views), tuple(local)), Targets(tokens, dict.fromkeys(tokens, "every"))
@@ -170,11 +187,13 @@ def _keep(found: losses.Parts, name: str, module: nn.Module, args: tuple, output
     found[name] = output[0]
 
 
-def _gradient_error(step: Step, ours: Tensor, theirs: Tensor) -> float:
-    """The larger one of both groups'."""
+def _gradient_error(step: Step, term: str, ours: Tensor, theirs: Tensor) -> float:
+    """The larger one of both groups'; of the encoder's tokens alone where nothing predicts."""
     modules = (step.model.terms, step.model.decoders)
     learnt = [p for module in modules for p in module.parameters() if p.requires_grad]
-    groups = [*step.tokens, *step.local], learnt
+    groups: list[list[Tensor]] = [[*step.tokens, *step.local]]
+    if modules[0][term].state_dict():
+        groups.append(learnt)
     errors = []
     for group in groups:
         pair = [

@@ -20,7 +20,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
-from m3i_fast.config.heads import DecoderConfig, ProjectorConfig
+from m3i_fast.config.heads import CaptionerConfig, DecoderConfig, ProjectorConfig
 from m3i_fast.config.mixing import MixingConfig
 from m3i_fast.config.models.text import TextConfig
 from m3i_fast.config.models.vit import vit_demo
@@ -64,9 +64,11 @@ def build_model(method: Method) -> MutualInformation:
             mask_ratio=method.mask_ratio,
             final_mask_ratio=method.mask_ratio,
             mask_block=method.mask_block,
+            hidden=method.hidden,
             mask_per_batch=method.mask_per_batch,
         ),
         decoder=DecoderConfig(dim=32, depth=1, num_heads=2),
+        captioner=CaptionerConfig(dim=24, depth=2, num_heads=2, parallel=method.parallel_captions),
         projector=ProjectorConfig(hidden_dim=20, output_dim=12, predictor_hidden_dim=16),
         head_hidden_dim=24,
         num_prototypes=10,
@@ -75,7 +77,7 @@ def build_model(method: Method) -> MutualInformation:
     teacher = load_timm(build_teacher(), TEACHER)
     torch.manual_seed(0)
     model = MutualInformation(
-        cfg, vision=VISION, text=TEXT, num_classes=CLASSES, teacher=teacher.eval()
+        cfg, vision=VISION, text=TEXT, num_classes=CLASSES, teachers={"frozen": teacher.eval()}
     )
     with torch.no_grad():
         for parameter in model.parameters():
@@ -157,18 +159,23 @@ class Step:
         return transforms.normalize(views.to(self.dtype) / 255, mean, std)
 
     @torch.no_grad()
-    def encode(self, images: Tensor, shown: Tensor | None = None) -> Tensor:  # -> [I, n, C]
-        """The encoder's tokens of the cells shown, [I, n], or of all."""
+    def encode(
+        self, images: Tensor, shown: Tensor | None = None, hidden: Tensor | None = None
+    ) -> Tensor:  # -> [I, n, C]
+        """The encoder's tokens of the cells shown, [I, n], or of all; hidden: of mask tokens."""
         vit = MaskedVisionTransformerTIMM(
             to_timm(self.model.encoder),
+            mask_token=self.model.mask_token,
             weight_initialization="skip",
             pos_embed_initialization="skip",
         )
-        return vit.encode(images, idx_keep=shown)
+        return vit.encode(images, idx_keep=shown, idx_mask=hidden)
 
     def inputs(self, view: int, mode: str) -> Tensor:  # [I, n, C]
         """The encoder's tokens of the cells that images show: each image by itself, or where they
         are encoded together cut out of the picture that shows all of them."""
+        if self.model.cfg.mixing.hidden == "mask_token":
+            return self.encode(self.pictures(view), hidden=self.hidden)
         if mode != "joint":
             return self.encode(self.pictures(view), self.shown)
         together = torch.zeros_like(self.pictures(view))[: self.mix.num_inputs]
@@ -186,6 +193,11 @@ class Step:
         """The averaged encoder's tokens of a whole view."""
         vit = to_timm(self.model.target_encoder.encoder)
         return vit.forward_features(self.pictures(view))
+
+    @torch.no_grad()
+    def snapshot(self, view: int) -> Tensor:  # [I, N, C]
+        """The tokens of a whole view by an earlier state of the averaged encoder."""
+        return to_timm(self.model.snapshot.encoder).forward_features(self.pictures(view))
 
     @cached_property
     def teacher(self) -> VisionTransformer:

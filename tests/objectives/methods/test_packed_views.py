@@ -22,7 +22,7 @@ from tests.objectives.methods.steps import BATCH, PATCH, build_model, draw, draw
 WHOLE = [
     name
     for name, method in METHODS.items()
-    if method.mode == "none" and not any(term.is_dense for term in method.terms)
+    if method.mode == "none" and all(term.kind.summaries != "none" for term in method.terms)
 ]
 GRIDS = (2, 5), (4, 4), (1, 3), (6, 2), (3, 3), (4, 1), (2, 2), (5, 4)
 
@@ -144,8 +144,8 @@ def test_terms_of_cells_and_mixing_are_refused(name: str) -> None:
     model, batch = build_model(method), draw_batch(3, with_local=False)
     with pytest.raises(ValueError) as refused:
         encode_packed(model, as_patches(batch), cast(Mix, None))
-    dense = next(term.name for term in method.terms if term.is_dense)
-    assert f"got {dense!r} of single cells" in str(refused.value)
+    dense = next(term.name for term in method.terms if term.kind.summaries == "none")
+    assert f"got {dense!r}, which reads single cells" in str(refused.value)
     assert f"mixing.mode: expected none for views of any size, got {method.mode}" in str(
         refused.value
     )

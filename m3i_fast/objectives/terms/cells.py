@@ -1,0 +1,72 @@
+"""Terms whose z is a cell's assignment to prototypes, as iBOT's and DINOv2's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from m3i_fast.config.objective import ObjectiveConfig, Term
+from m3i_fast.objectives.heads import PrototypeHead
+from m3i_fast.objectives.losses.stateful import Prototypes
+from m3i_fast.objectives.step_context import Monitor, StepContext
+from m3i_fast.objectives.terms.base import Sizes, momentum_copy
+from m3i_fast.objectives.terms.dense import Asked, Dense, gather_cells
+from m3i_fast.objectives.terms.views import log_assignment, target_prototypes
+
+
+class CellPrototypes(Dense):
+    """A term whose z is the momentum encoder's assignment of single cells to prototypes.
+
+    The projector predicts at the encoder's tokens of hidden cells, which are mask tokens in its
+    input (iBOT, arXiv 2111.07832); symmetric, of both views. The decoder predicts from the cells
+    shown, of either view. Each picture has as many cells, so that the mean over all rows is the
+    paper's, of the mean over each picture's masked cells.
+    """
+
+    loss: Prototypes
+
+    def __init__(self, term: Term, cfg: ObjectiveConfig, sizes: Sizes) -> None:
+        super().__init__(term, cfg, sizes)
+        self.head = PrototypeHead(sizes.vision.dim, cfg.projector, cfg.num_prototypes)
+        self.momentum = momentum_copy(self.head, sizes)
+
+    def momentum_pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
+        yield self.momentum, self.head
+
+    def forward(
+        self,
+        step: StepContext,
+        monitor: Monitor | None,
+        project: nn.Module | None = None,
+        asked: Asked | None = None,
+        answers: Sequence[Tensor] = (),
+    ) -> tuple[Tensor, Tensor | int]:
+        """Compute the loss as `TermModule.forward`; asked and answers as in `Dense`."""
+        term = self.term
+        views = (0, 1) if term.symmetric else (int(term.view == "other"),)
+        queries = [asked.query if asked is not None else self._query(step, v) for v in views]
+        if not answers:
+            shown = (step.mix.take(step.encoded.views[view], term.asked) for view in views)
+            answers = [gather_cells(tokens, q) for tokens, q in zip(shown, queries, strict=True)]
+        prototypes = self.head.directions()
+        pairs = zip(views, queries, strict=True)
+        with torch.no_grad():
+            assigned = self.loss.targets(
+                [self.momentum(self._target_tokens(step, *pair)) for pair in pairs],
+                target_prototypes(term, self.momentum, prototypes),
+            )
+        if monitor is not None:
+            for z in assigned:
+                log_assignment(monitor, term.name, z)
+        # Of a decoder the input's answers come first, then those of all local views together.
+        z_hats: list[Tensor] = []
+        for cells in answers:
+            z_hats += self.head(cells.flatten(0, 1)).split(queries[0].numel())
+        targets = assigned if len(z_hats) == len(assigned) else assigned * len(z_hats)
+        return self.loss(z_hats, targets, prototypes), len(queries[0]) * len(views)
+
+    def _target_tokens(self, step: StepContext, view: int, query: Tensor) -> Tensor:  # [A Q, C]
+        tokens = step.target_tokens(self.term.target_encoder, view, self.term.asked)
+        return gather_cells(tokens, query).flatten(0, 1)
