@@ -3,12 +3,12 @@
     m3i-fast bench packed [--num-pictures 64] [--no-record]
 
 One batch, forward and backward of the same encoder, to the same loss and gradients, which are
-compared before they are timed. `packed`: `ViT.encode_pictures`, sequences behind one another, each
-attending to itself alone. `padded`: every picture to the length of the longest, with a key mask.
-`bucketed`: sorted by length and dealt to buckets of as many pictures each, every bucket padded to
-its longest and computed by itself. Heights and widths are drawn uniformly, in pixels, again where
-the aspect is outside 1:2 to 2:1, and rounded to patches. Tokens a second are those of pictures;
-padding counts for nothing. Memory is what one forward and backward pass adds at its peak.
+compared before they are timed. `m3i_fast`: `ViT.encode_pictures`, sequences behind one another,
+each attending to itself alone. `padded`: every picture to the length of the longest, with a key
+mask. `bucketed`: sorted by length and dealt to buckets of as many pictures each, every bucket
+padded to its longest and computed by itself. Heights and widths are drawn uniformly, in pixels,
+again where the aspect is outside 1:2 to 2:1, and rounded to patches. Tokens a second are those of
+pictures; padding counts for nothing. Memory is what one forward and backward pass adds at its peak.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from m3i_fast.models.transformer.positions import cells_of_grids, resample_to_gr
 from m3i_fast.models.transformer.vit import ViT
 
 SUBJECT = "packed"
-PACKED, PADDED, BUCKETED = "packed", "padded", "bucketed"
+OURS, PADDED, BUCKETED = "m3i_fast", "padded", "bucketed"
 MOST_ASPECT = 2.0
 DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
 ALIKE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # of gradients, beside their norm
@@ -84,7 +84,7 @@ def draw_grids(cfg: Config) -> Tensor:  # [N, 2] int64
     return torch.tensor(found)
 
 
-class Batch:
+class Pictures:
     """Pictures as patches, the encoder, and the weights of a loss over all of their cells."""
 
     def __init__(self, cfg: Config, grids: Tensor, device: str) -> None:
@@ -125,14 +125,14 @@ class Batch:
     def padded(self, num_buckets: int) -> Callable[[], list[tuple[Tensor, Tensor]]]:
         """Return the encoder's call on buckets of pictures, each padded to its longest."""
         by_length = torch.tensor(self.lengths).argsort(stable=True)
-        buckets = [PaddedBatch(self, part) for part in by_length.tensor_split(num_buckets)]
+        buckets = [PaddedPictures(self, part) for part in by_length.tensor_split(num_buckets)]
         return lambda: [(bucket.encode(), bucket.cell) for bucket in buckets if len(bucket.cell)]
 
 
-class PaddedBatch:
+class PaddedPictures:
     """Some pictures of a batch as rows of one length, zeros after their own patches."""
 
-    def __init__(self, batch: Batch, pictures: Tensor) -> None:
+    def __init__(self, batch: Pictures, pictures: Tensor) -> None:
         self.vit, self.grids = batch.vit, batch.grids[pictures]
         own = self.grids.prod(1)
         starts = torch.tensor(batch.lengths).cumsum(0) - torch.tensor(batch.lengths)
@@ -168,10 +168,10 @@ class PaddedBatch:
         return self.shown.numel()
 
 
-def make_functions(cfg: Config, batch: Batch) -> dict[str, Callable[[], Tensor]]:
+def make_functions(cfg: Config, batch: Pictures) -> dict[str, Callable[[], Tensor]]:
     """Return a forward and backward pass of each, after a first one whose gradients are alike."""
     functions = {
-        PACKED: batch.run(batch.packed),
+        OURS: batch.run(batch.packed),
         PADDED: batch.run(batch.padded(1)),
         BUCKETED: batch.run(batch.padded(cfg.num_buckets)),
     }
@@ -182,10 +182,10 @@ def make_functions(cfg: Config, batch: Batch) -> dict[str, Callable[[], Tensor]]
         found[name] = torch.cat([grad.flatten().double() for grad in grads])
     most = ALIKE[DTYPE[batch.device]]
     for name, gradient in found.items():
-        error = float((gradient - found[PACKED]).norm() / found[PACKED].norm())
+        error = float((gradient - found[OURS]).norm() / found[OURS].norm())
         if not error <= most:
             raise AssertionError(
-                f"gradients of {name}: expected those of packed within {most}, got {error:.2g} off"
+                f"gradients of {name}: expected those of {OURS} within {most}, got {error:.2g} off"
             )
     return functions
 
@@ -195,7 +195,7 @@ def computed_tokens(cfg: Config, grids: Tensor) -> dict[str, int]:
     lengths = grids.prod(1).sort().values
     buckets = [part for part in lengths.tensor_split(cfg.num_buckets) if len(part)]
     return {
-        PACKED: int(lengths.sum()),
+        OURS: int(lengths.sum()),
         PADDED: len(lengths) * int(lengths.max()),
         BUCKETED: sum(len(part) * int(part.max()) for part in buckets),
     }
@@ -204,11 +204,11 @@ def computed_tokens(cfg: Config, grids: Tensor) -> dict[str, int]:
 def measure_row(cfg: Config) -> dict[str, Any]:
     """Measure one batch of pictures."""
     device, grids = resolve(cfg.device), draw_grids(cfg)
-    batch = Batch(cfg, grids, device)
+    batch = Pictures(cfg, grids, device)
     functions = make_functions(cfg, batch)
     timings = measure(functions, device=device, num_samples=cfg.num_samples)
     peaks = {name: measure_peak(function, device)[1] for name, function in functions.items()}
-    ours, num_tokens = timings[PACKED].median_ms, sum(batch.lengths)
+    ours, num_tokens = timings[OURS].median_ms, sum(batch.lengths)
     return {
         "device": device,
         "num_threads": torch.get_num_threads(),

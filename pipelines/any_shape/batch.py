@@ -6,7 +6,8 @@ images, C tokens of a caption.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ class PackedBatch:
     sample_id: Tensor  # [B] int64
     group_id: Tensor  # [B] int64
     position: Tensor  # [B] int64, ascending; always on the CPU
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    """Named columns, a tensor each, as those of a `Batch`."""
 
     @property
     def batch_size(self) -> int:
@@ -49,9 +52,10 @@ class PackedBatch:
         """Copy the batch to `device` without waiting; grids and positions stay on the CPU."""
         target = torch.device(device)
         moved: dict[str, Any] = {
-            "patches": tuple(copy_to_device(each, target) for each in self.patches)
+            "patches": tuple(copy_to_device(each, target) for each in self.patches),
+            "columns": {name: copy_to_device(each, target) for name, each in self.columns.items()},
         }
-        for name in (field.name for field in fields(self)):
+        for name in (each.name for each in fields(self)):
             value = getattr(self, name)
             if isinstance(value, Tensor) and name not in ("grids", "position"):
                 moved[name] = copy_to_device(value, target)

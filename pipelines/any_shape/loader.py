@@ -108,4 +108,5 @@ class PackedLoader(BatchesOfRun[PackedBatch]):
             sample_id=torch.from_numpy(rows.sample_id.copy()),
             group_id=torch.from_numpy(rows.group_id),
             position=torch.from_numpy(rows.positions.copy()),
+            columns={name: torch.from_numpy(values) for name, values in rows.columns.items()},
         )

@@ -22,10 +22,10 @@ def test_a_row_says_what_was_measured(
     packed.main(["--device", "cpu", *small, "--num-samples", "1"])
     (row,) = ledger.read_rows("packed")
     figures = row["figures"]
-    assert set(figures["timings"]) == {"packed", "padded", "bucketed"}
-    assert figures["times_slower_than_ours"]["packed"] == 1.0
+    assert set(figures["timings"]) == {"m3i_fast", "padded", "bucketed"}
+    assert figures["times_slower_than_ours"]["m3i_fast"] == 1.0
     computed = figures["computed_tokens"]
-    assert computed["packed"] == figures["num_tokens"] < computed["bucketed"] < computed["padded"]
+    assert computed["m3i_fast"] == figures["num_tokens"] < computed["bucketed"] < computed["padded"]
     shown = " ".join(capsys.readouterr().out.split())
     assert f"7 pictures of 32 to 96 pixels, {figures['num_tokens']} tokens" in shown
     assert f" {computed['padded']} " in shown
@@ -46,15 +46,15 @@ def test_different_gradients_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> N
     cfg = packed.Config(**SMALL, device="cpu")
     grids = packed.draw_grids(cfg)
 
-    def without_mask(self: packed.PaddedBatch) -> torch.Tensor:
+    def without_mask(self: packed.PaddedPictures) -> torch.Tensor:
         self.shown = torch.ones_like(self.shown)
         return encode(self)
 
-    encode = packed.PaddedBatch.encode
-    packed.make_functions(cfg, packed.Batch(cfg, grids, "cpu"))
-    monkeypatch.setattr(packed.PaddedBatch, "encode", without_mask)
-    with pytest.raises(AssertionError, match="gradients of padded: expected those of packed"):
-        packed.make_functions(cfg, packed.Batch(cfg, grids, "cpu"))
+    encode = packed.PaddedPictures.encode
+    packed.make_functions(cfg, packed.Pictures(cfg, grids, "cpu"))
+    monkeypatch.setattr(packed.PaddedPictures, "encode", without_mask)
+    with pytest.raises(AssertionError, match="gradients of padded: expected those of m3i_fast"):
+        packed.make_functions(cfg, packed.Pictures(cfg, grids, "cpu"))
 
 
 def test_config_names_a_bad_field() -> None:

@@ -16,9 +16,11 @@ from m3i_fast.config.data import LoaderConfig, ViewConfig
 from m3i_fast.ops.views import cut_patches
 from m3i_fast.pipelines.any_shape.batch import PackedBatch
 from m3i_fast.pipelines.any_shape.loader import PackedLoader
+from m3i_fast.pipelines.dataset.columns import ColumnInfo
+from m3i_fast.pipelines.dataset.pack import write_dataset
 from m3i_fast.pipelines.loader import Loader
 from m3i_fast.pipelines.sample_order.token_budget import grid_of
-from tests.shared.pipelines.data import encode_image, pack, sample, smooth_picture, take
+from tests.shared.pipelines.data import encode_image, info, pack, sample, smooth_picture, take
 
 PATCH = 4
 SIDES: dict[str, Any] = {"patch_size": PATCH, "global_sides": (2, 6), "local_sides": (1, 3)}
@@ -150,6 +152,26 @@ def test_a_closed_loader_goes_on(cfg: LoaderConfig) -> None:
     closed.close()
     found += batches(closed, 4)
     assert same(by_position(found), by_position(expected))
+
+
+def test_named_columns_are_those_of_the_squares_loader(tmp_path: Path) -> None:
+    columns = (
+        ColumnInfo(name="genus", kind="class", names=("cat", "dog", "owl")),
+        ColumnInfo(name="sizes", kind="numbers", names=("height", "weight"), size=2),
+    )
+    picture = encode_image(smooth_picture(0, 40, 56))
+    samples = [
+        sample(i, picture, columns={"genus": i % 3, "sizes": [i / 2, None]} if i % 4 else {})
+        for i in range(12)
+    ]
+    path = tmp_path / "data"
+    write_dataset(path, {"train": samples}, info(columns=columns), seed=0, samples_per_shard=4)
+    cfg = LoaderConfig(path=path, global_views=ViewConfig(count=1, size=16))
+    ours = next(PackedLoader(cfg, token_budget=16 * 6, patch_size=4, global_sides=(2, 4)))
+    theirs = next(Loader(replace(cfg, batch_size=ours.batch_size)))
+    assert ours.columns.keys() == theirs.columns.keys() == {"genus", "sizes"}
+    for name, values in ours.to("cpu").columns.items():
+        assert torch.equal(values.nan_to_num(), theirs.columns[name].nan_to_num())
 
 
 def test_what_it_cannot_do_is_refused(cfg: LoaderConfig) -> None:
