@@ -450,19 +450,26 @@ def _to_batch(made: MadeBatch, opened: OpenSplit, num_global: int, device_id: in
 
     Raises SampleError as `expect_allowed`.
     """
-    rows = made.rows
-    expect_allowed(rows, opened)
+    expect_allowed(made.rows, opened)
     batch = Batch(
         global_views=made.views[:num_global],
         local_views=made.views[num_global:],
-        boxes=made.params[:, :, :5].contiguous(),
-        image_size=made.image_size.float(),
-        token_ids=made.token_ids,
-        num_tokens=made.num_tokens,
-        label=torch.from_numpy(rows.label),
-        sample_id=torch.from_numpy(rows.sample_id.copy()),
-        group_id=torch.from_numpy(rows.group_id),
-        position=torch.from_numpy(rows.positions.copy()),
-        columns={name: torch.from_numpy(values) for name, values in rows.columns.items()},
+        **fields_beside_views(made),
     )
     return batch if device_id is None else batch.to(f"cuda:{device_id}")
+
+
+def fields_beside_views(made: MadeBatch) -> dict[str, Any]:
+    """Return the fields of a batch that do not depend on the shape of its views, by name."""
+    rows = made.rows
+    return {
+        "boxes": made.params[:, :, :5].contiguous(),
+        "image_size": made.image_size.float(),
+        "token_ids": made.token_ids,
+        "num_tokens": made.num_tokens,
+        "label": torch.from_numpy(rows.label),
+        "sample_id": torch.from_numpy(rows.sample_id.copy()),
+        "group_id": torch.from_numpy(rows.group_id),
+        "position": torch.from_numpy(rows.positions.copy()),
+        "columns": {name: torch.from_numpy(values) for name, values in rows.columns.items()},
+    }

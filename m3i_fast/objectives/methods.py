@@ -124,6 +124,15 @@ MASKS = (
     "of the tokens in place of the class token."
 )
 
+with_mask_tokens = partial(
+    Method,
+    mode="masked",
+    hidden="mask_token",
+    mask_ratio=0.3,  # the mean of DINOv2's 0.1 to 0.5
+    mask_block=2,
+    local_views=True,
+)
+
 METHODS: dict[str, Method] = {
     "supervised": Method(
         title="Supervised classification",
@@ -396,7 +405,7 @@ METHODS: dict[str, Method] = {
         mask_per_batch=True,
         differs="Images are mixed as pixels, by whole patches, and not as embeddings.",
     ),
-    "ibot": Method(
+    "ibot": with_mask_tokens(
         title="iBOT",
         paper="arXiv 2111.07832",
         family="several targets",
@@ -404,15 +413,10 @@ METHODS: dict[str, Method] = {
             prototypes(name="prototypes", symmetric=True),
             cell_prototypes(name="cells", symmetric=True),
         ),
-        mode="masked",
-        hidden="mask_token",
-        mask_ratio=0.3,
-        mask_block=2,
-        local_views=True,
         differs=f"{MASKS} Pictures and cells have a head each; the teacher's temperature is 0.04 "
         "from the start; the centre of cells is that of the hidden ones.",
     ),
-    "dinov2": Method(
+    "dinov2": with_mask_tokens(
         title="DINOv2",
         paper="arXiv 2304.07193",
         family="several targets",
@@ -421,16 +425,11 @@ METHODS: dict[str, Method] = {
             cell_prototypes(name="cells", symmetric=True),
             KOLEO,
         ),
-        mode="masked",
-        hidden="mask_token",
-        mask_ratio=0.3,
-        mask_block=2,
-        local_views=True,
         differs=f"{MASKS} Targets are centred, as in its authors' configuration for ImageNet-1k; "
         "those of their largest models are balanced by Sinkhorn-Knopp. The teacher's temperature "
         "is 0.04 from the start.",
     ),
-    "dinov3": Method(
+    "dinov3": with_mask_tokens(
         title="DINOv3",
         paper="arXiv 2508.10104",
         family="several targets",
@@ -448,16 +447,11 @@ METHODS: dict[str, Method] = {
                 weight=2.0,
             ),
         ),
-        mode="masked",
-        hidden="mask_token",
-        mask_ratio=0.3,
-        mask_block=2,
-        local_views=True,
         differs=f"{MASKS} The Gram matrix is of one global view, at its own resolution, and of the "
         "mean over all pairs of cells; its weight is there from the first step, where the paper "
         "adds it late; targets are sharpened by a temperature of 0.05.",
     ),
-    "tips": Method(
+    "tips": with_mask_tokens(
         title="TIPS",
         paper="arXiv 2410.16512",
         family="several targets",
@@ -466,16 +460,11 @@ METHODS: dict[str, Method] = {
             prototypes(name="prototypes", symmetric=True),
             cell_prototypes(name="cells", symmetric=True),
         ),
-        mode="masked",
-        hidden="mask_token",
-        mask_ratio=0.3,
-        mask_block=2,
-        local_views=True,
         differs=f"{MASKS} One caption a picture, where the paper has a noisy and a synthetic one, "
         "each with a token of its own. Both global views predict each other; small views are "
         "matched with the caption, too; terms weigh alike.",
     ),
-    "siglip2": Method(
+    "siglip2": with_mask_tokens(
         title="SigLIP 2",
         paper="arXiv 2502.14786",
         family="several targets",
@@ -485,11 +474,6 @@ METHODS: dict[str, Method] = {
             prototypes(name="prototypes", symmetric=True),
             cell_prototypes(name="cells", symmetric=True),
         ),
-        mode="masked",
-        hidden="mask_token",
-        mask_ratio=0.3,
-        mask_block=2,
-        local_views=True,
         differs=f"{MASKS} Whole captions are written, no boxes and no regions (LocCa); assignments "
         "are learnt from the first step, not in the last fifth of the run; small views are matched "
         "with the caption, too; terms weigh alike.",

@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from m3i_fast.config.data import LoaderConfig
 from m3i_fast.pipelines.any_shape.batch import PackedBatch
-from m3i_fast.pipelines.loader import BatchesOfRun, expect_allowed
+from m3i_fast.pipelines.loader import BatchesOfRun, expect_allowed, fields_beside_views
 from m3i_fast.pipelines.open_data import OpenSplit
 from m3i_fast.pipelines.sample_order.token_budget import TokenBudget, ViewSides
 from m3i_fast.pipelines.samples_to_views import MadeBatch, PatchSides
@@ -93,20 +91,11 @@ class PackedLoader(BatchesOfRun[PackedBatch]):
         return PatchSides(self._patch_size, self._budget.most_tokens)
 
     def _to_batch(self, made: MadeBatch) -> PackedBatch:
-        rows = made.rows
-        expect_allowed(rows, self._open)
+        expect_allowed(made.rows, self._open)
         assert made.grids is not None
         return PackedBatch(
             patches=made.views,
             grids=made.grids,
             num_global=self.cfg.global_views.count,
-            boxes=made.params[:, :, :5].contiguous(),
-            image_size=made.image_size.float(),
-            token_ids=made.token_ids,
-            num_tokens=made.num_tokens,
-            label=torch.from_numpy(rows.label),
-            sample_id=torch.from_numpy(rows.sample_id.copy()),
-            group_id=torch.from_numpy(rows.group_id),
-            position=torch.from_numpy(rows.positions.copy()),
-            columns={name: torch.from_numpy(values) for name, values in rows.columns.items()},
+            **fields_beside_views(made),
         )
