@@ -50,7 +50,7 @@ def mean_square_of_grams(own: Tensor, snapshot: Tensor) -> float:
     values = []
     for x, y in zip(own.double().numpy(), snapshot.double().numpy(), strict=True):
         x, y = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (x, y))
-        values.append(np.linalg.norm(x @ x.T - y @ y.T, "fro") ** 2 / len(x) ** 2)
+        values.append(np.linalg.norm(x @ x.T - y @ y.T) ** 2 / len(x) ** 2)
     return float(np.mean(values))
 
 
