@@ -133,3 +133,26 @@ def test_no_array_of_rows_and_prototypes(
     assert set(metrics) == {"z_use", "z_doubt"}
     assert rows * count * 4 == 16 * block
     assert most_allocated(step) < 2 * block + 4 * features
+
+
+@pytest.mark.slow
+def test_dinos_size_takes_64_mib() -> None:
+    """65,536 prototypes of 256 features, 4,096 rows: above inputs and gradients, forth and back."""
+    rows, width, count = 4096, 256, 65536
+    loss = Centred(TEMPERATURE, None, count)
+    rng = torch.Generator().manual_seed(0)
+    teacher, view = (
+        F.normalize(torch.randn(n, width, generator=rng), dim=1) for n in (count, rows)
+    )
+    prototypes, student = teacher.clone().requires_grad_(), view.clone().requires_grad_()
+    gradients = prototypes.nbytes + student.nbytes
+    metrics: dict[str, Tensor] = {}
+
+    def step() -> None:
+        targets = loss.targets([view], teacher)
+        log_assignment(metrics.__setitem__, "z", targets[0])
+        value = loss([student], targets, prototypes)
+        torch.autograd.grad(value, [student, prototypes])
+
+    assert most_allocated(step) <= (64 << 20) + gradients
+    assert 0 < metrics["z_doubt"] < 1
