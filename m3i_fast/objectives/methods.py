@@ -407,8 +407,8 @@ METHODS: dict[str, Method] = {
         mask_block=2,
         local_views=True,
         differs=f"{MASKS} Targets are centred, as in its authors' configuration for ImageNet-1k; "
-        "those of their largest models are balanced by Sinkhorn-Knopp. The teacher's temperature "
-        "is 0.04 from the start.",
+        "those of their largest models are balanced (regulariser joint_sinkhorn). The teacher's "
+        "temperature is 0.04 from the start.",
     ),
     "slip": Method(
         title="SLIP",
