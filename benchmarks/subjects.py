@@ -22,6 +22,10 @@ SUBJECTS = {
         "training.step",
         "a training step of M3I: ours beside one written plainly in eager torch",
     ),
+    "packed": (
+        "training.packed",
+        "pictures of any size and aspect through a ViT: packed beside padded and bucketed",
+    ),
     "scaling": (
         "scaling.main",
         "images/s and efficiency over ranks of this machine, and a prediction beyond it",

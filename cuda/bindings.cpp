@@ -105,9 +105,9 @@ STABLE_TORCH_LIBRARY(m3i, library) {
       "Tensor? row_weights, Tensor(c!) nll, Tensor(d!)? scale_grads, Tensor(e!)? rounded, "
       "bool writes_products)"
       " -> ()");
-  // distribution: 15 numbers a view, in the order of ViewDistribution; geometry: size,
-  // blur_kernel_size and 1 for bicubic of each view (views/params.h). The bytes of view 0's
-  // [B, 3, S, S] come first, then view 1's.
+  // distribution: 15 numbers a view, in the order of ViewDistribution; geometry: height,
+  // width, blur_kernel_size and 1 for bicubic of each view (views/params.h). The bytes of view 0's
+  // [B, 3, H, W] come first, then view 1's.
   library.def(
       "draw_views(Tensor image_size, Tensor position, int seed, float[] distribution)"
       " -> Tensor params");

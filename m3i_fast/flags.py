@@ -83,7 +83,7 @@ def flags_of(command: Any, prefix: str = "--") -> dict[str, Flag]:
         inner = _inner(value, kind)
         if isinstance(value, TrainConfig):
             flags |= flags_of(value, prefix)
-        elif inner:
+        elif inner or _are_configs(kind):  # of none of them there is a flag
             for key, each in inner.items():
                 flags |= flags_of(each, f"{name}{key}.")
         else:
@@ -104,6 +104,12 @@ def _inner(value: Any, kind: Any) -> dict[str, Any]:
         configs = [option for option in options(kind) if is_dataclass(option)]
         return {"": configs[0]()} if configs else {}  # type: ignore[operator]
     return {"": value} if is_dataclass(value) else {}
+
+
+def _are_configs(kind: Any) -> bool:
+    """Return whether a field is a tuple of configs."""
+    members = get_args(kind) if get_origin(kind) is tuple else ()
+    return any(map(is_dataclass, members))
 
 
 @cache

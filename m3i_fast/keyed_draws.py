@@ -41,6 +41,8 @@ class Purpose(IntEnum):
     """Which sample stands in for one that cannot be used."""
     GENERATOR = 10
     """The seed of torch's generators in a step, for modules that draw from them."""
+    VIEW_TOKENS = 11
+    """How many patches each view of a sample may have, where views are of any size."""
 
 
 def uniform(

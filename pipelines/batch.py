@@ -5,7 +5,8 @@ Legend: B images, V global and L local views of each, S and s their sides in pix
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -34,6 +35,10 @@ class Batch:
         Tensor  # [B] int64, shared by near duplicates: the sample_id of the group's first sample
     )
     position: Tensor  # [B] int64, of each sample in the run, ascending; always on the CPU
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    """Named columns, a tensor each: a class [B] int64, -1 for none; labels [B, M] int64, -1 after
+    the last one and all -2 where they are not known; numbers [B, K] float32, NaN where one is not
+    known; a text [B, T] int32, -1 after its last token id and all -1 for none."""
 
     @property
     def batch_size(self) -> int:
@@ -41,7 +46,7 @@ class Batch:
         return self.sample_id.shape[0]
 
     def tensors(self) -> list[Tensor]:
-        """List all tensors: global views, local views, then the other fields in their order."""
+        """List all tensors: global views, local views, the other fields in their order, columns."""
         return [
             *self.global_views,
             *self.local_views,
@@ -53,6 +58,7 @@ class Batch:
             self.sample_id,
             self.group_id,
             self.position,
+            *self.columns.values(),
         ]
 
     def to(self, device: torch.device | str) -> Batch:
@@ -76,6 +82,7 @@ class Batch:
             sample_id=moved(self.sample_id),
             group_id=moved(self.group_id),
             position=self.position,
+            columns={name: moved(values) for name, values in self.columns.items()},
         )
 
 

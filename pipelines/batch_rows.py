@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m3i_fast.keyed_draws import Purpose, words
+from m3i_fast.pipelines.dataset.columns import Values
 from m3i_fast.pipelines.dataset.sample_table import BAD, NO_CRC, Rows, SampleTable
-from m3i_fast.pipelines.sample_order.positions import Integers, Order, StepLayout, shuffled
+from m3i_fast.pipelines.sample_order.positions import Integers, Layout, Order, shuffled
 from m3i_fast.pipelines.storage.shards import Shards
 
 # Columns of a row, as SampleRow in cuda/dali/sample_record.h.
@@ -41,6 +42,9 @@ class Table(Protocol):
     def at(self, numbers: Integers, /) -> Rows:  # [N] -> [N]
         """Return rows by their number."""
 
+    def columns_at(self, numbers: Integers, /) -> Values:  # [N]
+        """Return the values of each named column of rows."""
+
     def same_set(self, numbers: Integers, /) -> tuple[Integers, Integers]:  # [N] -> [N], [N]
         """Return the first row of each row's data set, and how many rows that has."""
 
@@ -54,6 +58,7 @@ class BatchRows:
     samples: Integers  # [B] rows of the table
     label: Integers  # [B], -1: none
     group_id: Integers  # [B]
+    columns: Values = field(default_factory=dict)  # [B, ...] each
 
     @property
     def positions(self) -> Integers:
@@ -96,6 +101,7 @@ def rows_of(
         samples=samples,
         label=entries["label"].astype(np.int64),
         group_id=entries["group_id"].astype(np.int64),
+        columns=table.columns_at(samples),
     )
 
 
@@ -106,7 +112,7 @@ class TrainingRows:
         self,
         table: Table,
         shards: Shards,
-        layout: StepLayout,
+        layout: Layout,
         *,
         rank: int,
         seed: int,
@@ -123,10 +129,14 @@ class TrainingRows:
         batches_ahead: batches that the shards are told of before their turn.
         """
         self._table, self._shards, self._layout = table, shards, layout
-        self._rank, self._seed, self._start = rank, seed, start
+        self._rank, self._seed = rank, seed
+        whole_steps, self._batch = divmod(first_batch, layout.accumulate)
+        for _ in range(whole_steps):
+            start = layout.next_start(start)
+        self._start = start  # of the step of which batch number `_batch` is planned next
         self._order = order or partial(shuffled, size=len(table), seed=seed)
         self._skipped = np.array(sorted(skipped), np.int64)
-        self._ahead, self._first_unplanned = batches_ahead, first_batch
+        self._ahead = batches_ahead
         self._planned: deque[tuple[Integers, ...]] = deque()
         self._expected = 0  # of the planned batches, those that the shards know of
         shards.expect_no_more()
@@ -169,15 +179,13 @@ class TrainingRows:
         """Choose and draw for many batches at once: numpy is as slow on a few numbers."""
         layout = self._layout
         at_once = _LOOKED_UP_AT_ONCE if self._table.has_bad else _POSITIONS_AT_ONCE
-        count = max(at_once // layout.batch_size, 1)
-        first, self._first_unplanned = self._first_unplanned, self._first_unplanned + count
-        steps = (divmod(first + i, layout.accumulate) for i in range(count))
-        positions = np.concatenate(
-            [
-                layout.positions(self._start + step * layout.samples_a_step, self._rank, batch)
-                for step, batch in steps
-            ]
-        )
+        of_batches = []
+        for _ in range(max(at_once // layout.most_samples, 1)):
+            of_batches.append(layout.positions(self._start, self._rank, self._batch))
+            self._batch += 1
+            if self._batch == layout.accumulate:
+                self._start, self._batch = layout.next_start(self._start), 0
+        positions = np.concatenate(of_batches)
         draws = [
             (words(positions, 1, seed=self._seed, purpose=purpose)[:, 0] >> np.uint64(32)).astype(
                 np.int64
@@ -185,7 +193,8 @@ class TrainingRows:
             for purpose in (Purpose.CAPTION, Purpose.ALTERNATE)
         ]
         columns = (positions, self.samples_at(positions), *draws)
-        yield from zip(*(c.reshape(count, layout.batch_size) for c in columns), strict=True)
+        ends = np.cumsum([len(batch) for batch in of_batches])[:-1]
+        yield from zip(*(np.split(column, ends) for column in columns), strict=True)
 
 
 def good_rows(table: SampleTable, *, representatives_only: bool) -> Integers:  # [N]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import shlex
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -24,8 +25,14 @@ from m3i_fast.pipelines.dataset.sample_table import SampleTable
 from m3i_fast.pipelines.mixed_table import MixedTable
 from m3i_fast.pipelines.mixture import MixedData
 from m3i_fast.pipelines.open_data import OpenSplit, open_data
-from m3i_fast.pipelines.sample_order.positions import StepLayout
-from m3i_fast.pipelines.samples_to_views import Backend, MadeBatch, SampleError, SampleWork
+from m3i_fast.pipelines.sample_order.positions import Layout, StepLayout
+from m3i_fast.pipelines.samples_to_views import (
+    Backend,
+    MadeBatch,
+    PatchSides,
+    SampleError,
+    SampleWork,
+)
 from m3i_fast.pipelines.skipped_samples import SkippedSamples
 from m3i_fast.pipelines.storage.objects import place_of
 from m3i_fast.pipelines.storage.shards import BucketReads
@@ -39,37 +46,27 @@ STATE_VERSION = 2
 logger = logging.getLogger(__name__)
 
 
-class Loader:
-    """An endless iterator over training batches of one rank, which resumes exactly.
+AnyBatch = TypeVar("AnyBatch")
 
-    The samples of a run stand in one order, whatever the ranks, batches, threads and backend; a
-    step takes the next `batch_size * num_ranks * accumulate` of them, `images_per_input` neighbours
-    an input (`StepLayout`). Its batches are equal for both backends on a CPU; on a GPU DALI decodes
-    with another library, to other pixels. The model has to match the manifest:
-    `manifest.tokenizer`, `manifest.class_names`. With a `device_id` that GPU decodes and holds the
-    batches.
 
-    Raises ValueError or FileNotFoundError as `open_split`, ValueError where the split is smaller
-    than the batches of all ranks, or for a rank or data.hw_decoder_load out of range, and
-    ImportError as `start_backend`.
+class BatchesOfRun(ABC, Generic[AnyBatch]):
+    """An endless iterator over batches of one rank, which resumes exactly.
+
+    The samples of a run stand in one order, whatever the ranks, batches, threads and backend; which
+    of them a step takes the layout says. Raises as `Loader`.
     """
 
     def __init__(
         self,
         cfg: LoaderConfig,
+        layout: Layout,
         *,
-        rank: int = 0,
-        num_ranks: int = 1,
-        accumulate: int = 1,
-        images_per_input: int = 1,
-        device_id: int | None = None,
-        skipped_file: Path | None = None,
-        opened: OpenSplit | None = None,
+        rank: int,
+        num_ranks: int,
+        device_id: int | None,
+        skipped_file: Path | None,
+        opened: OpenSplit | None,
     ) -> None:
-        """skipped_file: JSON lines of samples that cannot be used (`SkippedSamples`).
-
-        opened: the data that `cfg` names, where they are open already.
-        """
         if not 0 <= rank < num_ranks:
             raise ValueError(f"rank: expected 0 to {num_ranks - 1}, got {rank}")
         if device_id is None and cfg.hw_decoder_load is not None:
@@ -78,26 +75,19 @@ class Loader:
                 f"GPU's decoder, got {cfg.hw_decoder_load}"
             )
         self.cfg = cfg
-        self._rank, self._device_id = rank, device_id
-        self._layout = StepLayout(
-            batch_size=cfg.batch_size,
-            num_ranks=num_ranks,
-            accumulate=accumulate,
-            images_per_input=images_per_input,
-        )
+        self._rank, self._device_id, self._layout = rank, device_id, layout
         self.placement = place_loader(cfg.affinity, cfg.num_threads, device_id)
         """Where the loader's threads run, and why."""
         self._open = opened or open_data(
             cfg,
             rank=rank,
             num_ranks=num_ranks,
-            images_per_input=images_per_input,
+            images_per_input=layout.images_per_input,
             cores=self.placement.cores,
         )
         self.manifest = self._open.manifest
-        self._expect_batch_size()
-        self._start = 0  # position at which this object began or resumed
-        self._batches = 0  # of this rank, since then
+        self._start = 0  # position at which the step begins of which the next batch is
+        self._batches = 0  # of this step that this rank has taken
         self._skipped = SkippedSamples(skipped_file, rank)
         self._rows: TrainingRows | None = None
         self._backend: Backend | None = None
@@ -110,21 +100,16 @@ class Loader:
     @property
     def samples(self) -> int:
         """Return how many samples all ranks have taken, of whole steps."""
-        return self._start + self._batches // self._layout.accumulate * self._layout.samples_a_step
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Return the whole steps in one pass over the split."""
-        return len(self._open.table) // self._layout.samples_a_step
+        return self._start
 
     def bucket_reads(self) -> BucketReads | None:
         """Return what this rank has read from object storage so far; None for local data."""
         return self._open.shards.reads()
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[AnyBatch]:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> AnyBatch:
         """Return the next batch.
 
         A sample that cannot be used is replaced by another one, alike on any ranks, and named in a
@@ -136,8 +121,10 @@ class Loader:
                 if self._backend is None:
                     self._rows, self._backend = self._begin()
                 made = next(self._backend)
-                batch = _to_batch(made, self._open, self.cfg.global_views.count, self._device_id)
+                batch = self._to_batch(made)
                 self._batches += 1
+                if self._batches == self._layout.accumulate:
+                    self._start, self._batches = self._layout.next_start(self._start), 0
                 return batch
             except SampleError as error:
                 self._stop_backend()
@@ -181,25 +168,6 @@ class Loader:
         with closing(self._open.shards):  # though Ctrl-C ends the wait for threads
             self._stop_backend()
 
-    def _expect_batch_size(self) -> None:
-        """Raise ValueError where the data are fewer than the batches of all ranks."""
-        layout, got = self._layout, self.cfg.batch_size
-        num_samples, num_ranks = len(self._open.table), layout.num_ranks
-        if got * num_ranks <= num_samples:
-            return
-        parts = self.cfg.mixture_parts or (self.cfg,)
-        of = " and ".join(f"split {part.split} of {place_of(part.path)}" for part in parts)
-        most = num_samples // num_ranks // layout.images_per_input * layout.images_per_input
-        advice = (
-            f"add --data.batch-size {most}"
-            if most
-            else f"pack at least {num_ranks * layout.images_per_input} pictures"
-        )
-        raise ValueError(
-            f"data.batch_size: expected at most {most} ({of} has {num_samples} samples for "
-            f"{num_ranks} {'ranks' if num_ranks > 1 else 'rank'}), got {got}: {advice}"
-        )
-
     def _stop_backend(self) -> None:
         """Stop the backend's threads; what was fetched from a bucket stays."""
         backend, self._backend = self._backend, None
@@ -218,7 +186,8 @@ class Loader:
         }
 
     def _begin(self) -> tuple[TrainingRows, Backend]:
-        ahead = -(-self.cfg.fetch_ahead // self.cfg.batch_size) if self._open.lanes else 0
+        most = self._layout.most_samples
+        ahead = -(-self.cfg.fetch_ahead // most) if self._open.lanes else 0
         rows = TrainingRows(
             self._open.table,
             self._open.shards,
@@ -247,13 +216,23 @@ class Loader:
             alternates=cfg.alternates
             and cfg.global_views.count > 1
             and self._open.split.max_alternates > 0,
-            batch_size=cfg.batch_size,
+            batch_size=self._layout.most_samples,
             num_threads=cfg.num_threads,
             cores=self.placement.cores,
             prefetch=cfg.prefetch,
             device_id=self._device_id,
             hw_decoder_load=cfg.decoder_load,
+            sides=self._sides,
         )
+
+    @property
+    def _sides(self) -> PatchSides | None:
+        """Return how large views of any size are; None where they are squares."""
+        return None
+
+    @abstractmethod
+    def _to_batch(self, made: MadeBatch) -> AnyBatch:
+        """Make a batch of what a backend made; raises SampleError as `expect_allowed`."""
 
     def _skip(self, error: SampleError) -> None:
         """Take note of a sample that cannot be used; raises where it ends the run."""
@@ -279,6 +258,82 @@ class Loader:
             ((dataset,), _) = table.mixed.split_rows(np.array([sample]))
             path = table.mixed.parts[dataset].path
         return shlex.quote(place_of(path))
+
+
+class Loader(BatchesOfRun[Batch]):
+    """An endless iterator over training batches of one rank, which resumes exactly.
+
+    The samples of a run stand in one order, whatever the ranks, batches, threads and backend; a
+    step takes the next `batch_size * num_ranks * accumulate` of them, `images_per_input` neighbours
+    an input (`StepLayout`). Its batches are equal for both backends on a CPU; on a GPU DALI decodes
+    with another library, to other pixels. The model has to match the manifest:
+    `manifest.tokenizer`, `manifest.class_names`. With a `device_id` that GPU decodes and holds the
+    batches.
+
+    Raises ValueError or FileNotFoundError as `open_split`, ValueError where the split is smaller
+    than the batches of all ranks, or for a rank or data.hw_decoder_load out of range, and
+    ImportError as `start_backend`.
+    """
+
+    def __init__(
+        self,
+        cfg: LoaderConfig,
+        *,
+        rank: int = 0,
+        num_ranks: int = 1,
+        accumulate: int = 1,
+        images_per_input: int = 1,
+        device_id: int | None = None,
+        skipped_file: Path | None = None,
+        opened: OpenSplit | None = None,
+    ) -> None:
+        """skipped_file: JSON lines of samples that cannot be used (`SkippedSamples`).
+
+        opened: the data that `cfg` names, where they are open already.
+        """
+        self._steps = StepLayout(
+            batch_size=cfg.batch_size,
+            num_ranks=num_ranks,
+            accumulate=accumulate,
+            images_per_input=images_per_input,
+        )
+        super().__init__(
+            cfg,
+            self._steps,
+            rank=rank,
+            num_ranks=num_ranks,
+            device_id=device_id,
+            skipped_file=skipped_file,
+            opened=opened,
+        )
+        self._expect_batch_size()
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Return the whole steps in one pass over the split."""
+        return len(self._open.table) // self._steps.samples_a_step
+
+    def _expect_batch_size(self) -> None:
+        """Raise ValueError where the data are fewer than the batches of all ranks."""
+        layout, got = self._steps, self.cfg.batch_size
+        num_samples, num_ranks = len(self._open.table), layout.num_ranks
+        if got * num_ranks <= num_samples:
+            return
+        parts = self.cfg.mixture_parts or (self.cfg,)
+        of = " and ".join(f"split {part.split} of {place_of(part.path)}" for part in parts)
+        most = num_samples // num_ranks // layout.images_per_input * layout.images_per_input
+        advice = (
+            f"add --data.batch-size {most}"
+            if most
+            else f"pack at least {num_ranks * layout.images_per_input} pictures"
+        )
+        raise ValueError(
+            f"data.batch_size: expected at most {most} ({of} has {num_samples} samples for "
+            f"{num_ranks} {'ranks' if num_ranks > 1 else 'rank'}), got {got}: {advice}"
+        )
+
+    def _to_batch(self, made: MadeBatch) -> Batch:
+        return _to_batch(made, self._open, self.cfg.global_views.count, self._device_id)
 
 
 def evaluation_batches(
@@ -381,16 +436,22 @@ def _wrong_row(rows: BatchRows, index: int, opened: OpenSplit) -> SampleError:
     )
 
 
-def _to_batch(made: MadeBatch, opened: OpenSplit, num_global: int, device_id: int | None) -> Batch:
-    """Make a `Batch` of what a backend made, on a GPU where one is given.
-
-    Raises SampleError for a sample whose label or group the manifest does not allow.
-    """
-    rows, num_classes = made.rows, len(opened.manifest.class_names)
+def expect_allowed(rows: BatchRows, opened: OpenSplit) -> None:
+    """Raise SampleError for a sample whose label or group the manifest does not allow."""
+    num_classes = len(opened.manifest.class_names)
     wrong = (rows.label < -1) | (rows.label >= num_classes) | (rows.sample_id < 0)
     wrong |= rows.group_id < 0
     if wrong.any():
         raise _wrong_row(rows, int(np.flatnonzero(wrong)[0]), opened)
+
+
+def _to_batch(made: MadeBatch, opened: OpenSplit, num_global: int, device_id: int | None) -> Batch:
+    """Make a `Batch` of what a backend made, on a GPU where one is given.
+
+    Raises SampleError as `expect_allowed`.
+    """
+    rows = made.rows
+    expect_allowed(rows, opened)
     batch = Batch(
         global_views=made.views[:num_global],
         local_views=made.views[num_global:],
@@ -402,5 +463,6 @@ def _to_batch(made: MadeBatch, opened: OpenSplit, num_global: int, device_id: in
         sample_id=torch.from_numpy(rows.sample_id.copy()),
         group_id=torch.from_numpy(rows.group_id),
         position=torch.from_numpy(rows.positions.copy()),
+        columns={name: torch.from_numpy(values) for name, values in rows.columns.items()},
     )
     return batch if device_id is None else batch.to(f"cuda:{device_id}")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from m3i_fast.pipelines.dataset.columns import Values, missing_values, moved
 from m3i_fast.pipelines.dataset.sample_table import ROW, Rows, SampleTable
 from m3i_fast.pipelines.mixture import MixedData
 from m3i_fast.pipelines.storage.shards import BucketReads, Shards
@@ -45,6 +46,22 @@ class MixedTable:
         for name in ("sample_id", "group_id"):
             rows[name] = self.mixed.ids(datasets, rows[name].astype(np.int64))
         return rows
+
+    def columns_at(self, numbers: NDArray[np.int64]) -> Values:  # [N]
+        """Return the values of each column; missing where a data set does not have it."""
+        datasets, own = self.mixed.split_rows(numbers)
+        values = {c.name: missing_values(c, len(numbers)) for c in self.mixed.columns}
+        for d, (table, own_columns) in enumerate(
+            zip(self.tables, self.mixed.column_places, strict=True)
+        ):
+            there = datasets == d
+            found = table.columns_at(own[there]) if own_columns and there.any() else {}
+            for column in self.mixed.columns:
+                if column.name in found:
+                    theirs, places = own_columns[column.name]
+                    of_set = moved(theirs, column, found[column.name], places)
+                    values[column.name][there] = of_set
+        return values
 
     def same_set(
         self, numbers: NDArray[np.int64]

@@ -15,6 +15,7 @@ from functools import cached_property
 import numpy as np
 
 from m3i_fast.config.data import LoaderConfig, MixturePart
+from m3i_fast.pipelines.dataset.columns import ColumnInfo, joined, places_in
 from m3i_fast.pipelines.dataset.manifest import MANIFEST_NAME, Manifest
 from m3i_fast.pipelines.dataset.tokenizer import TokenizerInfo
 from m3i_fast.pipelines.sample_order.positions import Integers, Mixture, Order
@@ -31,7 +32,7 @@ NO_ID = -1  # of a sample whose own cannot be moved up: refused as what it is
 class MixedData:
     """What a mixture's data sets make together, as their manifests say.
 
-    Raises ValueError where their tokenizers differ.
+    Raises ValueError where their tokenizers differ, or columns of one name.
     """
 
     parts: tuple[MixturePart, ...]
@@ -52,6 +53,7 @@ class MixedData:
                     f"of a mixture must have it, got {_told(manifest.tokenizer)}: pack one of "
                     "them again"
                 )
+        self.columns  # noqa: B018, raises
 
     @property
     def tokenizer(self) -> TokenizerInfo:
@@ -62,6 +64,28 @@ class MixedData:
     def class_names(self) -> tuple[str, ...]:
         """Return the classes of all data sets, in the order in which they are first named."""
         return tuple(dict.fromkeys(name for m in self.manifests for name in m.class_names))
+
+    @cached_property
+    def columns(self) -> tuple[ColumnInfo, ...]:
+        """Return the named columns of all data sets, each with the names of all of them."""
+        found: dict[str, ColumnInfo] = {}
+        for part, manifest in zip(self.parts, self.manifests, strict=True):
+            for column in manifest.columns:
+                earlier = found.get(column.name, column)
+                try:
+                    found[column.name] = joined(earlier, column)
+                except ValueError as error:
+                    raise ValueError(f"{place_of(part.path)}/{MANIFEST_NAME}: {error}") from None
+        return tuple(found.values())
+
+    @cached_property
+    def column_places(self) -> tuple[dict[str, tuple[ColumnInfo, Integers]], ...]:
+        """Return each data set's own columns by name, with the places of their names in all."""
+        whole = {column.name: column for column in self.columns}
+        return tuple(
+            {c.name: (c, places_in(c, whole[c.name])) for c in manifest.columns}
+            for manifest in self.manifests
+        )
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:

@@ -11,9 +11,20 @@ from torch import Tensor
 from m3i_fast.ops.views import ViewSpec
 from m3i_fast.pipelines.batch_rows import BatchRows
 from m3i_fast.pipelines.dataset.tokenizer import TokenizerInfo
+from m3i_fast.pipelines.sample_order.positions import Integers
 from m3i_fast.pipelines.threads import Cores
 
 TOKENS = "tok"  # the member with token ids; another one holds a caption's text
+
+
+@dataclass(frozen=True, slots=True)
+class PatchSides:
+    """How many patches the views of each sample may have."""
+
+    patch_size: int
+    """Pixels along a side of a patch."""
+    most_tokens: Callable[[Integers], Integers]
+    """[B] positions -> [B, V]."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +42,7 @@ class SampleWork:
     alternates: bool
     """Cut view 1 of another picture of the sample."""
     batch_size: int
+    """Samples of a batch; with `sides` at most."""
     num_threads: int
     cores: Cores | None = None
     """Where the threads run; None: where the system puts them."""
@@ -39,6 +51,8 @@ class SampleWork:
     device_id: int | None
     """The GPU that decodes and holds the views; None: the CPU."""
     hw_decoder_load: float | None
+    sides: PatchSides | None = None
+    """Cut each view to a grid of patches of its own; None: squares of each view's size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +60,13 @@ class MadeBatch:
     """What a backend made of a batch's rows. Legend: B samples, V views, T token ids."""
 
     rows: BatchRows
-    views: tuple[Tensor, ...]  # V x [B, 3, S, S] uint8
+    views: tuple[Tensor, ...]  # V x [B, 3, S, S] uint8; of any size V x [T, 3 P P]
     params: Tensor  # [B, V, 13] float32, m3i_fast.ops.views.VIEW_PARAMS
     image_size: Tensor  # [B, 2] int64: height, width of the upright picture
     token_ids: Tensor  # [B, T] int32, zero padded
     num_tokens: Tensor  # [B] int64
     texts: Callable[[], list[bytes]] | None  # gives B captions where they are stored as text
+    grids: Tensor | None = None  # [B, V, 2] int64, rows and columns of patches of views of any size
 
 
 class Backend(Protocol):

@@ -17,11 +17,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from m3i_fast.ops.views import centre_squares, draw_views, make_views
+from m3i_fast.ops.views import centre_squares, draw_views, make_patches, make_views
 from m3i_fast.pipelines.batch_rows import COLUMNS, BatchRows
 from m3i_fast.pipelines.dataset import alternates, captions
 from m3i_fast.pipelines.dataset.pictures import decode_pixels
 from m3i_fast.pipelines.optional_imports import require
+from m3i_fast.pipelines.sample_order.positions import Integers
+from m3i_fast.pipelines.sample_order.token_budget import grid_of
 from m3i_fast.pipelines.samples_to_views import TOKENS, MadeBatch, SampleError, SampleWork
 from m3i_fast.pipelines.tar_members import tar_members
 from m3i_fast.pipelines.threads import start_pool
@@ -89,7 +91,7 @@ class TorchBackend:
                 pictures.append(sample.pictures)
                 held += sum(picture.size for picture in sample.pictures)
             parts.append(self._cut(rows.positions[start : len(texts)], pictures))
-        *views, params, size = (
+        *views, params, size, grids = (
             parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
         )
         return MadeBatch(
@@ -100,12 +102,13 @@ class TorchBackend:
             token_ids=torch.from_numpy(token_ids),
             num_tokens=torch.from_numpy(num_tokens),
             texts=None if work.caption_member == TOKENS else lambda: texts,
+            grids=None if work.sides is None else grids,
         )
 
     def _cut(
         self, positions: NDArray[np.int64], samples: list[tuple[NDArray[np.uint8], ...]]
     ) -> tuple[Tensor, ...]:
-        """Return the views, their parameters and the size of the first picture of samples."""
+        """Return the views, their parameters, the first picture's sizes, and grids of patches."""
         work = self._work
         pictures = [picture for sample in samples for picture in sample]
         ends = np.cumsum([picture.size for picture in pictures])
@@ -114,10 +117,20 @@ class TorchBackend:
         sizes = torch.tensor([picture.shape[:2] for picture in pictures]).view(*shape, 2)
         pixels = torch.from_numpy(np.concatenate([picture.reshape(-1) for picture in pictures]))
         params = self._params(positions, sizes)
-        views = make_views(
-            pixels, offset, sizes, params, views=work.views, num_threads=work.num_threads
-        )
-        return *views, params, sizes[:, 0].contiguous()
+        if work.sides is None:
+            grids = sizes.new_zeros(len(samples), 0, 2)
+            views = make_views(
+                pixels, offset, sizes, params, views=work.views, num_threads=work.num_threads
+            )
+        else:
+            grids = _grids(params, work.sides.most_tokens(positions))
+            views = make_patches(
+                *(pixels, offset, sizes, params, grids),
+                views=work.views,
+                patch_size=work.sides.patch_size,
+                num_threads=work.num_threads,
+            )
+        return *views, params, sizes[:, 0].contiguous(), grids
 
     def _params(self, positions: NDArray[np.int64], sizes: Tensor) -> Tensor:
         """Return the parameters [B, V, 13] of the views of pictures of sizes [B, M, 2]."""
@@ -126,6 +139,20 @@ class TorchBackend:
             at = torch.from_numpy(positions.copy())
             return draw_views(sizes, at, seed=work.seed, views=work.views)
         return centre_squares(sizes[:, 0], len(work.views))
+
+
+def _grids(
+    params: Tensor,  # [B, V, 13]
+    most_tokens: Integers,  # [B, V]
+) -> Tensor:  # [B, V, 2] int64
+    """Return rows and columns of patches of views, of the aspects of their boxes."""
+    boxes = params[:, :, 2:4].tolist()
+    return torch.tensor(
+        [
+            [grid_of(height, width, most) for (height, width), most in zip(*own, strict=True)]
+            for own in zip(boxes, most_tokens.tolist(), strict=True)
+        ]
+    )
 
 
 def read_sample(rows: BatchRows, index: int, work: SampleWork) -> DecodedSample:

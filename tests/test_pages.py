@@ -106,6 +106,13 @@ assert labels == {"train": 96, "heldout": 32}
 assert all(t.grad.abs().sum() > 0 for t in (pictures, captions, classes, predicted, x))
 assert features.tokens.shape[:2] == (1, 14 * 14) and features.pooled.shape[0] == 1
 """,
+    "train/any_shape.md": """
+alone = vit(pictures[1][None])[0]
+torch.testing.assert_close(torch.cat([prefix[1], of_each[1]]), alone, rtol=1e-4, atol=1e-4)
+assert 0.7 * 1024 < int(batch.grids.prod(2).sum()) <= 1024
+assert images.shape == (sum(batch.lengths(0)), 192) and len(batch.patches) == 2
+assert loss.isfinite() and objective.encoder.patch_embed.weight.grad.abs().sum() > 0
+""",
     "start/use_model.md": """
 assert best in captions and named in model.class_names
 assert vectors.shape == (2, model.num_features) == features.mean(1).shape

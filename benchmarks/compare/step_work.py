@@ -18,7 +18,7 @@ from __future__ import annotations
 import importlib
 import time
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import MISSING, fields, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -103,7 +103,8 @@ def _needed() -> SimpleNamespace:
 def _read_batch(kind: Any, file: str) -> Any:
     values = torch.load(file, weights_only=True)
     expected = {field.name for field in fields(kind)}
-    if expected != values.keys():
+    asked = {f.name for f in fields(kind) if f.default is MISSING is f.default_factory}
+    if not asked <= values.keys() <= expected:
         raise MissingError(
             f"m3i_fast.pipelines.batch.Batch: expected the fields {', '.join(sorted(values))}, "
             f"this version's are {', '.join(sorted(expected))}"

@@ -148,7 +148,10 @@ def compare_steps(
     """
     with TemporaryDirectory(prefix="m3i-fast-compare-") as folder:
         batch, file = draw_batch(train), Path(folder) / "batch.pt"
-        torch.save({field.name: getattr(batch, field.name) for field in fields(batch)}, file)
+        values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+        if not batch.columns:
+            del values["columns"]  # which a version of before there were any does not know
+        torch.save(values, file)
         run = _Run(
             recipe, replace(plan, work=recipe, steps=Steps(file, curve)), versions, loss_bound
         )

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m3i_fast.config import TrainConfig
+from m3i_fast.config import TextConfig, TrainConfig
+from m3i_fast.config.columns import NO_CLASS, ColumnConfig
 from m3i_fast.pipelines.batch import Batch
 
 MIN_TOKENS = 5
@@ -52,7 +53,21 @@ def draw_batch(cfg: TrainConfig, *, seed: int = 0) -> Batch:
         sample_id=torch.arange(count),
         group_id=torch.arange(count),
         position=torch.arange(count),
+        columns={column.name: _column(column, count, text, rng) for column in cfg.columns},
     )
+
+
+def _column(column: ColumnConfig, count: int, text: TextConfig, rng: torch.Generator) -> Tensor:
+    """Return values of a named column, which every sample has."""
+    if column.kind == "numbers":
+        return torch.randn(count, column.size, generator=rng)
+    if column.kind == "text":
+        shape = count, column.size
+        return torch.randint(1, text.vocab_size, shape, generator=rng, dtype=torch.int32)
+    first = torch.randint(0, column.num_names, (count,), generator=rng)
+    if column.kind == "class":
+        return first
+    return torch.nn.functional.pad(first[:, None], (0, column.size - 1), value=NO_CLASS)
 
 
 class Repeated:

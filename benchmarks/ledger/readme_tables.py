@@ -182,7 +182,8 @@ def dcnv3() -> str:
 
 
 def boltzmann() -> str:
-    peers = {"softmax": "ClipLoss", "sigmoid": "SigLipLoss", "classes": "cross_entropy"}
+    of_labels = dict.fromkeys(("classes", "soft"), "cross_entropy")
+    peers = {"softmax": "ClipLoss", "sigmoid": "SigLipLoss", **of_labels}
 
     def label(row: Mapping[str, Any]) -> str:
         return f"{row['form']}, {row['rows']:,} x {row['columns']:,} x {row['dim']}"

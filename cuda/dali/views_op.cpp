@@ -134,14 +134,16 @@ with height and width of a picture, and those of a second one where view 1 is cu
     .AddOptionalArg("centre", "Takes the largest centred square in place of a draw.", false);
 
 DALI_SCHEMA(M3iViews)
-    .DocStr(R"(Cuts all views of decoded pictures: an output [3, S, S] uint8 for each.
+    .DocStr(R"(Cuts all views of decoded pictures: an output [3, H, W] uint8 for each.
 
 Inputs: parameters of `m3i_draw_views`, a picture [H, W, 3] uint8, and a second one for view 1.)")
     .NumInput(2, 3)
     .InputDevice(0, dali::InputDevice::CPU)
     .OutputFn([](const OpSpec& spec) {
-      return static_cast<int>(spec.GetRepeatedArgument<int>("geometry").size() / 3);
+      return static_cast<int>(spec.GetRepeatedArgument<int>("geometry").size() /
+                              m3i::kViewGeometry);
     })
-    .AddArg("geometry", "Size, blur kernel and 1 for bicubic, of each view.", DALI_INT_VEC);
+    .AddArg("geometry", "Height, width, blur kernel and 1 for bicubic, of each view.",
+            DALI_INT_VEC);
 
 }  // namespace dali

@@ -17,6 +17,11 @@ class MakeViewsOnGpu : public dali::Operator<dali::GPUBackend> {
     DALI_ENFORCE(geometry_.size() <= kViewsMostOnCuda,
                  "geometry: expected up to " + std::to_string(kViewsMostOnCuda) +
                      " views of a sample on a GPU, got " + std::to_string(geometry_.size()));
+    for (const ViewGeometry& view : geometry_) {
+      DALI_ENFORCE(view.height == view.width, "geometry: expected square views on a GPU, got " +
+                                                  std::to_string(view.height) + " x " +
+                                                  std::to_string(view.width));
+    }
   }
 
  protected:

@@ -1,6 +1,7 @@
 // The views of a batch, as the arguments of fn.m3i_draw_views and fn.m3i_views describe them.
 #pragma once
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -28,18 +29,20 @@ inline std::vector<ViewDistribution> view_distributions(const std::vector<std::s
   return views;
 }
 
-// geometry: size, blur_kernel_size and cubic of each view.
+// geometry: height, width, blur_kernel_size and cubic of each view.
 inline std::vector<ViewGeometry> view_geometry(const std::vector<int>& geometry) {
-  DALI_ENFORCE(!geometry.empty() && geometry.size() % 3 == 0,
-               "geometry: expected three numbers a view, got " + std::to_string(geometry.size()));
+  DALI_ENFORCE(!geometry.empty() && geometry.size() % kViewGeometry == 0,
+               "geometry: expected four numbers a view, got " + std::to_string(geometry.size()));
   std::vector<ViewGeometry> views;
-  for (size_t v = 0; v < geometry.size(); v += 3) {
-    const int size = geometry[v], blur = geometry[v + 1];
-    DALI_ENFORCE(size >= 1 && size <= kViewMaxSide && blur >= 1 && blur <= kViewMaxBlur &&
-                     blur % 2 == 1 && blur / 2 < size,
-                 "geometry: expected a size and an odd kernel of which half is less, got " +
-                     std::to_string(size) + " and " + std::to_string(blur));
-    views.push_back({size, blur, geometry[v + 2]});
+  for (size_t v = 0; v < geometry.size(); v += kViewGeometry) {
+    const int height = geometry[v], width = geometry[v + 1], blur = geometry[v + 2];
+    const int least = std::min(height, width), most = std::max(height, width);
+    DALI_ENFORCE(least >= 1 && most <= kViewMaxSide && blur >= 1 && blur <= kViewMaxBlur &&
+                     blur % 2 == 1 && blur / 2 < least,
+                 "geometry: expected sides and an odd kernel of which half is less, got " +
+                     std::to_string(height) + " x " + std::to_string(width) + " and " +
+                     std::to_string(blur));
+    views.push_back({height, width, blur, geometry[v + 3]});
   }
   return views;
 }
@@ -62,9 +65,9 @@ void describe_views(std::vector<dali::OutputDesc>& out, const dali::Workspace& w
   }
   out.resize(geometry.size());
   for (size_t v = 0; v < geometry.size(); ++v) {
-    const int64_t size = geometry[v].size;
-    out[v] = {dali::uniform_list_shape(batch, dali::TensorShape<3>(kViewChannels, size, size)),
-              DALI_UINT8};
+    const dali::TensorShape<3> shape(kViewChannels, static_cast<int64_t>(geometry[v].height),
+                                     static_cast<int64_t>(geometry[v].width));
+    out[v] = {dali::uniform_list_shape(batch, shape), DALI_UINT8};
   }
 }
 

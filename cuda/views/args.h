@@ -6,6 +6,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <vector>
 
 namespace m3i {
@@ -16,26 +17,31 @@ struct ViewsCall {
   int64_t num_pictures;                // M
   int64_t num_views;                   // V
   std::vector<ViewGeometry> geometry;  // [V]
-  std::vector<int64_t> begin;          // [V + 1] of each view's [B, 3, S, S] in the output, bytes
+  std::vector<int64_t> begin;          // [V + 1] of each view's [B, 3, H, W] in the output, bytes
   torch::stable::Tensor out;           // [begin[V]] uint8, uninitialised
 };
 
 namespace detail {
 
-// geometry: size, blur_kernel_size and cubic of each view.
+// geometry: height, width, blur_kernel_size and cubic of each view.
 inline std::vector<ViewGeometry> check_view_geometry(const std::vector<int64_t>& geometry) {
-  STD_TORCH_CHECK(!geometry.empty() && geometry.size() % 3 == 0,
-                  "geometry: expected three numbers a view, got ", geometry.size(), " in all");
+  STD_TORCH_CHECK(!geometry.empty() && geometry.size() % kViewGeometry == 0,
+                  "geometry: expected four numbers a view, got ", geometry.size(), " in all");
   std::vector<ViewGeometry> views;
-  for (size_t v = 0; v < geometry.size() / 3; ++v) {
-    const int64_t size = geometry[3 * v], blur = geometry[3 * v + 1], cubic = geometry[3 * v + 2];
-    STD_TORCH_CHECK(size >= 1 && size <= kViewMaxSide, "view ", v, ": expected a size of 1 to ",
-                    kViewMaxSide, " pixels, got ", size);
+  for (size_t at = 0; at < geometry.size(); at += kViewGeometry) {
+    const size_t v = at / kViewGeometry;
+    const int64_t height = geometry[at], width = geometry[at + 1], blur = geometry[at + 2];
+    for (const int64_t side : {height, width}) {
+      STD_TORCH_CHECK(side >= 1 && side <= kViewMaxSide, "view ", v, ": expected a size of 1 to ",
+                      kViewMaxSide, " pixels, got ", side);
+    }
+    const int64_t size = std::min(height, width);
     STD_TORCH_CHECK(blur >= 1 && blur <= kViewMaxBlur && blur % 2 == 1 && blur / 2 < size, "view ",
                     v, ": expected an odd blur_kernel_size of 1 to ",
                     size <= kViewMaxBlur / 2 ? 2 * size - 1 : kViewMaxBlur,
                     ", whose half is less than its ", size, " pixels, got ", blur);
-    views.push_back({static_cast<int32_t>(size), static_cast<int32_t>(blur), cubic != 0});
+    views.push_back({static_cast<int32_t>(height), static_cast<int32_t>(width),
+                     static_cast<int32_t>(blur), geometry[at + 3] != 0});
   }
   return views;
 }
@@ -72,8 +78,8 @@ inline ViewsCall prepare_make_views(const torch::stable::Tensor& pixels,      //
   check_same_device(image_size, "image_size", pixels, "pixels");
   check_same_device(params, "params", pixels, "pixels");
   for (const ViewGeometry& view : call.geometry) {
-    call.begin.push_back(call.begin.back() + call.num_samples * kViewChannels * view.size *
-                                                 static_cast<int64_t>(view.size));
+    call.begin.push_back(call.begin.back() + call.num_samples * kViewChannels * view.height *
+                                                 static_cast<int64_t>(view.width));
   }
   call.out = torch::stable::new_empty(pixels, {call.begin.back()});
   return call;

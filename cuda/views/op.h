@@ -8,9 +8,9 @@
 namespace m3i {
 
 // Fills num_views, targets and shared_bytes; num_samples is there already. out[v]: [B, 3, S, S] of
-// geometry[v], for v in [0, num_views). Returns the bytes of scratch memory that the launch needs:
-// 0 but for views so large that their blur does not fit shared memory, with a kernel of a tenth of
-// the side from 330 pixels on.
+// geometry[v], which is square, for v in [0, num_views). Returns the bytes of scratch memory that
+// the launch needs: 0 but for views so large that their blur does not fit shared memory, with a
+// kernel of a tenth of the side from 330 pixels on.
 int64_t plan_views(const ViewGeometry* geometry, int num_views, uint8_t* const* out,
                    ViewsCudaParams& params);
 

@@ -20,6 +20,10 @@ Tensor make_views_cuda(const Tensor& pixels, const Tensor& offset, const Tensor&
   STD_TORCH_CHECK(num_threads >= 1, "num_threads: expected at least 1, got ", num_threads);
   STD_TORCH_CHECK(call.num_views <= kViewsMostOnCuda, "geometry: expected up to ", kViewsMostOnCuda,
                   " views of a sample on CUDA, got ", call.num_views);
+  for (const ViewGeometry& view : call.geometry) {
+    STD_TORCH_CHECK(view.height == view.width, "geometry: expected square views on CUDA, got ",
+                    view.height, " x ", view.width, " pixels; the CPU's operator cuts any");
+  }
   STD_TORCH_CHECK(call.num_samples * call.num_views <= std::numeric_limits<int32_t>::max(),
                   "params: expected fewer than 2^31 views, got ", call.num_samples, " x ",
                   call.num_views);

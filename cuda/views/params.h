@@ -1,7 +1,7 @@
 // views: structures of the host functions, the CPU kernels, the launchers and the device code.
 //
-// A view is one crop of a decoded picture, resized to a square and changed in its colours, step by
-// step, each step rounded to uint8 as torchvision.transforms.v2.functional does on uint8 tensors:
+// A view is one crop of a decoded picture, resized and changed in its colours, step by step, each
+// step rounded to uint8 as torchvision.transforms.v2.functional does on uint8 tensors:
 //
 //   crop -> antialiased resize -> horizontal flip -> brightness, contrast, saturation and hue in a
 //   drawn order -> grayscale -> Gaussian blur -> solarize
@@ -47,10 +47,13 @@ static_assert(sizeof(ViewParams) == kViewColumns * sizeof(float), "a row of draw
 
 // What a view's parameters do not say.
 struct ViewGeometry {
-  int32_t size;              // S, side of the square view in pixels
-  int32_t blur_kernel_size;  // odd, of which half is less than S
+  int32_t height, width;     // of the view in pixels; equal on a GPU
+  int32_t blur_kernel_size;  // odd, of which half is less than either
   int32_t cubic;             // 1: bicubic, 0: bilinear
 };
+
+// Numbers of a view's geometry in the arguments of the operators, in this order.
+inline constexpr int kViewGeometry = 4;
 
 // A decoded picture: [height, width, 3] uint8, pixels of a row one after the other.
 struct ViewImage {

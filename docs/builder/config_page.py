@@ -161,7 +161,8 @@ def _nested(hint: Any) -> Iterator[type]:
 
 
 def _is_sequence(hint: Any) -> bool:
-    return get_origin(hint) is tuple
+    plain = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+    return get_origin(plain) is tuple
 
 
 def _is_group(hint: Any) -> bool:

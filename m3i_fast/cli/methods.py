@@ -29,6 +29,13 @@ MEANS = {
     "batch": "all rows, 0 for one without a target",
     "members": "the rows that have a target",
 }
+ENCODERS = {
+    "none": "",
+    "momentum": ", EMA",
+    "shared": ", same encoder",
+    "frozen": ", frozen",
+    "snapshot": ", earlier EMA",
+}
 console = make_console()
 
 
@@ -69,9 +76,9 @@ def table() -> Table:
 
 def predicted(term: Term) -> str:
     """Say what a term predicts: `features, other view, EMA: decoder, gaussian, decorrelation`."""
-    parts = [term.regulariser.replace("_", " ")]
-    if term.predictor != "none":
-        parts = [_predictor(term), term.likelihood, *parts]
+    parts = [] if term.predictor == "none" else [_predictor(term)]
+    parts += [] if term.likelihood == "none" else [term.likelihood.replace("_", " ")]
+    parts.append(term.regulariser.replace("_", " "))
     return f"{target(term)}: {', '.join(parts)}"
 
 
@@ -94,13 +101,12 @@ def shown(method: Method) -> str:
 def target(term: Term) -> str:
     """Say what a term's target is: `features, other view, EMA`."""
     if term.encoder == "none" and not term.is_dense:
-        return term.target
+        return term.target.replace("_", " ")
     view = f"{term.view} view"
     if term.symmetric:
         view = "each other view" if term.view == "other" else "each view"
-    encoder = {"none": "", "momentum": ", EMA", "shared": ", same encoder"}
     asked = "" if term.asked == "all" else f", {term.asked} image"
-    return f"{term.target.replace('_', ' ')}, {view}{encoder.get(term.encoder, ', frozen')}{asked}"
+    return f"{term.target.replace('_', ' ')}, {view}{ENCODERS[term.encoder]}{asked}"
 
 
 def explain(name: str) -> list[str]:
@@ -121,6 +127,10 @@ def explain(name: str) -> list[str]:
             lines.append(f"  z_hat: {_predictor(term)} of the input's tokens")
         if term.standardise != "none":
             lines.append(f"  channels of z standardised: {STANDARDISED[term.standardise]}")
+        if term.target == "caption_tokens" and method.parallel_captions:
+            lines.append(f"  predicted from the picture alone: {method.parallel_captions:.0%}")
+        if term.column:
+            lines.append(f"  column of the data: {term.column}")
         if term.is_annotation:
             lines.append(f"  mean over {MEANS[term.mean]}")
         if term.likelihood == "boltzmann" and not term.is_annotation:

@@ -1,4 +1,4 @@
-"""Sizes of the predictors: the dense decoder and the projectors."""
+"""Sizes of the predictors: the dense decoder, the captioner and the projectors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from m3i_fast.config.fields import DEPTHS, WIDTHS, Checked, Conflict, mlp_ratio_conflicts
+from m3i_fast.config.fields import (
+    DEPTHS,
+    WIDTHS,
+    Checked,
+    Conflict,
+    Recompute,
+    mlp_ratio_conflicts,
+    recompute_conflicts,
+    unmet,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +42,36 @@ class DecoderConfig(Checked):
         if self.dim % 4:
             yield "dim", f"expected a multiple of 4 (sine-cosine), got {self.dim}"
         yield from mlp_ratio_conflicts(self.mlp_ratio)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CaptionerConfig(Checked):
+    """Size the text decoder that writes captions from an image's cells."""
+
+    dim: Annotated[int, WIDTHS] = 512
+    """Width of a token."""
+    depth: Annotated[int, DEPTHS] = 6
+    """Number of blocks, each of which attends to the caption's tokens and to the cells."""
+    num_heads: Annotated[int, WIDTHS] = 8
+    """Number of attention heads."""
+    mlp_ratio: float = 4.0
+    """Hidden width of the MLP over dim."""
+    parallel: float = 0.0
+    """Share of the captions that are predicted from the image alone: the decoder reads a mask in
+    the place of every token, and a token attends to those after it too (CapPa: 0.75). Which ones,
+    is drawn by the position of each sample."""
+    activation_checkpointing: Recompute = "none"
+    """Activations that each block recomputes in the backward pass, as text's."""
+
+    def place(self) -> str:
+        return "captioner."
+
+    def conflicts(self) -> Iterator[Conflict]:
+        if self.dim % self.num_heads:
+            yield "dim", f"expected a multiple of num_heads = {self.num_heads}, got {self.dim}"
+        yield from unmet(self, parallel=(0 <= self.parallel <= 1, "in [0, 1]"))
+        yield from mlp_ratio_conflicts(self.mlp_ratio)
+        yield from recompute_conflicts(self.activation_checkpointing)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

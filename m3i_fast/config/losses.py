@@ -36,14 +36,15 @@ class LossSizes:
     """
 
     rows: int
-    """Rows of z_hat. category, caption: images and local views; pixels, features: cells asked;
-    embedding, summary: images; prototypes: pairs of an input view and a target view;
-    cell_prototypes: cells of those pairs."""
+    """Rows of z_hat. category, caption, labels, numbers: images and local views; caption_tokens:
+    tokens but the first one of each image's caption; pixels, features: cells asked; embedding,
+    summary: images; prototypes: pairs of an input view and a target view; cell_prototypes: cells of
+    those pairs."""
     dim: int
     """Features of a row of z_hat and of z; of prototypes, those of one."""
     targets: int
-    """Rows of z on all ranks together: classes, captions of the batch, prototypes, else as many as
-    z_hat's."""
+    """Rows of z on all ranks together: classes, token ids, captions of the batch, prototypes, else
+    as many as z_hat's."""
     assigned: int = 0
     """Rows of the target views that a step assigns to prototypes."""
     target_grad: bool = False
@@ -217,6 +218,25 @@ LOSSES: dict[LossKey, Loss] = {
         build=f"{_BUILDERS}:caption_sigmoid",
         flops=_all_targets,
     ),
+    ("caption_tokens", "boltzmann", "negatives"): Loss(
+        formula="-log exp(z_hat . z) / sum_z' exp(z_hat . z'), z' all tokens of the vocabulary, "
+        "the mean over tokens",
+        build=f"{_BUILDERS}:category",
+        flops=_all_targets,
+    ),
+    ("labels", "sigmoid", "negatives"): Loss(
+        formula="mean over labels of log(1 + exp(-y z_hat)), y = 1 for those that the picture has, "
+        "else -1",
+        build=f"{_BUILDERS}:labels",
+        flops=no_products,
+        independent=True,
+    ),
+    ("numbers", "gaussian", "fixed"): Loss(
+        formula="|z_hat - z|^2 / (2 sigma^2), the mean over known numbers, z less its mean in the "
+        "data, over its standard deviation",
+        build=f"{_BUILDERS}:numbers",
+        flops=no_products,
+    ),
     ("pixels", "gaussian", "fixed"): Loss(
         formula="|z_hat - z|^2 / (2 sigma^2 E), z the pixels of a patch less their mean, over "
         "their standard deviation",
@@ -242,10 +262,22 @@ LOSSES: dict[LossKey, Loss] = {
         build=f"{_BUILDERS}:dense_gaussian",
         flops=_decorrelation,
     ),
+    ("features", "cosine_smooth_l1", "stop_gradient"): Loss(
+        formula="0.9 (1 - cos(z_hat, sg(z))) + 0.1 smooth_l1(z_hat - sg(z))",
+        build=f"{_BUILDERS}:cosine_smooth_l1",
+        flops=no_products,
+        independent=True,
+    ),
     ("features", "boltzmann", "queue"): Loss(
         formula=f"{SOFTMAX}, z the target cell whose features are most alike, z' it and a queue",
         build=f"{_BUILDERS}:dense_queue",
         flops=_match_and_queue,
+    ),
+    ("gram", "gaussian", "stop_gradient"): Loss(
+        formula="sum_ij (z_hat_ij - sg(z)_ij)^2 / n^2 of n cells, z_ij the cosine of cells i and j",
+        build=f"{_BUILDERS}:squared_distance",
+        flops=no_products,
+        independent=True,
     ),
     ("embedding", "boltzmann", "queue"): Loss(
         formula=f"{SOFTMAX}, z' the own target and a queue of earlier ones, rows of unit length",

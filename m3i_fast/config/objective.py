@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from m3i_fast.config.balance import BalanceConfig
 from m3i_fast.config.fields import NUMBERS, SOME_ROWS, WIDTHS, Checked, Conflict, unmet
-from m3i_fast.config.heads import DecoderConfig, ProjectorConfig
+from m3i_fast.config.heads import CaptionerConfig, DecoderConfig, ProjectorConfig
 from m3i_fast.config.losses import LOSSES, LossKey
 from m3i_fast.config.mixing import MixingConfig
 from m3i_fast.config.models.vision import VisionConfig
@@ -31,32 +31,49 @@ class Term(Checked):
     """Name of the term in metrics and tables."""
     target: str
     """Target z, a row of `m3i_fast.config.targets.TARGETS`. category: embedding of the class;
-    caption: embedding of the caption; pixels: of a patch, normalised; features: of a patch;
-    embedding: one of the view; prototypes: the view's assignment to them; cell_prototypes: that of
-    a cell; summary: the encoder's own mean of the view, which nothing predicts."""
+    caption: embedding of the caption; caption_tokens: its tokens, one after another; labels: which
+    of many the picture has; numbers: of the picture; pixels: of a patch, normalised; features: of a
+    patch; gram: the cosines of all pairs of patches; embedding: one of the view; prototypes: the
+    view's assignment to them; cell_prototypes: that of a cell; summary: the encoder's own mean of
+    the view, which nothing predicts."""
     view: Literal["same", "other"] = "same"
     """View of the target: the input's, or another one of the same picture."""
     asked: Literal["first", "last", "all"] = "all"
     """Images of a mixed input for which a dense target is predicted."""
-    encoder: Literal["none", "momentum", "shared", "frozen"] = "none"
+    encoder: Literal["none", "momentum", "shared", "frozen", "snapshot"] = "none"
     """Encoder of the target view: none (labels, pixels), the EMA of the image encoder, the image
-    encoder itself (shared), or the frozen one of `objective.teacher`."""
+    encoder itself (shared), a frozen one (`teacher`), or an earlier state of the EMA (snapshot),
+    which is taken anew every `objective.snapshot_every` steps."""
+    teacher: str | None = None
+    """Frozen encoder of this term, in the place of `objective.teacher`: so a run has several. Such
+    a term has a decoder of its own."""
     predictor: Literal[
-        "head", "linear", "decoder", "mask_token", "projector", "projector_predictor", "none"
+        "none",
+        "head",
+        "captioner",
+        "linear",
+        "decoder",
+        "mask_token",
+        "projector",
+        "projector_predictor",
     ]
-    """Predictor of z_hat. head: mean over the tokens, then an MLP; linear: of each token; decoder:
-    Transformer with mask tokens; mask_token: the encoder itself at a hidden cell, of which it gets
-    a mask token, then an MLP (`mixing.hidden`); projector: MLP with batch norm, which the target's
-    side has too; projector_predictor: another MLP on top of it, on the input's side alone; none:
-    nothing is predicted, and the term keeps z apart."""
+    """Predictor of z_hat. none: the encoder's tokens themselves; head: mean over the tokens, then
+    an MLP; captioner: causal Transformer over the caption, which reads the cells; linear: of each
+    token; decoder: Transformer with mask tokens; mask_token: the encoder itself at a hidden cell,
+    of which it gets a mask token, then an MLP (`mixing.hidden`); projector: MLP with batch norm,
+    which the target's side has too; projector_predictor: another MLP on top of it, on the input's
+    side alone."""
     likelihood: str
     """Likelihood. gaussian: squared distance; boltzmann: softmax over candidates; sigmoid: of each
     pair; or one that a loss of your own names."""
     regulariser: str
     """Regulariser, for the entropy H(p(z)); `m3i_fast.config.losses.LOSSES` has the
     combinations."""
+    column: str = ""
+    """Named column of the data that holds an annotation; empty: the data set's class, or its
+    captions."""
     mean: Literal["batch", "members"] = "batch"
-    """Rows that a category or caption term is the mean over, where not every picture has a target.
+    """Rows that a term of an annotation is the mean over, where not every picture has a target.
     batch: all rows of all ranks, those without a target as 0, so that the term is an expectation
     over samples and one labelled picture weighs the same in any batch; members: the rows that have
     a target, so that the only one of a batch weighs as much as a whole batch."""
@@ -99,12 +116,16 @@ class Term(Checked):
                 f"of target {self.target} expected likelihood and regulariser among {known}, got "
                 f"{self.loss_key[1:]}; a new one is added to m3i_fast.config.losses.LOSSES",
             )
-        of_gaussian_features = (self.target, self.likelihood) == ("features", "gaussian")
+        compares_features = self.target == "features" and self.likelihood != "boltzmann"
         yield from unmet(
             self,
             predictor=(
                 self.predictor in self.kind.predictors,
                 f"one of {self.kind.predictors} for target {self.target}",
+            ),
+            view=(
+                self.view in self.kind.views,
+                f"{' or '.join(self.kind.views)} for target {self.target}",
             ),
             weight=(self.weight >= 0, ">= 0"),
             temperature=(self.temperature > 0, "> 0"),
@@ -121,12 +142,22 @@ class Term(Checked):
                 self.mean == "batch" or self.is_annotation,
                 f"batch for {self.target}, which every picture has (members is for annotations)",
             ),
+            teacher=(
+                self.teacher is None or self.encoder == "frozen",
+                f"none with encoder {self.encoder} (it is for frozen)",
+            ),
+            column=(
+                self.kind.has_default or not self.kind.column or bool(self.column),
+                f"the name of a column of {self.kind.column} for {self.target}",
+            ),
             standardise=(
-                self.standardise == "none" or of_gaussian_features,
+                self.standardise == "none" or compares_features,
                 f"none for {self.target} under {self.likelihood} (it is for features under "
-                "gaussian)",
+                "gaussian or cosine_smooth_l1)",
             ),
         )
+        if self.column and not self.kind.column:
+            yield "column", f"expected none for {self.target}, got {self.column!r}"
         yield from self._encoder_conflicts()
         yield from self._symmetry_conflicts()
 
@@ -170,6 +201,11 @@ class Term(Checked):
     def kind(self) -> Target:
         """Return what is known of this kind of target."""
         return TARGETS[self.target]
+
+    @property
+    def target_encoder(self) -> str:
+        """Return the name of the target's encoder, of which each frozen one has its own."""
+        return f"frozen:{self.teacher}" if self.teacher is not None else self.encoder
 
     @property
     def is_dense(self) -> bool:
@@ -227,12 +263,15 @@ class ObjectiveConfig(Checked):
     """Choice of the terms' weights."""
     mixing: MixingConfig = field(default_factory=MixingConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    captioner: CaptionerConfig = field(default_factory=CaptionerConfig)
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     head_hidden_dim: Annotated[int, range(WIDTHS.stop)] = 2048
-    """Width of the hidden layer of the category and caption heads; 0: one linear layer without bias
+    """Width of the hidden layer of the heads of annotations; 0: one linear layer without bias
     in the place of two, as CLIP."""
     teacher: str | None = None
     """Frozen encoder: a run directory, timm:NAME or timm:NAME:FILE."""
+    snapshot_every: Annotated[int, SOME_ROWS] = 10_000
+    """Steps after which the snapshot is taken anew from the encoder's EMA: 10,000 in DINOv3."""
     sigma: float = 0.5**0.5
     """Standard deviation of the Gaussian likelihood; sqrt(1/2) gives SiameseIM's mean squared
     error."""
@@ -259,6 +298,12 @@ class ObjectiveConfig(Checked):
             yield "terms", "expected a weight > 0, got none"
         least = 1 / MAX_SCALE
         yield from unmet(self, temperature=(self.temperature >= least, f">= {least}"))
+        if self.uses(encoder="snapshot") and not self.uses(encoder="momentum"):
+            yield (
+                "terms",
+                "expected a term with encoder momentum beside those with encoder snapshot, an "
+                "earlier state of it, got none",
+            )
         linear = [t.name for t in self.active_terms if t.predictor == "linear"]
         if linear and (self.mixing.mode != "none" or self.uses(predictor="linear", view="other")):
             yield (
@@ -295,6 +340,12 @@ class ObjectiveConfig(Checked):
     def active_terms(self) -> tuple[Term, ...]:
         """Return the terms whose weight is above 0."""
         return tuple(term for term in self.terms if term.weight > 0)
+
+    @property
+    def teachers(self) -> dict[str, str | None]:
+        """Return the frozen encoders in use by `Term.target_encoder`: what to load, or None."""
+        frozen = (term for term in self.active_terms if term.encoder == "frozen")
+        return {term.target_encoder: term.teacher or self.teacher for term in frozen}
 
     @property
     def num_encoded_views(self) -> int:

@@ -29,6 +29,8 @@ class Target:
     """Predictors of z_hat that a term may name."""
     encoders: tuple[str, ...]
     """Encoders of z that a term may name; none where z is no feature."""
+    views: tuple[str, ...] = ("same", "other")
+    """Views of the target that a term may name."""
     build: str | Callable[..., Any]
     """Path "package.module:name" of what builds the term's module, called with the term, the
     objective's config and `objectives.terms.Sizes`; or the callable itself."""
@@ -37,6 +39,10 @@ class Target:
     term, `costs.step_sizes.StepCounts` and the operations by part; or the function itself."""
     summaries: Literal["none", "global", "all"] = "none"
     """Encoded views of which the term reads the mean: none, the global ones, or local ones too."""
+    column: Literal["", "class", "labels", "numbers", "text"] = ""
+    """Kind of the named column that z is taken from, where a term names one; empty: from none."""
+    has_default: bool = False
+    """Whether every data set has such a column without a name: its class, its captions."""
 
     def builder(self) -> Callable[..., Any]:
         """Return what builds the term's module."""
@@ -67,6 +73,8 @@ TARGETS: dict[str, Target] = {
         build=f"{_TERMS}.labels:Category",
         count=f"{_COUNTS}:add_label",
         summaries="all",
+        column="class",
+        has_default=True,
     ),
     "caption": Target(
         help="embedding of the picture's caption",
@@ -76,6 +84,38 @@ TARGETS: dict[str, Target] = {
         build=f"{_TERMS}.labels:Caption",
         count=f"{_COUNTS}:add_label",
         summaries="all",
+        column="text",
+        has_default=True,
+    ),
+    "caption_tokens": Target(
+        help="tokens of the picture's caption, each after those before it",
+        of="annotation",
+        predictors=("captioner",),
+        encoders=("none",),
+        build=f"{_TERMS}.caption_tokens:CaptionTokens",
+        count=f"{_COUNTS}:add_caption_tokens",
+        column="text",
+        has_default=True,
+    ),
+    "labels": Target(
+        help="which labels the picture has, of a set",
+        of="annotation",
+        predictors=("head",),
+        encoders=("none",),
+        build=f"{_TERMS}.columns:Labels",
+        count=f"{_COUNTS}:add_column",
+        summaries="all",
+        column="labels",
+    ),
+    "numbers": Target(
+        help="numbers of the picture, standardised",
+        of="annotation",
+        predictors=("head",),
+        encoders=("none",),
+        build=f"{_TERMS}.columns:Numbers",
+        count=f"{_COUNTS}:add_column",
+        summaries="all",
+        column="numbers",
     ),
     "pixels": Target(
         help="pixels of a patch, normalised",
@@ -92,6 +132,15 @@ TARGETS: dict[str, Target] = {
         encoders=("momentum", "frozen"),
         build=f"{_TERMS}.dense:build",
         count=f"{_COUNTS}:add_dense",
+    ),
+    "gram": Target(
+        help="cosines of all pairs of a view's patches",
+        of="cells",
+        predictors=("none",),
+        encoders=("momentum", "snapshot", "frozen"),
+        views=("same",),
+        build=f"{_TERMS}.gram:Gram",
+        count=f"{_COUNTS}:add_gram",
     ),
     "embedding": Target(
         help="one embedding of the view",

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from m3i_fast.config.columns import ColumnConfig
 from m3i_fast.config.convert import from_tree, to_tree
 from m3i_fast.config.data import LoaderConfig
 from m3i_fast.config.fields import (
@@ -61,6 +62,8 @@ class TrainConfig(Checked):
     """Number of optimiser steps, which is the length of the schedules."""
     num_classes: Annotated[int, ROWS] = 1000
     """Categories in the data, 0 for none. Training takes it from the data's manifest."""
+    columns: Annotated[tuple[ColumnConfig, ...], tyro.conf.Fixed] = ()
+    """Named columns of the data. Training takes them from the data's manifest."""
     data: LoaderConfig = field(default_factory=LoaderConfig)
     vision: Annotated[VisionConfig, tyro.conf.AvoidSubcommands] = field(default_factory=ViTConfig)
     text: TextConfig = field(default_factory=TextConfig)
@@ -288,7 +291,11 @@ class TrainConfig(Checked):
 
     def _of_any_graph(self) -> dict[str, tuple[bool, str, object]]:
         """Return (whether it holds, expected, got) by field, of modules and of a step alike."""
-        checkpointing = self.vision.activation_checkpointing, self.text.activation_checkpointing
+        checkpointing = (
+            self.vision.activation_checkpointing,
+            self.text.activation_checkpointing,
+            self.objective.captioner.activation_checkpointing,
+        )
         return {
             "precision": (
                 self.precision in ("auto", "fp32", "bf16"),
@@ -299,8 +306,8 @@ class TrainConfig(Checked):
             "parallel.shard": (self.parallel.shard == 1, "1", self.parallel.shard),
             "parallel.chunk": (not self.parallel.chunk, "0", self.parallel.chunk),
             "vision.activation_checkpointing": (
-                checkpointing == ("none", "none"),
-                "none of vision and text",
+                set(checkpointing) == {"none"},
+                "none of vision, text and objective.captioner",
                 " and ".join(checkpointing),
             ),
         }

@@ -8,10 +8,13 @@ Letters: B images, T tokens of each, D width, n cells of a map, c its channels.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 
 from m3i_fast.config.fields import Mlp
 from m3i_fast.config.flops import NONE, Flops, LayerFlops, linear
+from m3i_fast.config.heads import CaptionerConfig
 from m3i_fast.config.models.internimage import InternImageConfig
 from m3i_fast.config.models.text import TextConfig
 from m3i_fast.config.models.vit import ViTConfig
@@ -23,9 +26,9 @@ from m3i_fast.models.transformer.layers import fc1_features
 SAMPLING_PER_POINT = 5  # InternImage's convention: 5 n k c for n cells, k points, c channels
 
 
-def layer(rows: int, dim_in: int, dim_out: int) -> Flops:
+def layer(rows: int, dim_in: int, dim_out: int, *, input_grad: bool = True) -> Flops:
     """Count a linear layer of a block, which FP8 may run."""
-    flops = linear(rows, dim_in, dim_out)
+    flops = linear(rows, dim_in, dim_out, input_grad=input_grad)
     row = LayerFlops(dim_in, dim_out, flops.forward, flops.backward)
     return replace(flops, layers=(row,))
 
@@ -103,6 +106,22 @@ def vit(cfg: ViTConfig, num_images: int = 1, image_size: int | None = None) -> F
     return vit_embed(cfg, num_images, size) + vit_encode(cfg, num_images, tokens)
 
 
+def vit_packed(cfg: ViTConfig, lengths: Sequence[int]) -> Flops:
+    """Count a ViT in training on whole pictures that are packed (`ViT.encode_pictures`).
+
+    lengths: patches of each picture. Its products are of these tokens alone, and attention of each
+    picture's with one another. Positions that are resampled from a table are a product of their
+    own, of which the table, and not the weights of its cells, has a gradient.
+    """
+    total = sum(lengths)
+    flops = linear(total, 3 * cfg.patch_size**2, cfg.dim, input_grad=False)
+    if cfg.position == "absolute":
+        flops += linear(total, cfg.num_patches, cfg.dim, input_grad=False)
+    for length, count in Counter(lengths).items():
+        flops += vit_encode(cfg, count, length)
+    return flops
+
+
 def text(cfg: TextConfig, num_captions: int = 1) -> Flops:
     """Count the text encoder on captions of the full context length, padding included."""
     one = block(num_captions, cfg.context_length, cfg.dim, mlp_ratio=cfg.mlp_ratio)
@@ -110,6 +129,32 @@ def text(cfg: TextConfig, num_captions: int = 1) -> Flops:
         rows = num_captions * cfg.context_length
         one = one.recomputed(but=linear(rows, int(cfg.dim * cfg.mlp_ratio), cfg.dim).forward)
     return one * cfg.depth + linear(num_captions, cfg.dim, cfg.embed_dim)
+
+
+def text_decoder(
+    cfg: CaptionerConfig,
+    *,
+    num_images: int,
+    num_tokens: int,
+    num_cells: int,
+    input_dim: int,
+    input_grad: bool = True,
+) -> Flops:
+    """Count the decoder of captions: a block over the tokens, and attention to the cells.
+
+    num_tokens: those that are predicted, of each image. num_cells, input_dim: of what is read,
+    which takes a gradient with input_grad.
+    """
+    dim, rows, cells = cfg.dim, num_images * num_tokens, num_images * num_cells
+    one = (
+        block(num_images, num_tokens, dim, mlp_ratio=cfg.mlp_ratio)
+        + layer(rows, dim, dim) * 2
+        + layer(cells, input_dim, 2 * dim, input_grad=input_grad)
+        + attention(num_images, num_tokens, num_cells, dim)
+    )
+    if cfg.activation_checkpointing == "full":
+        one = one.recomputed(but=linear(rows, int(dim * cfg.mlp_ratio), dim).forward)
+    return one * cfg.depth
 
 
 def _num_computed(cfg: ViTConfig | InternImageConfig, layer: int, num_images: int) -> int:

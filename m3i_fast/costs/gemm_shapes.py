@@ -171,6 +171,10 @@ def _passes(counts: StepCounts, stride: int) -> dict[str, ModuleCall]:
     for term in counts.objective.active_terms:
         if term.target == "caption":
             passes["text encoder"] = ModuleCall(counts.batch_size, counts.text.context_length)
+        if term.target == "caption_tokens":
+            images = counts.num_images
+            passes[f"captioner of {term.name}"] = ModuleCall(images, counts.num_caption_tokens)
+            passes[f"cells read by {term.name}"] = ModuleCall(images, counts.num_own)
         if term.predictor == "decoder":
             asked, queries = counts.num_asked(term.asked), counts.num_queries(term)
             local = counts.num_local if term.view == "other" else 0
@@ -189,13 +193,14 @@ def _encoder_passes(counts: StepCounts, stride: int) -> dict[str, ModuleCall]:
     own = ModuleCall(counts.num_inputs * counts.num_views, whole)
     if counts.objective.mixing.encodes_alone:
         own = ModuleCall(counts.num_images * counts.num_views, counts.num_own + prefix)
-    asked = {"momentum": 0, "frozen": 0}
+    asked = dict.fromkeys(("momentum", "snapshot", "frozen"), 0)
     for (encoder, _), rows in target_rows(counts.objective.active_terms).items():
-        asked[encoder] += counts.num_asked(rows)
+        asked[encoder.partition(":")[0]] += counts.num_asked(rows)
     local = (counts.local_size // stride) ** 2 + prefix
     return {
         "encoder": own,
         "target encoder": ModuleCall(asked["momentum"], whole),
+        "snapshot": ModuleCall(asked["snapshot"], whole),
         "frozen teacher": ModuleCall(asked["frozen"], whole),
         "local views": ModuleCall(counts.num_local * counts.batch_size, local),
     }
@@ -209,10 +214,15 @@ def _products(cfg: TrainConfig, part: str) -> tuple[Product, ...]:
     match part:
         case "text encoder":
             return _block(cfg.text.dim, cfg.text.mlp_ratio)
-        case "encoder" | "target encoder" | "local views":
+        case "encoder" | "target encoder" | "snapshot" | "local views":
             return _vision_products(cfg.vision)
         case "frozen teacher":
             return ()
+        case _ if part.startswith("captioner of "):
+            sized = cfg.objective.captioner
+            return _block(sized.dim, sized.mlp_ratio)
+        case _ if part.startswith("cells read by "):
+            return ((cfg.vision.dim, 2 * cfg.objective.captioner.dim),)
         case _:
             return _block(cfg.objective.decoder.dim, cfg.objective.decoder.mlp_ratio)
 
@@ -267,7 +277,8 @@ def _max_calls(cfg: TrainConfig, passes: Mapping[str, ModuleCall]) -> int:
             modules[part] = f"decoder of {term.target} {term.encoder}"
     calls: dict[str, int] = {}
     for part, each in passes.items():
-        if not part.startswith("cells asked"):  # rows of the last block of a decoder's call
+        # "cells ...": rows of the last block of a decoder's call, or of what a captioner reads
+        if not part.startswith("cells "):
             chunks = -(-each.images // cfg.parallel.chunk) if cfg.parallel.chunk else 1
             module = modules.get(part, part)
             calls[module] = calls.get(module, 0) + chunks

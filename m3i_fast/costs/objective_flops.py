@@ -24,6 +24,7 @@ from m3i_fast.costs.encoder_flops import (
     internimage_pool,
     internimage_sampling,
     text,
+    text_decoder,
     vit,
     vit_embed,
     vit_encode,
@@ -175,12 +176,36 @@ def add_label(term: Term, counts: StepCounts, parts: Parts) -> None:
     widths = (hidden, dim) if hidden else (dim,)
     summary_dim = counts.vision.summary_dim
     parts[HEADS] += mlp(rows, summary_dim, *widths, input_grad=counts.encoder_grad)
-    targets = counts.num_classes
+    targets = counts.num_names(term)
     if term.target == "caption":
         captions = text(counts.text, counts.batch_size)
         parts[TEXT] += _chunked(counts, counts.batch_size, captions)
         targets = counts.batch_size * counts.num_ranks
     parts[LIKELIHOODS] += _loss(term, counts, rows=rows, dim=dim, targets=targets)
+
+
+def add_column(term: Term, counts: StepCounts, parts: Parts) -> None:
+    """Add labels or numbers, whose loss has no product."""
+    rows, names = counts.num_summaries, counts.num_names(term)
+    hidden = counts.objective.head_hidden_dim
+    widths = (hidden, names) if hidden else (names,)
+    parts[HEADS] += mlp(rows, counts.vision.summary_dim, *widths, input_grad=counts.encoder_grad)
+
+
+def add_caption_tokens(term: Term, counts: StepCounts, parts: Parts) -> None:
+    """Add the tokens of captions, of the full context length, padding included."""
+    images, tokens, cfg = counts.num_images, counts.num_caption_tokens, counts.objective.captioner
+    decoded = text_decoder(
+        cfg,
+        num_images=images,
+        num_tokens=tokens,
+        num_cells=counts.num_own,
+        input_dim=counts.vision.dim,
+        input_grad=counts.encoder_grad,
+    )
+    parts[DECODER] += _chunked(counts, images, decoded)
+    rows, vocabulary = images * tokens, counts.text.vocab_size
+    parts[LIKELIHOODS] += _loss(term, counts, rows=rows, dim=cfg.dim, targets=vocabulary)
 
 
 def add_dense(term: Term, counts: StepCounts, parts: Parts) -> None:
@@ -189,7 +214,7 @@ def add_dense(term: Term, counts: StepCounts, parts: Parts) -> None:
         _add_dense_contrast(term, counts, parts)
         return
     vision, cfg = counts.vision, counts.objective
-    dim = counts.encoder_of(term.encoder).dim
+    dim = counts.encoder_of(term.target_encoder).dim
     if term.target == "pixels":
         dim = 3 * (vision.image_size // vision.grid) ** 2
     count, asked = counts.num_asked(term.asked), counts.num_queries(term)
@@ -204,6 +229,17 @@ def add_dense(term: Term, counts: StepCounts, parts: Parts) -> None:
     else:
         _add_decoder(term, counts, parts, dims=(encoded, dim), projects=projects)
     parts[LIKELIHOODS] += _loss(term, counts, rows=count * asked, dim=dim, calls=1 + local)
+
+
+def add_gram(term: Term, counts: StepCounts, parts: Parts) -> None:
+    """Add the cosines of all pairs of an image's cells."""
+    pairs = counts.num_asked(term.asked) * counts.num_tokens**2
+    target = counts.encoder_of(term.target_encoder).dim
+    parts[HEADS] += Flops(forward=2 * pairs * target)
+    own = 2 * pairs * counts.vision.dim
+    parts[HEADS] += Flops(forward=own, backward=2 * own * counts.encoder_grad)
+    images, cells = counts.num_asked(term.asked), counts.num_tokens
+    parts[LIKELIHOODS] += _loss(term, counts, rows=images * cells, dim=cells)
 
 
 def _num_local_asked(term: Term, counts: StepCounts) -> int:
@@ -244,7 +280,7 @@ def _add_dense_contrast(term: Term, counts: StepCounts, parts: Parts) -> None:
 def add_embedding(term: Term, counts: StepCounts, parts: Parts) -> None:
     """Add an embedding of a view."""
     sized, rows = counts.objective.projector, counts.num_images
-    target = counts.encoder_of(term.encoder)
+    target = counts.encoder_of(term.target_encoder)
     dim = target.summary_dim if term.encoder == "frozen" else sized.output_dim
     directions, shared = 1 + term.symmetric, term.encoder == "shared"
     hidden = [sized.hidden_dim] * (sized.num_layers - 1)

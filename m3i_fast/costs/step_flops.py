@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.flops import Flops
@@ -17,11 +18,11 @@ def counts_of(
     *,
     num_ranks: int = 1,
     progress: float = 0.0,
-    teacher: VisionConfig | None = None,
+    teachers: Mapping[str, VisionConfig] = MappingProxyType({}),
 ) -> StepCounts:
     """Return the counts of a step of one of `num_ranks` ranks.
 
-    progress: of the run, 0 to 1. teacher: config of the frozen encoder, where a term has one.
+    progress: of the run, 0 to 1. teachers: configs of the frozen encoders by `Term.target_encoder`.
     """
     local = cfg.data.local_views
     return StepCounts(
@@ -29,13 +30,14 @@ def counts_of(
         text=cfg.text,
         objective=cfg.objective,
         num_classes=cfg.num_classes,
+        columns=cfg.columns,
         batch_size=cfg.data.batch_size,
         num_ranks=num_ranks,
         num_local=local.count if local is not None else 0,
         local_size=local.size if local is not None else 0,
         encoder_grad=not cfg.optim.freeze_encoder,
         chunk=cfg.parallel.chunk,
-        teacher=teacher,
+        teachers=teachers,
         progress=progress,
     )
 
@@ -46,14 +48,14 @@ def step_flops(cfg: TrainConfig, *, num_ranks: int = 1, progress: float = 0.0) -
     Raises ValueError for a frozen teacher that is no run of ours, whose size is unknown, and
     FileNotFoundError for a run that is not there.
     """
-    teacher = _teacher(cfg) if cfg.objective.uses(encoder="frozen") else None
-    counts = counts_of(cfg, num_ranks=num_ranks, progress=progress, teacher=teacher)
+    size, specs = cfg.vision.image_size, cfg.objective.teachers
+    teachers = {name: _teacher(spec, size) for name, spec in specs.items()}
+    counts = counts_of(cfg, num_ranks=num_ranks, progress=progress, teachers=teachers)
     return objective_flops.step(counts)
 
 
-def _teacher(cfg: TrainConfig) -> VisionConfig:
-    spec = cfg.objective.teacher
-    vision = teacher_vision(spec, cfg.vision.image_size) if spec is not None else None
+def _teacher(spec: str | None, image_size: int) -> VisionConfig:
+    vision = teacher_vision(spec, image_size) if spec is not None else None
     if vision is None:
         raise ValueError(
             "objective.terms: expected no term with a frozen encoder, or one of our runs as "

@@ -6,8 +6,10 @@ dense term asks, m cells of a local view.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+from m3i_fast.config.columns import ColumnConfig
 from m3i_fast.config.models.text import TextConfig
 from m3i_fast.config.models.vision import VisionConfig
 from m3i_fast.config.objective import ObjectiveConfig, Term
@@ -22,6 +24,8 @@ class StepCounts:
     text: TextConfig
     objective: ObjectiveConfig
     num_classes: int
+    columns: tuple[ColumnConfig, ...] = ()
+    """Named columns of the data."""
     batch_size: int
     """Samples of this rank, B."""
     num_ranks: int = 1
@@ -32,17 +36,30 @@ class StepCounts:
     """Whether the image encoder trains; a frozen one has no backward pass."""
     chunk: int = 0
     """Rows that an encoder or decoder takes at a time, in two forward passes; 0: all, in one."""
-    teacher: VisionConfig | None = None
-    """Config of the frozen encoder, where a term has one."""
+    teachers: Mapping[str, VisionConfig] = field(default_factory=dict)
+    """Configs of the frozen encoders, by `Term.target_encoder`."""
     progress: float = 0.0
     """Progress of the run, 0 to 1, by which `masked` shows more or fewer cells."""
 
-    def encoder_of(self, term_encoder: str) -> VisionConfig:
-        """Return the config of the target's encoder: the frozen teacher's or the trained one's."""
-        if term_encoder != "frozen":
-            return self.vision
-        assert self.teacher is not None  # step_flops
-        return self.teacher
+    def encoder_of(self, target_encoder: str) -> VisionConfig:
+        """Return the config of a target's encoder: a frozen teacher's or the trained one's."""
+        frozen = target_encoder.startswith("frozen")
+        return self.teachers[target_encoder] if frozen else self.vision
+
+    def num_names(self, term: Term) -> int:
+        """Return the classes, labels or numbers of the column that a term names, or else classes.
+
+        Raises ValueError where there is no such column.
+        """
+        if not term.column:
+            return self.num_classes
+        for column in self.columns:
+            if column.name == term.column:
+                return column.num_names
+        raise ValueError(
+            f"term {term.name!r}: column: expected one of {[c.name for c in self.columns]}, got "
+            f"{term.column!r}"
+        )
 
     @property
     def num_inputs(self) -> int:
@@ -83,6 +100,11 @@ class StepCounts:
     def num_summaries(self) -> int:
         """Return the rows of label terms: every image in an input, and every local view."""
         return self.num_images + self.num_local * self.batch_size
+
+    @property
+    def num_caption_tokens(self) -> int:
+        """Return the tokens of a caption that are predicted: all but the first."""
+        return self.text.context_length - 1
 
     def num_asked(self, rows: Rows) -> int:
         """Return how many images a dense term asks, or a target encoder sees."""

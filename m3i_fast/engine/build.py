@@ -14,6 +14,7 @@ from m3i_fast.engine.parallel.gradient_caching import ROW_WISE, encode_in_chunks
 from m3i_fast.engine.teacher import load_teacher
 from m3i_fast.models.internimage.deformable import InternImageLayer
 from m3i_fast.models.transformer.blocks import TORCH_LAYERS, Block, BlockLayers
+from m3i_fast.models.transformer.decoder_block import DecoderBlock
 from m3i_fast.objectives.objective import MutualInformation
 
 
@@ -31,17 +32,17 @@ def build_objective(
     Raises ValueError, FileNotFoundError or ImportError for a teacher that cannot be loaded
     (`load_teacher`), and ValueError where nothing is left to train beside a frozen encoder.
     """
-    teacher = None
-    if cfg.objective.uses(encoder="frozen") and cfg.objective.teacher is not None:
-        with torch.random.fork_rng():  # the student's start does not depend on its teacher
-            teacher = load_teacher(cfg.objective.teacher, cfg.vision)
+    specs = {name: spec for name, spec in cfg.objective.teachers.items() if spec is not None}
+    with torch.random.fork_rng():  # the student's start does not depend on its teachers
+        teachers = {name: load_teacher(spec, cfg.vision) for name, spec in specs.items()}
     with torch.device("meta") if on_meta else nullcontext():
         objective = MutualInformation(
             cfg.objective,
             vision=cfg.vision,
             text=cfg.text,
             num_classes=cfg.num_classes,
-            teacher=teacher,
+            columns=cfg.columns,
+            teachers=teachers,
             process_group=process_group,
             layers=layers,
         )
@@ -80,4 +81,4 @@ def stacks_of(model: nn.Module) -> list[list[nn.Module]]:
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """Return the repeated blocks, each of which is compiled, gathered and recomputed as one."""
-    return [m for m in model.modules() if isinstance(m, Block | InternImageLayer)]
+    return [m for m in model.modules() if isinstance(m, Block | DecoderBlock | InternImageLayer)]

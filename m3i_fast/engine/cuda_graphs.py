@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from m3i_fast.models.transformer.text_decoder import TextDecoder
 from m3i_fast.models.transformer.text_encoder import TextEncoder
 from m3i_fast.models.transformer.vit import ViT
 from m3i_fast.objectives.heads import DenseDecoder
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 REPLAYED: dict[type[nn.Module], str] = {
     ViT: "encode",
     TextEncoder: "forward",
+    TextDecoder: "forward",
     DenseDecoder: "forward",
 }
 NUM_WARMUP = 3  # as torch.cuda.make_graphed_callables

@@ -119,7 +119,7 @@ def begin_from_weights(
         for term in captions:
             _copy_all(term.text_encoder, initial.text)
     with torch.no_grad():
-        for average, online in objective.momentum_pairs():
+        for average, online in objective.copies():
             copy_state(average, online)
     if captions and initial.without_text:
         logger.warning(

@@ -237,10 +237,12 @@ def _with_packed(result: StepResult) -> tuple[StepResult, Tensor]:
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    """Yield what sequences and dataclasses hold, in order."""
+    """Yield what sequences, dictionaries and dataclasses hold, in order."""
     if isinstance(value, list | tuple):
         for each in value:
             yield from _leaves(each)
+    elif isinstance(value, dict):
+        yield from _leaves(list(value.values()))
     elif is_dataclass(value):
         for field in fields(value):
             yield from _leaves(getattr(value, field.name))
@@ -254,6 +256,8 @@ def _mapped(value: T, function: Callable[[Tensor], Tensor]) -> T:
     def mapped(each: Any) -> Any:
         if isinstance(each, tuple):
             return tuple(map(mapped, each))
+        if isinstance(each, dict):
+            return {name: mapped(part) for name, part in each.items()}
         return function(each) if isinstance(each, Tensor) else each
 
     changes = {field.name: mapped(getattr(value, field.name)) for field in fields(value)}  # type: ignore[arg-type]

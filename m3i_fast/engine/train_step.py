@@ -7,7 +7,7 @@ that they time, profile and predict the step that trains.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -67,19 +67,15 @@ class ForwardPass(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss [] and the metrics of `MutualInformation`, each part in its stage."""
         objective = self.objective
-        with stage("fwd.target"), self._cast_targets():
+        with stage("fwd.target"), ExitStack() as casts:
+            for encoder in objective.average_encoders():
+                casts.enter_context(self._cast(encoder, trained=False))
             targets = objective.encode_targets(batch, mix)
         with stage("fwd.input"):
             encoded = objective.encode_inputs(batch, mix)
         return objective(
             encoded, targets, batch, mix, monitor=monitor, measure=measure, stage=stage
         )
-
-    def _cast_targets(self) -> AbstractContextManager[None]:
-        """Cast the target encoder's weights, whose copies are freed with it."""
-        if not self.objective.cfg.uses(encoder="momentum"):
-            return nullcontext()
-        return self._cast(self.objective.target_encoder, trained=False)
 
 
 def no_backoff(step: int) -> float:
@@ -149,6 +145,7 @@ class TrainStep:
         step = self.steps_taken
         self._seed_generator()
         self._set_schedules(step)
+        self._renew_snapshot(step)
         measure = self.objective.balance.due(step)
         if self.graph is None or monitor or measure:
             mixes = map(self.draw_mix, batches)
@@ -173,6 +170,12 @@ class TrainStep:
         else:
             momentum = self.momentum_at(step)
             self._on_device.write(lr=lr, weight_decay=decay, momentum=momentum)
+
+    def _renew_snapshot(self, step: int) -> None:
+        """Copy the moving average into the snapshot, every so many steps; no graph holds that."""
+        cfg, objective = self.cfg.objective, self.objective
+        if cfg.uses(encoder="snapshot") and step % cfg.snapshot_every == 0:
+            update_ema(objective.snapshot.encoder, objective.target_encoder.encoder, momentum=0.0)
 
     def _compute(
         self,
@@ -361,5 +364,5 @@ def _distribute(
         cfg.parallel,
         world,
         compute_dtype=arithmetic.compute_dtype,
-        copies=[average for average, _ in objective.momentum_pairs()],
+        copies=[copy for copy, _ in objective.copies()],
     )

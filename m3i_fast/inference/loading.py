@@ -162,13 +162,14 @@ def _label_terms(cfg: TrainConfig) -> dict[str, TermModule]:
         vision=cfg.vision,
         text=cfg.text,
         num_classes=cfg.num_classes,
+        columns=cfg.columns,
         target_dim={},
         summary_dim={},
     )
     return {
         term.name: build_term(term, cfg.objective, sizes)
         for term in cfg.objective.active_terms
-        if term.target in LABELS
+        if term.target in LABELS and (not term.column or term.target == "caption")
     }
 
 

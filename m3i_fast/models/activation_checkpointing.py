@@ -35,6 +35,8 @@ KEPT = {
     _aten._scaled_dot_product_cudnn_attention.default,
 }
 
+VARLEN = "torch_attn::_varlen_attn"  # which torch.nn.attention.varlen registers when imported
+
 
 def torch_checkpoint(recompute: Recompute) -> Checkpoint | None:
     """Return the function by which torch's layers are checkpointed; None for `none`.
@@ -68,5 +70,6 @@ def _checkpoint_casts(function: Callable[..., Tensor], *inputs: Tensor, **option
 
 
 def _keep_products(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    kept = op in KEPT or (op.namespace == "m3i" and op.name() != "m3i::add_layer_norm")
+    kept = op in KEPT or op.name() == VARLEN
+    kept |= op.namespace == "m3i" and op.name() != "m3i::add_layer_norm"
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

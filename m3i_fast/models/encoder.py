@@ -1,15 +1,24 @@
 """The interface that the objective needs of an image encoder.
 
 Legend: B images, N cells of the token grid, n cells that one image shows, C width of a token, s
-tokens of a summary, P their width; in `take_cells` P inputs and I images in them.
+tokens of a summary, P their width; in `take_cells` P inputs and I images in them; of pictures of
+any size P pictures, T patches of all of them, R prefix tokens.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+
+class PackedTokens(NamedTuple):
+    """The encoded tokens of pictures of several sizes, in the order of the pictures."""
+
+    prefix: Tensor  # [P, R, C]: class token and registers
+    cells: Tensor  # [T, C], those of a picture row by row
 
 
 class ImageEncoder(nn.Module, ABC):
@@ -27,6 +36,18 @@ class ImageEncoder(nn.Module, ABC):
     @abstractmethod
     def summarise(self, tokens: Tensor) -> Tensor:
         """Summarise any cells of an image as tokens to average: [B, n, C] -> [B, s, P]."""
+
+    def encode_pictures(
+        self,
+        patches: Tensor,  # [T, 3 P P]
+        grids: Tensor,  # [P, 2] int64
+        priority: Tensor | None = None,  # [P, 2 depth] int32
+    ) -> PackedTokens:
+        """Encode whole pictures of any sizes; ValueError where the encoder needs whole batches."""
+        raise ValueError(
+            "vision: expected a ViT for packed pictures, whose tokens know no neighbours, got "
+            f"{type(self).__name__}"
+        )
 
     def layers_above(self, parameter: str) -> int:
         """Count the layers above that of a parameter, the exponent of its layer-wise decay.

@@ -16,14 +16,7 @@ from torch import Tensor, nn
 
 from m3i_fast.config.heads import DecoderConfig, ProjectorConfig
 from m3i_fast.models.batch_norm import BatchNorm
-from m3i_fast.models.transformer.blocks import (
-    TORCH_LAYERS,
-    Block,
-    BlockLayers,
-    Sequences,
-    pack,
-    unpack,
-)
+from m3i_fast.models.transformer.blocks import TORCH_LAYERS, Block, BlockLayers
 from m3i_fast.models.transformer.layers import (
     INIT_STD,
     LAYER_NORM_EPS,
@@ -31,6 +24,7 @@ from m3i_fast.models.transformer.layers import (
     Residual,
     reset_children,
 )
+from m3i_fast.models.transformer.packing import Packed, Sequences, pack, unpack
 from m3i_fast.models.transformer.positions import (
     grid_embedding,
     sincos_embedding,
@@ -156,13 +150,14 @@ class DenseDecoder(nn.Module):
         masked = self._masked(pack(position)).to(own.dtype)
         of_each = zip(unpack(own, shown), unpack(masked, asked), strict=True)
         whole = [torch.cat(both, dim=1) for both in of_each]
-        packed = tuple(Sequences(*part.shape[:2]) for part in whole)
+        packed = Packed(tuple(Sequences(*part.shape[:2]) for part in whole))
         stream = Residual(pack(whole))
         for block in self.blocks[:-1]:
             stream = block(stream, packed=packed)
         # The own tokens are not used after the last block.
-        last = tuple(p._replace(num_last=q.length) for p, q in zip(packed, asked, strict=True))
-        stream = self.blocks[-1](stream, packed=last)
+        pairs = zip(packed.groups, asked, strict=True)
+        last = tuple(group._replace(num_last=of.length) for group, of in pairs)
+        stream = self.blocks[-1](stream, packed=Packed(last))
         return tuple(unpack(self.head(self.norm(stream.total())), asked))
 
     def _embed(self, tokens: Tensor, token_index: Tensor) -> Tensor:  # [..., C], [...] -> [..., D]

@@ -7,7 +7,7 @@ Nothing here imports torch. `m3i-fast methods` prints the table; a new method is
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -42,6 +42,8 @@ class Method:
     """Whether all inputs of a batch have one mask."""
     local_views: bool = False
     """Whether local views are inputs too."""
+    parallel_captions: float = 0.0
+    """Share of captions that are predicted in parallel, as `CaptionerConfig.parallel`."""
     differs: str = ""
     """In what this differs from the paper, in sentences; empty where in nothing."""
 
@@ -49,6 +51,14 @@ class Method:
 LABEL = {"predictor": "head", "likelihood": "boltzmann", "regulariser": "negatives"}
 CATEGORY = Term(name="category", target="category", **LABEL)  # type: ignore[arg-type]
 CAPTION = Term(name="caption", target="caption", **LABEL)  # type: ignore[arg-type]
+SIGMOID = replace(CAPTION, likelihood="sigmoid")
+CAPTION_TOKENS = Term(
+    name="caption_tokens",
+    target="caption_tokens",
+    predictor="captioner",
+    likelihood="boltzmann",
+    regulariser="negatives",
+)
 
 pixels = partial(
     Term,
@@ -134,16 +144,26 @@ METHODS: dict[str, Method] = {
         title="SigLIP",
         paper="arXiv 2303.15343",
         family="weakly supervised",
-        terms=(
-            Term(
-                name="caption",
-                target="caption",
-                predictor="head",
-                likelihood="sigmoid",
-                regulariser="negatives",
-            ),
-        ),
+        terms=(SIGMOID,),
         differs="As CLIP here; mean of the tokens in place of attention pooling.",
+    ),
+    "cappa": Method(
+        title="CapPa",
+        paper="arXiv 2306.07915",
+        family="weakly supervised",
+        terms=(CAPTION_TOKENS,),
+        parallel_captions=0.75,
+        differs="The mean is over all tokens of a batch, not over each caption's and then over "
+        "captions; a caption's first token, which starts each one, is read and not predicted; "
+        "layers have biases.",
+    ),
+    "coca": Method(
+        title="CoCa",
+        paper="arXiv 2205.01917",
+        family="several targets",
+        terms=(CAPTION, replace(CAPTION_TOKENS, weight=2.0)),
+        differs="The caption's encoder and decoder share no layers, and both read the picture's "
+        "cells without attention pooling; as CLIP here.",
     ),
     "autoencoder": Method(
         title="Auto-encoder",
@@ -409,6 +429,70 @@ METHODS: dict[str, Method] = {
         differs=f"{MASKS} Targets are centred, as in its authors' configuration for ImageNet-1k; "
         "those of their largest models are balanced (regulariser joint_sinkhorn). The teacher's "
         "temperature is 0.04 from the start.",
+    ),
+    "dinov3": Method(
+        title="DINOv3",
+        paper="arXiv 2508.10104",
+        family="several targets",
+        terms=(
+            prototypes(name="prototypes", symmetric=True, regulariser="sinkhorn"),
+            cell_prototypes(name="cells", symmetric=True, regulariser="sinkhorn"),
+            KOLEO,
+            Term(
+                name="gram",
+                target="gram",
+                encoder="snapshot",
+                predictor="none",
+                likelihood="gaussian",
+                regulariser="stop_gradient",
+                weight=2.0,
+            ),
+        ),
+        mode="masked",
+        hidden="mask_token",
+        mask_ratio=0.3,
+        mask_block=2,
+        local_views=True,
+        differs=f"{MASKS} The Gram matrix is of one global view, at its own resolution, and of the "
+        "mean over all pairs of cells; its weight is there from the first step, where the paper "
+        "adds it late; targets are sharpened by a temperature of 0.05.",
+    ),
+    "tips": Method(
+        title="TIPS",
+        paper="arXiv 2410.16512",
+        family="several targets",
+        terms=(
+            CAPTION,
+            prototypes(name="prototypes", symmetric=True),
+            cell_prototypes(name="cells", symmetric=True),
+        ),
+        mode="masked",
+        hidden="mask_token",
+        mask_ratio=0.3,
+        mask_block=2,
+        local_views=True,
+        differs=f"{MASKS} One caption a picture, where the paper has a noisy and a synthetic one, "
+        "each with a token of its own. Both global views predict each other; small views are "
+        "matched with the caption, too; terms weigh alike.",
+    ),
+    "siglip2": Method(
+        title="SigLIP 2",
+        paper="arXiv 2502.14786",
+        family="several targets",
+        terms=(
+            SIGMOID,
+            CAPTION_TOKENS,
+            prototypes(name="prototypes", symmetric=True),
+            cell_prototypes(name="cells", symmetric=True),
+        ),
+        mode="masked",
+        hidden="mask_token",
+        mask_ratio=0.3,
+        mask_block=2,
+        local_views=True,
+        differs=f"{MASKS} Whole captions are written, no boxes and no regions (LocCa); assignments "
+        "are learnt from the first step, not in the last fifth of the run; small views are matched "
+        "with the caption, too; terms weigh alike.",
     ),
     "slip": Method(
         title="SLIP",

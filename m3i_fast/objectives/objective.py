@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from m3i_fast.config.columns import ColumnConfig
 from m3i_fast.config.fields import refuse
 from m3i_fast.config.models.text import TextConfig
 from m3i_fast.config.models.vision import VisionConfig
@@ -47,6 +49,7 @@ from m3i_fast.objectives.targets import (
 )
 from m3i_fast.objectives.term_gradients import TermGradients, separate_views
 from m3i_fast.objectives.terms import (
+    Annotation,
     Caption,
     Dense,
     Label,
@@ -68,11 +71,11 @@ T = TypeVar("T", bound=TermModule)
 class MutualInformation(nn.Module):
     """The loss sum_k weight_k * -log P_k(z_k | z_hat_k), paper section 3, and its networks.
 
-    An image takes part in the terms whose targets it has. teacher: the frozen encoder, where a term
-    uses one; it is not part of the state dict. process_group: the ranks that share a batch; a loss
-    over all pairs of rows (`likelihoods`) is that of all ranks' rows, and every rank runs every
-    term, also where none of its rows has the target. layers: constructors of all Transformer
-    blocks' modules.
+    An image takes part in the terms whose targets it has. teachers: the frozen encoders in use, by
+    `Term.target_encoder`; they are not part of the state dict. process_group: the ranks that share
+    a batch; a loss over all pairs of rows (`likelihoods`) is that of all ranks' rows, and every
+    rank runs every term, also where none of its rows has the target. layers: constructors of all
+    Transformer blocks' modules.
 
     Raises ValueError where the config does not fit the encoder, or a teacher is missing.
     """
@@ -84,7 +87,8 @@ class MutualInformation(nn.Module):
         vision: VisionConfig,
         text: TextConfig,
         num_classes: int,
-        teacher: ImageEncoder | None = None,
+        columns: tuple[ColumnConfig, ...] = (),
+        teachers: Mapping[str, ImageEncoder] = MappingProxyType({}),
         process_group: dist.ProcessGroup | None = None,
         layers: BlockLayers = TORCH_LAYERS,
     ) -> None:
@@ -99,11 +103,12 @@ class MutualInformation(nn.Module):
         )
         if cfg.uses(encoder="momentum"):
             self.target_encoder = MomentumEncoder(self.encoder)
-        # In a tuple, to stay outside the module tree, its state dict and its training mode.
-        frozen = cfg.uses(encoder="frozen")
-        self._teacher = (_expect_teacher(teacher),) if frozen else None
+        if cfg.uses(encoder="snapshot"):
+            self.snapshot = MomentumEncoder(self.encoder)
+        self.teachers = {name: _expect_teacher(teachers, name) for name in cfg.teachers}
+        """The frozen encoders, outside the module tree, its state dict and its training mode."""
         sizes = self._sizes(vision, text, num_classes)
-        sizes = replace(sizes, process_group=process_group, layers=layers)
+        sizes = replace(sizes, columns=columns, process_group=process_group, layers=layers)
         self.terms = nn.ModuleDict({t.name: build_term(t, cfg, sizes) for t in cfg.active_terms})
         decoders = {
             term.decoder_key: _build_decoder(term.term, cfg, sizes)
@@ -122,16 +127,11 @@ class MutualInformation(nn.Module):
         self.balance = Balance(cfg.balance, weights, process_group)
         self._term_gradients: TermGradients | None = None
 
-    @property
-    def teacher(self) -> ImageEncoder | None:
-        """Return the frozen encoder, which is no part of the module tree; None without one."""
-        return self._teacher[0] if self._teacher is not None else None
-
     def reset_parameters(self) -> None:
         """Initialise everything after `to_empty`, with the values of a direct build."""
-        pairs = dict(self._shared_momentum_pairs())
-        targets = [self.target_encoder] if self.cfg.uses(encoder="momentum") else []
-        reset_children(self, but=[*targets, self.decoders, self.target_projectors])
+        pairs = dict(self._shared_copies())
+        averages = self.average_encoders()
+        reset_children(self, but=[*averages, self.decoders, self.target_projectors])
         self._reset_decoders()
         if self.mask_token is not None:
             nn.init.zeros_(self.mask_token)
@@ -156,11 +156,10 @@ class MutualInformation(nn.Module):
                 )
 
     def _sizes(self, vision: VisionConfig, text: TextConfig, num_classes: int) -> Sizes:
-        target_dim = {"momentum": vision.dim}
-        summary_dim = {"momentum": vision.summary_dim}
-        if self._teacher is not None:
-            teacher = self._teacher[0]
-            target_dim["frozen"], summary_dim["frozen"] = teacher.dim, teacher.summary_dim
+        target_dim = dict.fromkeys(("momentum", "snapshot"), vision.dim)
+        summary_dim = dict.fromkeys(("momentum", "snapshot"), vision.summary_dim)
+        for name, teacher in self.teachers.items():
+            target_dim[name], summary_dim[name] = teacher.dim, teacher.summary_dim
         return Sizes(
             vision=vision,
             text=text,
@@ -191,6 +190,20 @@ class MutualInformation(nn.Module):
             if dense.standardise is not None:
                 dense.standardise.fold()
 
+    def copies(self) -> Iterator[tuple[nn.Module, nn.Module]]:
+        """Yield (copy, online) of each module that begins as a copy of another and is not trained.
+
+        They are those that follow by EMA, and the snapshot.
+        """
+        yield from self._shared_copies()
+        for term in self._every_term():
+            yield from term.momentum_pairs()
+
+    def _shared_copies(self) -> Iterator[tuple[nn.Module, nn.Module]]:
+        yield from self._shared_momentum_pairs()
+        if self.cfg.uses(encoder="snapshot"):
+            yield self.snapshot.encoder, self.encoder
+
     def momentum_pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
         """Yield (average, online) of each module that follows another by EMA."""
         yield from self._shared_momentum_pairs()
@@ -205,6 +218,10 @@ class MutualInformation(nn.Module):
             decoder = self.decoders[key]
             assert isinstance(decoder, DenseDecoder)
             yield average, decoder.projector
+
+    def average_encoders(self) -> list[MomentumEncoder]:
+        """Return the encoders of targets that are averages of the trained one: EMA and snapshot."""
+        return [child for child in self.children() if isinstance(child, MomentumEncoder)]
 
     @torch.no_grad()
     def encode_targets(self, batch: Batch, mix: Mix) -> Targets:
@@ -230,9 +247,9 @@ class MutualInformation(nn.Module):
         encoders: dict[str, Callable[[Tensor], Tensor]] = {}
         if self.cfg.uses(encoder="momentum"):
             encoders["momentum"] = self.target_encoder
-        if self._teacher is not None:
-            encoders["frozen"] = self._teacher[0].encode_cells
-        return encoders
+        if self.cfg.uses(encoder="snapshot"):
+            encoders["snapshot"] = self.snapshot
+        return encoders | {name: each.encode_cells for name, each in self.teachers.items()}
 
     def encode_inputs(self, batch: Batch, mix: Mix) -> Encoded:
         """Encode the inputs, of both views where a term uses them, and the local views."""
@@ -326,7 +343,7 @@ class MutualInformation(nn.Module):
         weight and the collapse monitors. measure: update the balance of weights. stage: times each
         term as `loss.NAME` and their sum as `loss.total`.
         """
-        step = StepContext(batch, mix, encoded, targets, self._encoders(), stage)
+        step = StepContext(batch, mix, encoded, targets, self.encoders(), stage)
         read_by = self._separate_views(encoded) if monitor else {}
         metrics: dict[str, Tensor] = {}
         losses: dict[str, Tensor] = {}
@@ -347,7 +364,7 @@ class MutualInformation(nn.Module):
             metrics[f"members/{name}"] = members.float()
         with stage("loss.total"):
             if measure:
-                self.balance.measure(losses, encoded.every, self._shares(metrics, step.num_rows))
+                self.balance.measure(losses, encoded.every, self._shares(metrics, step))
             total, weights = self.balance(losses)
             metrics["loss/total"] = total.detach()
             if monitor:
@@ -357,12 +374,12 @@ class MutualInformation(nn.Module):
             self._term_gradients = TermGradients(read_by)
         return total, metrics
 
-    def _shares(self, metrics: Mapping[str, Tensor], num_rows: int) -> dict[str, Tensor]:
+    def _shares(self, metrics: Mapping[str, Tensor], step: StepContext) -> dict[str, Tensor]:
         """Return the share of this rank's rows with a target, for terms that average over all."""
         return {
-            term.term.name: metrics[f"members/{term.term.name}"].double() / num_rows
-            for term in self._labels()
-            if term.term.mean == "batch"
+            term.term.name: metrics[f"members/{term.term.name}"].double() / term.num_rows(step)
+            for term in self._every_term()
+            if isinstance(term, Annotation) and term.term.mean == "batch"
         }
 
     def _separate_views(self, encoded: Encoded) -> dict[str, Encoded]:
@@ -399,13 +416,14 @@ class MutualInformation(nn.Module):
                     arguments[name]["project"] = self.target_projectors[key]
         return arguments
 
-    def _encoders(self) -> dict[str, ImageEncoder]:
+    def encoders(self) -> dict[str, ImageEncoder]:
+        """Return the encoders in use: online, and those of targets by `Term.target_encoder`."""
         encoders: dict[str, ImageEncoder] = {"online": self.encoder}
         if self.cfg.uses(encoder="momentum"):
             encoders["momentum"] = self.target_encoder.encoder
-        if self._teacher is not None:
-            encoders["frozen"] = self._teacher[0]
-        return encoders
+        if self.cfg.uses(encoder="snapshot"):
+            encoders["snapshot"] = self.snapshot.encoder
+        return encoders | self.teachers
 
     @torch.no_grad()
     def embed_images(self, views: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -462,13 +480,13 @@ def _build_decoder(term: Term, cfg: ObjectiveConfig, sizes: Sizes) -> DenseDecod
     )
 
 
-def _expect_teacher(teacher: ImageEncoder | None) -> ImageEncoder:
-    if teacher is None:
+def _expect_teacher(teachers: Mapping[str, ImageEncoder], name: str) -> ImageEncoder:
+    if name not in teachers:
         raise ValueError(
             "objective.teacher: expected a run directory, timm:NAME or timm:NAME:FILE for the "
-            "terms whose encoder is frozen, got none"
+            f"terms whose encoder is frozen, got none for {name}"
         )
-    return teacher
+    return teachers[name]
 
 
 def _mixed(views: Tensor, mix: Mix) -> Tensor:  # [B, 3, H, W] uint8 -> [P, 3, H, W]

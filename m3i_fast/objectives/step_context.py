@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Rows = Literal["first", "last", "all", "every"]
 Source = tuple[str, int]
-"""The encoder of a target, momentum or frozen, and the index of the global view it encodes."""
+"""A target's encoder, `Term.target_encoder`, and the index of the global view that it encodes."""
 Stage = Callable[[str], AbstractContextManager[None]]
 """Opens a named stage of the step, which `observe.metrics.StageTimer` times."""
 
@@ -42,12 +42,12 @@ def target_rows(terms: Iterable[Term]) -> dict[Source, Rows]:
     """
     needed: dict[Source, set[Rows]] = {}
     for term in terms:
-        if term.encoder not in ("momentum", "frozen"):
+        if term.encoder in ("none", "shared"):
             continue
         views = {0, 1} if term.symmetric else {int(term.view == "other")}
         for view in views:
             rows: Rows = term.asked if term.is_dense else "every"
-            needed.setdefault((term.encoder, view), set()).add(rows)
+            needed.setdefault((term.target_encoder, view), set()).add(rows)
     return {source: _union(rows) for source, rows in needed.items()}
 
 
@@ -86,7 +86,7 @@ class StepContext:
     mix: Mix
     encoded: Encoded
     targets: Targets
-    encoders: Mapping[str, ImageEncoder]  # by online, momentum, frozen: those in use
+    encoders: Mapping[str, ImageEncoder]  # online, and by `Term.target_encoder`
     stage: Stage = no_stage
     _summaries: dict[int, Tensor] = field(default_factory=dict)
     _means: dict[int, Tensor] = field(default_factory=dict)

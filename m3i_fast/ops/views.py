@@ -1,6 +1,7 @@
 """Cut all views of decoded pictures: crops, resized and changed in their colours, by drawn numbers.
 
-Legend: B samples of M pictures and V views each, S pixels on a side.
+Legend: B samples of M pictures and V views each, S pixels on a side; of views of any size P pixels
+along a side of a patch, T patches of all samples.
 """
 
 from __future__ import annotations
@@ -34,6 +35,17 @@ class ViewSpec:
     distribution: tuple[float, ...]
     """How its parameters are drawn: the 15 numbers of ViewDistribution in cuda/views/params.h."""
 
+    def geometry(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
+        """Return height, width, blur kernel and 1 for bicubic, as operators take them.
+
+        height, width: of a view of other sides than `size`, whose blur kernel is no longer than its
+        reflections allow.
+        """
+        height = self.size if height is None else height
+        width = self.size if width is None else width
+        blur = min(self.blur_kernel_size, 2 * min(height, width) - 1)
+        return height, width, blur, int(self.cubic)
+
 
 def view_specs(*groups: ViewConfig | None) -> tuple[ViewSpec, ...]:
     """Return the views of all groups, each group `count` times; None is a group of no views."""
@@ -57,6 +69,7 @@ def view_specs(*groups: ViewConfig | None) -> tuple[ViewSpec, ...]:
 
 
 NUM_DISTRIBUTION = 15  # numbers of a view's distribution
+NUM_GEOMETRY = 4  # of its geometry
 
 
 def _check(name: str, tensor: Tensor, dtype: torch.dtype, *shape: int | None) -> None:
@@ -105,16 +118,17 @@ def _fake_make(
     offset: Tensor,  # [B, M] int64
     image_size: Tensor,  # [B, M, 2] int64
     params: Tensor,  # [B, V, 13] float32
-    geometry: Sequence[int],  # [V * 3]
+    geometry: Sequence[int],  # [V * 4]
     num_threads: int,
 ) -> Tensor:  # [all bytes of the views] uint8
-    num_views = len(geometry) // 3
+    num_views = len(geometry) // NUM_GEOMETRY
     _check("pixels", pixels, torch.uint8, None)
     _check("offset", offset, torch.int64, None, None)
     _check_pictures("offset", offset.shape[1], num_views)
     _check("image_size", image_size, torch.int64, *offset.shape, 2)
     _check("params", params, torch.float32, offset.shape[0], num_views, len(VIEW_PARAMS))
-    return pixels.new_empty(offset.shape[0] * 3 * sum(size * size for size in geometry[::3]))
+    sides = zip(geometry[::NUM_GEOMETRY], geometry[1::NUM_GEOMETRY], strict=True)
+    return pixels.new_empty(offset.shape[0] * 3 * sum(height * width for height, width in sides))
 
 
 def draw_views(
@@ -209,10 +223,68 @@ def make_views(
             not in its picture, or half of a view's blur kernel is not less than its side; the
             message names what is wrong, what was expected and what was given.
     """
-    geometry = [n for view in views for n in (view.size, view.blur_kernel_size, int(view.cubic))]
+    geometry = [number for view in views for number in view.geometry()]
     flat = m3i.make_views.default(pixels, offset, image_size, params, geometry, num_threads)
     batch = offset.shape[0]
     parts = flat.split([batch * 3 * view.size**2 for view in views])
     return tuple(
         part.view(batch, 3, view.size, view.size) for part, view in zip(parts, views, strict=True)
     )
+
+
+def make_patches(
+    pixels: Tensor,  # [bytes] uint8
+    offset: Tensor,  # [B, M] int64
+    image_size: Tensor,  # [B, M, 2] int64
+    params: Tensor,  # [B, V, 13] float32
+    grids: Tensor,  # [B, V, 2] int64
+    *,
+    views: Sequence[ViewSpec],
+    patch_size: int,
+    num_threads: int = 1,
+) -> tuple[Tensor, ...]:  # V x [T, 3 P P] uint8
+    """Cut views of any sides out of decoded pictures, as patches behind one another.
+
+    Each is the view that `make_views` cuts of these parameters, of other sides than `size`; sigma
+    stays in pixels of the view, whose blur kernel is no longer than its reflections allow. On the
+    CPU alone: a GPU's kernel cuts squares.
+
+    Args:
+        pixels, offset, image_size, params, num_threads: as of `make_views`.
+        grids: rows and columns of patches of each view, at least 1.
+        views: what `view_specs` returns; of each the filter and the blur kernel are read.
+        patch_size: P, pixels along a side of a patch.
+
+    Returns:
+        The patches of each view, those of sample 0 first, row by row, as `cut_patches` has them.
+
+    Raises:
+        RuntimeError: as `make_views`.
+        ValueError: grids are of another shape.
+    """
+    if grids.shape != (len(offset), len(views), 2):
+        raise ValueError(
+            f"grids: expected [{len(offset)}, {len(views)}, 2], got {list(grids.shape)}"
+        )
+    made: list[list[Tensor]] = [[] for _ in views]
+    for b, sides in enumerate((grids * patch_size).tolist()):
+        own = slice(b, b + 1)
+        geometry = [
+            number
+            for view, side in zip(views, sides, strict=True)
+            for number in view.geometry(*side)
+        ]
+        flat = m3i.make_views.default(
+            pixels, offset[own], image_size[own], params[own], geometry, num_threads
+        )
+        parts = flat.split([3 * height * width for height, width in sides])
+        for of_view, part, side in zip(made, parts, sides, strict=True):
+            of_view.append(cut_patches(part.view(3, *side), patch_size))
+    empty = pixels.new_empty(0, 3 * patch_size**2)
+    return tuple(torch.cat(of_view) if of_view else empty for of_view in made)
+
+
+def cut_patches(images: Tensor, size: int) -> Tensor:
+    """Cut images into square patches, row by row: [..., 3, H, W] -> [..., N, 3 size size]."""
+    pixels = images.unflatten(-1, (-1, size)).unflatten(-3, (-1, size))  # [..., 3, h, P, w, P]
+    return pixels.movedim((-4, -2), (-5, -4)).flatten(-3).flatten(-3, -2)

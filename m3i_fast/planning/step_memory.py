@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from m3i_fast.config import TrainConfig
+from m3i_fast.config.columns import ColumnConfig
 from m3i_fast.engine.build import blocks_of, build_objective
 from m3i_fast.engine.cuda_graphs import REPLAYED
 from m3i_fast.engine.optim.skippable_step import steps_as_on
@@ -26,7 +27,7 @@ from m3i_fast.engine.precision.arithmetic import Arithmetic
 from m3i_fast.engine.train_step import TrainStep, draw_step_mix
 from m3i_fast.objectives.mixing import Mix
 from m3i_fast.objectives.objective import MutualInformation
-from m3i_fast.objectives.terms import Caption
+from m3i_fast.objectives.terms import Caption, CaptionTokens
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.planning.sharded_units import GatherCounter
 from m3i_fast.planning.tensor_tracker import GRADIENTS, OTHER, TensorTracker
@@ -81,7 +82,7 @@ def trace(cfg: TrainConfig, *, bf16: bool, cuda: bool = True, num_shards: int = 
     stages = _Stages(tracker)
     counter = GatherCounter(objective)
     with FakeTensorMode() as fake, tracker:
-        for module in filter(None, (objective, objective.teacher)):
+        for module in (objective, *objective.teachers.values()):
             module._apply(lambda t: torch.empty(t.shape, dtype=t.dtype))
         batch = empty_batch(cfg)
         mix = Mix(**{name: _faked(fake, getattr(mix, name)) for name in mix.__slots__})
@@ -112,7 +113,7 @@ def build_on_meta(cfg: TrainConfig) -> MutualInformation:
     Raises ValueError for a term with a frozen teacher where the config names none, and as
     `build_objective` for one that cannot be loaded.
     """
-    if cfg.objective.uses(encoder="frozen") and cfg.objective.teacher is None:
+    if None in cfg.objective.teachers.values():
         raise ValueError(
             "objective.terms: expected no term with a frozen encoder, or its run as "
             "objective.teacher, got teacher None"
@@ -123,6 +124,7 @@ def build_on_meta(cfg: TrainConfig) -> MutualInformation:
 def count_parameters(objective: MutualInformation) -> dict[str, int]:
     """Count the trained parameters by part, all frozen ones, and all that follow by EMA."""
     counts = {ENCODER: _count(objective.encoder), DECODER: _count(objective.decoders)}
+    counts[DECODER] += sum(_count(term.decoder) for term in objective.terms_of(CaptionTokens))
     counts[TEXT] = sum(_count(term.text_encoder) for term in objective.terms_of(Caption))
     counts["heads"] = _count(objective) - sum(counts.values())
     frozen, averages = _untrained(objective)
@@ -169,7 +171,14 @@ def empty_batch(cfg: TrainConfig) -> Batch:
         sample_id=torch.empty(size, dtype=torch.int64),
         group_id=torch.empty(size, dtype=torch.int64),
         position=torch.arange(size, device="cpu"),
+        columns={column.name: _empty_column(column, size) for column in cfg.columns},
     )
+
+
+def _empty_column(column: ColumnConfig, size: int) -> Tensor:
+    dtype = {"numbers": torch.float32, "text": torch.int32}.get(column.kind, torch.int64)
+    shape = (size,) if column.kind == "class" else (size, column.size)
+    return torch.empty(shape, dtype=dtype)
 
 
 def _faked(fake: FakeTensorMode, value: Any) -> Any:
@@ -184,7 +193,7 @@ def _untrained(
     objective: MutualInformation,
 ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Return the frozen parameters, and those that follow by EMA."""
-    averages = [p for average, _ in objective.momentum_pairs() for p in average.parameters()]
+    averages = [p for average, _ in objective.copies() for p in average.parameters()]
     follow = {id(p) for p in averages}
     frozen = [p for p in objective.parameters() if not p.requires_grad and id(p) not in follow]
     return frozen, averages
@@ -199,17 +208,18 @@ def _book_what_is_held(
     tracker.book(FROZEN, frozen)
     tracker.book(AVERAGE, averages)
     tracker.book(BUFFERS, objective.buffers())
-    if objective.teacher is not None:
-        tracker.book(TEACHER, (*objective.teacher.parameters(), *objective.teacher.buffers()))
+    for teacher in objective.teachers.values():
+        tracker.book(TEACHER, (*teacher.parameters(), *teacher.buffers()))
     tracker.watch_casts(parameters)
     given = [getattr(part, name) for part in (batch, mix) for name in part.__slots__]
     tracker.book(BATCH, (value for value in given if isinstance(value, Tensor)))
-    tracker.book(BATCH, (*batch.global_views, *batch.local_views))
+    tracker.book(BATCH, (*batch.global_views, *batch.local_views, *batch.columns.values()))
 
 
 def _name_parts(tracker: TensorTracker, objective: MutualInformation) -> None:
     """Tell what is allocated in modules that the loss calls, and gradients when they are done."""
     named: list[tuple[str, nn.Module]] = [(DECODER, m) for m in objective.decoders.values()]
+    named += [(DECODER, term.decoder) for term in objective.terms_of(CaptionTokens)]
     named += [(TEXT, term.text_encoder) for term in objective.terms_of(Caption)]
     for part, module in named:
         module.register_forward_pre_hook(lambda *_, part=part: setattr(tracker, "part", part))

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from m3i_fast.config.data import LoaderConfig, ViewConfig
-from m3i_fast.config.heads import DecoderConfig, ProjectorConfig
+from m3i_fast.config.heads import CaptionerConfig, DecoderConfig, ProjectorConfig
 from m3i_fast.config.mixing import MixingConfig
 from m3i_fast.config.models.internimage import internimage_demo
 from m3i_fast.config.models.text import TextConfig
@@ -61,6 +61,7 @@ def demo(*, data: Path = Path("data/openmoji"), seed: int = 0) -> TrainConfig:
             decoder=DecoderConfig(dim=96, depth=2, num_heads=4),
             projector=ProjectorConfig(hidden_dim=256, output_dim=128, predictor_hidden_dim=64),
             head_hidden_dim=256,
+            snapshot_every=100,  # of a thousand steps, as 10,000 of a million
             num_prototypes=256,
             queue_length=1024,
         ),
@@ -95,13 +96,20 @@ def demo_method(name: str, *, data: Path = Path("data/openmoji"), seed: int = 0)
         min_contrast=0,
         num_queries=0,
     )
+    captioner = cfg.objective.captioner
+    if any(term.predictor == "captioner" for term in method.terms):
+        captioner = CaptionerConfig(
+            dim=cfg.text.dim,
+            depth=cfg.text.depth,
+            num_heads=cfg.text.num_heads,
+            parallel=method.parallel_captions,
+        )
     loader = replace(
         cfg.data,
         local_views=cfg.data.local_views if method.local_views else None,
     )
-    return replace(
-        cfg, data=loader, objective=replace(cfg.objective, terms=method.terms, mixing=mixing)
-    )
+    objective = replace(cfg.objective, terms=method.terms, mixing=mixing, captioner=captioner)
+    return replace(cfg, data=loader, objective=objective)
 
 
 def demo_internimage(*, data: Path = Path("data/openmoji"), seed: int = 0) -> TrainConfig:

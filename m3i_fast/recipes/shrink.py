@@ -25,6 +25,7 @@ def shrink(cfg: TrainConfig, *, path: Path, num_classes: int, text: TextConfig) 
         objective=replace(
             cfg.objective,
             decoder=replace(cfg.objective.decoder, dim=32, depth=1, num_heads=2),
+            captioner=replace(cfg.objective.captioner, dim=32, depth=1, num_heads=2),
             projector=replace(
                 cfg.objective.projector, hidden_dim=32, output_dim=16, predictor_hidden_dim=16
             ),

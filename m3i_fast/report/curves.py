@@ -54,6 +54,8 @@ NAMES = {
     "monitor/inter_cosine": ("Cosine, inter-view", "prediction and target"),
     "monitor/category_log_scale": ("Scale, category", "inverse temperature, learned"),
     "monitor/caption_log_scale": ("Scale, caption", "inverse temperature, learned"),
+    "loss/caption_tokens": ("Caption's tokens", "cross-entropy over the vocabulary, a token"),
+    "monitor/caption_tokens_accuracy": ("Tokens guessed", "share whose logit is the largest"),
     "optim/lr": ("Learning rate", "as scheduled"),
     "optim/grad_norm": ("Gradient norm", "before clipping"),
     "throughput/img_s": ("Throughput", "training images a second"),

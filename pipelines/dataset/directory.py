@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from m3i_fast.config.data import MAX_PIXELS
 from m3i_fast.pipelines.dataset import alternates, captions
@@ -89,6 +90,7 @@ def _check_table(
     fault = rows_fault(table.rows[checked], checked, manifest, name)
     if fault is not None:
         raise ValueError(f"{file}: {fault}")
+    _check_columns(files, table, split, compared)
     mine = table.rows[compared[rank::num_ranks]]
 
     def compare(shard: int) -> None:
@@ -101,6 +103,22 @@ def _check_table(
 
     with ThreadPoolExecutor(READS_IN_FLIGHT) as pool:
         list(pool.map(compare, np.unique(mine["shard"]).tolist()))
+
+
+def _check_columns(
+    files: DatasetFiles, table: SampleTable, split: SplitInfo, compared: NDArray[np.int64]
+) -> None:
+    """Check a split's named columns: digest and all values, of a large file some values."""
+    info = split.columns
+    if info is None or table.columns is None:
+        return
+    file = files.folder / info.file
+    if info.num_bytes <= HASHED_BYTES:
+        if (digest := sha256_file(file)) != info.sha256:
+            raise ValueError(f"{file}: expected sha256 {info.sha256}, got {digest}")
+        compared = np.arange(len(table))
+    if (fault := table.columns.fault(compared)) is not None:
+        raise ValueError(fault)
 
 
 def _compare_rows(

@@ -13,14 +13,16 @@ from typing import Any
 
 import cattrs
 
+from m3i_fast.pipelines.dataset.columns import COLUMNS_SUFFIX, ColumnInfo, ColumnsInfo
 from m3i_fast.pipelines.dataset.tokenizer import TokenizerInfo
 
 MANIFEST_NAME = "manifest.json"
 REFUSED_NAME = "refused.jsonl"  # what packing or indexing left out, beside the manifest
 FORMAT = "m3i-fast-shards"
 # Format versions: the first holds at most one caption a picture, the first two no alternates, the
-# first three have an index beside each shard, and the fourth a table a split.
-ONE_CAPTION, SEVERAL_CAPTIONS, ALTERNATES, TABLE = 1, 2, 3, 4
+# first three have an index beside each shard, the fourth a table a split, and the fifth named
+# columns as well.
+ONE_CAPTION, SEVERAL_CAPTIONS, ALTERNATES, TABLE, COLUMNS = 1, 2, 3, 4, 5
 _URL = re.compile(r"(s3|gs|https?)://[^/]")
 INDEXED = "indexed"  # entry of the settings of tars that others wrote
 TABLE_SUFFIX = ".samples"
@@ -82,6 +84,7 @@ class SplitInfo:
     shards: tuple[ShardInfo, ...]
     num_bad: int = 0  # samples that are not to be taken, counted in num_samples and nowhere else
     table: TableInfo | None = None  # None: format versions 1 to 3
+    columns: ColumnsInfo | None = None  # None: the data set has no named columns
 
     def __post_init__(self) -> None:
         in_shards = sum(shard.num_samples for shard in self.shards)
@@ -95,6 +98,11 @@ class SplitInfo:
                 f"num_bad: expected 0 to {self.num_samples - 1}, so that a sample is left, got "
                 f"{self.num_bad}"
             )
+
+    @property
+    def tables(self) -> tuple[TableInfo | ColumnsInfo, ...]:
+        """Return the files of the dataset directory that hold a row a sample."""
+        return tuple(info for info in (self.table, self.columns) if info is not None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,6 +122,8 @@ class Manifest:
     # Member of a sample with its captions: "tok" (token ids), or "txt" or "json:FIELD" (text, which
     # is tokenised while loading).
     caption_member: str = TOKENS_MEMBER
+    # What is known of samples beside class and captions; a file a split holds it.
+    columns: tuple[ColumnInfo, ...] = ()
     # Absolute directory of the shards, or their URL; None: they lie beside the manifest.
     shards_in: str | None = None
     format: str = FORMAT
@@ -126,6 +136,22 @@ class Manifest:
         for name, split in self.splits.items():
             if split.table is None and None in [shard.index_bytes for shard in split.shards]:
                 raise ValueError(f"split {name}: expected a table, or an index of each shard")
+            if (split.columns is None) == bool(self.columns):
+                raise ValueError(
+                    f"split {name}: expected {'a' if self.columns else 'no'} file of columns with "
+                    f"{len(self.columns)} of them, got {'none' if self.columns else 'one'}"
+                )
+            if self.columns and split.table is None:
+                raise ValueError(f"split {name}: expected a table beside its columns, got none")
+        names = [column.name for column in self.columns]
+        if len(set(names)) < len(names):
+            raise ValueError(f"columns: expected a name once, got {', '.join(names)}")
+        for column in self.columns:
+            if column.kind == "text" and column.size != self.tokenizer.context_length:
+                raise ValueError(
+                    f"column {column.name}: expected size {self.tokenizer.context_length}, the "
+                    f"tokenizer's context_length, got {column.size}"
+                )
         kind, _, field = self.caption_member.partition(":")
         if self.caption_member not in (TOKENS_MEMBER, "txt") and not (kind == "json" and field):
             raise ValueError(
@@ -140,6 +166,8 @@ class Manifest:
     @property
     def format_version(self) -> int:
         """Lowest format version that holds the data, so that older readers read what they can."""
+        if self.columns:
+            return COLUMNS
         if any(split.table is not None for split in self.splits.values()):
             return TABLE
         if any(split.max_alternates > 0 for split in self.splits.values()):
@@ -154,7 +182,11 @@ class Manifest:
             del raw["shards_in"]
         if self.format_version < TABLE:
             del raw["caption_member"]
+        if self.format_version < COLUMNS:
+            del raw["columns"]
         for split in raw["splits"].values():
+            if self.format_version < COLUMNS:
+                del split["columns"]
             if self.format_version < TABLE:
                 del split["num_bad"], split["table"]
             for shard in split["shards"]:
@@ -230,7 +262,7 @@ def read_manifest(path: Path) -> Manifest:
         raise ValueError(
             f"{file} is not a manifest of this package ({error!r}); {_how_to_make(path)}"
         ) from error
-    known = [(FORMAT, version) for version in range(ONE_CAPTION, TABLE + 1)]
+    known = [(FORMAT, version) for version in range(ONE_CAPTION, COLUMNS + 1)]
     if stored not in known:
         raise ValueError(
             f"{file}: expected a format of {known}, got {stored}; name another directory, or "
@@ -242,10 +274,11 @@ def read_manifest(path: Path) -> Manifest:
     except cattrs.BaseValidationError as error:
         reasons = cattrs.transform_error(error, "manifest", _reason)
         raise ValueError(f"{file}: {'; '.join(reasons)}") from error
-    if (stored[1] == TABLE) != (manifest.format_version == TABLE):
-        raise ValueError(
-            f"{file}: expected tables in format version {TABLE} alone, got {stored[1]}"
-        )
+    for version, what in ((TABLE, "tables"), (COLUMNS, "columns")):
+        if (stored[1] >= version) != (manifest.format_version >= version):
+            raise ValueError(
+                f"{file}: expected {what} from format version {version} on alone, got {stored[1]}"
+            )
     return manifest
 
 
@@ -338,7 +371,7 @@ def file_faults(
 ) -> Iterator[tuple[str, FileNotFoundError | ValueError]]:
     """Yield (name of a file, what `check_files` raises for it)."""
     restore = how_to_restore(path, manifest)
-    recorded = [] if split.table is None else [(path, split.table.file, split.table.num_bytes)]
+    recorded = [(path, info.file, info.num_bytes) for info in split.tables]
     for shard in split.shards:
         recorded.append((manifest.shards_of(path), shard.file, shard.num_bytes))
         if shard.index_bytes is not None:
@@ -351,7 +384,7 @@ def file_faults(
 def file_fault(file: Path, num_bytes: int, restore: str) -> FileNotFoundError | ValueError | None:
     """Return what is wrong with a table or shard that should have that size; None: nothing."""
     if not file.is_file():
-        kind = "table" if file.suffix == TABLE_SUFFIX else "shard"
+        kind = {TABLE_SUFFIX: "table", COLUMNS_SUFFIX: "file of columns"}.get(file.suffix, "shard")
         return FileNotFoundError(f"{file}: expected a {kind}, got none; {restore}")
     if (size := file.stat().st_size) != num_bytes:
         return ValueError(f"{file}: expected {num_bytes} bytes, got {size}; {restore}")

@@ -20,12 +20,19 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 
 from m3i_fast.config.data import MAX_PIXELS
 from m3i_fast.durable_files import write_atomically
 from m3i_fast.pipelines.dataset import alternates, captions
+from m3i_fast.pipelines.dataset.columns import (
+    COLUMNS_SUFFIX,
+    ColumnInfo,
+    rows_of,
+    write_columns,
+)
 from m3i_fast.pipelines.dataset.manifest import (
     MANIFEST_NAME,
     TABLE_SUFFIX,
@@ -52,6 +59,7 @@ class DatasetInfo:
     attribution: str
     settings: dict[str, Any]
     extra_files: dict[str, bytes] = field(default_factory=dict)  # content by name in OUT
+    columns: tuple[ColumnInfo, ...] = ()
 
 
 # ---- A shard -------------------------------------------------------------------------------------
@@ -68,6 +76,7 @@ class PackedShard:
     extensions: tuple[str, ...]  # of its pictures, sorted
     least_size: tuple[int, int]  # height, width
     most_size: tuple[int, int]
+    columns: NDArray[np.void] | None = None  # rows of the split's columns, where it has any
 
 
 def _components(sample: Sample) -> Iterator[tuple[str, bytes]]:
@@ -97,7 +106,10 @@ class _Hashed(io.RawIOBase):
 
 
 def write_shard(
-    file: Path, name: str, samples: Iterable[tuple[Sample, tuple[int, int]]]
+    file: Path,
+    name: str,
+    samples: Iterable[tuple[Sample, tuple[int, int]]],
+    columns: Sequence[ColumnInfo] = (),
 ) -> PackedShard:
     """Write one tar, and return its counts and its rows of the split's table.
 
@@ -107,6 +119,7 @@ def write_shard(
     kept: list[tuple[int, ...]] = []
     num_captions: list[int] = []
     num_alternates: list[int] = []
+    values: list[Mapping[str, Any]] = []
     extensions: set[str] = set()
     sizes: set[tuple[int, int]] = set()
     with file.open("wb") as raw:
@@ -119,6 +132,7 @@ def write_shard(
                 kept.append((*ids, tar.offset - start, 0, hashed.crc32c, sample.label, 0, 0))
                 num_captions.append(len(sample.captions))
                 num_alternates.append(len(sample.alternates))
+                values.append(sample.columns)
                 extensions.add(sample.extension)
                 sizes.add(size)
         raw.flush()
@@ -137,6 +151,7 @@ def write_shard(
         extensions=tuple(sorted(extensions)),
         least_size=(min(heights), min(widths)),
         most_size=(max(heights), max(widths)),
+        columns=rows_of(columns, values) if columns else None,
     )
 
 
@@ -159,7 +174,9 @@ def write_manifest(
 
     settings: beside those of `info`.
     """
-    written = {name: _write_split(directory, name, shards) for name, shards in splits.items()}
+    written = {
+        name: _write_split(directory, name, shards, info.columns) for name, shards in splits.items()
+    }
     for name, content in info.extra_files.items():
         write_atomically(directory / name, content)
     shards = [shard for split in splits.values() for shard in split]
@@ -176,22 +193,25 @@ def write_manifest(
         attribution=info.attribution,
         settings={**info.settings, **settings},
         splits=written,
+        columns=info.columns,
     )
     write_atomically(directory / MANIFEST_NAME, manifest.to_json().encode())
     return manifest
 
 
-def _write_split(directory: Path, name: str, shards: Sequence[PackedShard]) -> SplitInfo:
-    """Write the table of a split, and return its entry of the manifest."""
+def _write_split(
+    directory: Path, name: str, shards: Sequence[PackedShard], columns: Sequence[ColumnInfo]
+) -> SplitInfo:
+    """Write the table of a split, and its columns if there are any; return its entry."""
     counts = Counts()
     parts = []
     for number, shard in enumerate(shards):
         rows = shard.rows.copy()
         rows["shard"] = number
         parts.append(rows)
-        columns = (rows["label"].tolist(), rows["group_id"].tolist())
+        of_rows = (rows["label"].tolist(), rows["group_id"].tolist())
         for num_captions, num_alternates, label, group_id in zip(
-            shard.num_captions, shard.num_alternates, *columns, strict=True
+            shard.num_captions, shard.num_alternates, *of_rows, strict=True
         ):
             counts.add(
                 num_captions=num_captions,
@@ -200,7 +220,12 @@ def _write_split(directory: Path, name: str, shards: Sequence[PackedShard]) -> S
                 group_id=group_id,
             )
     table = write_table(directory / f"{name}{TABLE_SUFFIX}", parts)
-    return replace(counts.split([shard.info for shard in shards]), table=table)
+    split = replace(counts.split([shard.info for shard in shards]), table=table)
+    if not columns:
+        return split
+    of_shards = [shard.columns for shard in shards if shard.columns is not None]
+    written = write_columns(directory / f"{name}{COLUMNS_SUFFIX}", columns, of_shards)
+    return replace(split, columns=written)
 
 
 # ---- The order -----------------------------------------------------------------------------------
@@ -233,10 +258,10 @@ def _write_splits(
     samples_per_shard: int,
     max_pixels: int,
 ) -> None:
-    tally = Tally(info.tokenizer, len(info.class_names), max_pixels)
+    tally = Tally(info.tokenizer, len(info.class_names), max_pixels, info.columns)
     written: dict[str, list[PackedShard]] = {}
-    columns = (TextColumn("{task.description}", markup=False), *Progress.get_default_columns()[1:])
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    shown = (TextColumn("{task.description}", markup=False), *Progress.get_default_columns()[1:])
+    with Progress(*shown, console=Console(stderr=True), transient=True) as progress:
         for split, source in splits.items():
             order = keyed_order(len(source), "order", seed, split)
             task = progress.add_task(f"packing {info.name}/{split}", total=len(order))
@@ -245,7 +270,8 @@ def _write_splits(
                 chosen = order[start : start + samples_per_shard]
                 name = shard_name(split, len(written[split]))
                 samples = (tally.check(source[i], split) for i in chosen)
-                written[split].append(write_shard(directory / name, name, samples))
+                shard = write_shard(directory / name, name, samples, info.columns)
+                written[split].append(shard)
                 progress.advance(task, len(chosen))
             tally.identities.check_groups(split)
     settings = {"samples_per_shard": samples_per_shard, "seed": seed}

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from m3i_fast.pipelines.dataset.columns import ColumnTable, Values
 from m3i_fast.pipelines.dataset.manifest import Manifest, ShardInfo, TableInfo, read_manifest
 from m3i_fast.pipelines.dataset.tar_shards import INTEGERS, TAR_BLOCK, IndexRow, read_index
 from m3i_fast.pipelines.optional_imports import require
@@ -48,6 +49,7 @@ class SampleTable:
     # By number: in the dataset directory, absolute paths, or names of objects below a URL.
     shard_files: tuple[str, ...]
     has_bad: bool = True  # False: no row is marked as bad
+    columns: ColumnTable | None = None  # of the same rows; None: there are none
 
     @classmethod
     def open(cls, path: Path, manifest: Manifest, split: str) -> SampleTable:
@@ -55,7 +57,8 @@ class SampleTable:
 
         It is mapped into memory. For format versions 1 to 3 it is made of the shards' indices, in
         memory and without checksums (`NO_CRC`). Raises FileNotFoundError or ValueError where the
-        file does not have the size that the manifest records, or an index is wrong.
+        file, or that of columns, does not have the size that the manifest records, or an index is
+        wrong.
         """
         info = manifest.split(split)
         shards_in = None if manifest.shards_url else manifest.shards_in
@@ -73,7 +76,16 @@ class SampleTable:
                 f"{file}: expected {expected} bytes of {info.num_samples} samples (manifest: "
                 f"{info.table.num_bytes}), got {size}"
             )
-        return cls(np.memmap(file, ROW, "r"), files, has_bad=info.num_bad > 0)
+        columns = None
+        if info.columns is not None:
+            columns = ColumnTable.open(
+                path,
+                manifest.columns,
+                info.columns,
+                num_samples=info.num_samples,
+                vocab_size=manifest.tokenizer.vocab_size,
+            )
+        return cls(np.memmap(file, ROW, "r"), files, info.num_bad > 0, columns)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -81,6 +93,10 @@ class SampleTable:
     def at(self, numbers: NDArray[np.int64]) -> Rows:  # [N] -> [N]
         """Return rows by their number, copied out of the file."""
         return np.asarray(self.rows)[numbers]  # of a memory map every field would be one again
+
+    def columns_at(self, numbers: NDArray[np.int64]) -> Values:  # [N]
+        """Return the values of each column, by name; none without columns."""
+        return {} if self.columns is None else self.columns.at(numbers)
 
     def same_set(
         self, numbers: NDArray[np.int64]

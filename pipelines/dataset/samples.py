@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from m3i_fast.pipelines.dataset import captions
+from m3i_fast.pipelines.dataset.columns import ColumnInfo
 from m3i_fast.pipelines.dataset.manifest import ShardInfo, SplitInfo
 from m3i_fast.pipelines.dataset.pictures import decode
 from m3i_fast.pipelines.dataset.tokenizer import TokenizerInfo
@@ -28,6 +29,8 @@ class Sample:
     captions: tuple[NDArray[np.int32], ...]  # [n] token ids of each; empty: no caption
     label: int  # -1: no label
     alternates: tuple[bytes, ...] = ()  # other pictures of the same thing, of the size of `image`
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    """What is known of it beside these, by column, as `ColumnInfo.row` takes it."""
 
 
 def check_alternate(picture: bytes, extension: str, size: tuple[int, int], max_pixels: int) -> None:
@@ -125,8 +128,14 @@ class Identities:
 class Tally:
     """The checks of a dataset's samples while they are packed."""
 
-    def __init__(self, tokenizer: TokenizerInfo, num_classes: int, max_pixels: int) -> None:
-        self.tokenizer = tokenizer
+    def __init__(
+        self,
+        tokenizer: TokenizerInfo,
+        num_classes: int,
+        max_pixels: int,
+        columns: Sequence[ColumnInfo] = (),
+    ) -> None:
+        self.tokenizer, self.columns = tokenizer, columns
         self.num_classes = num_classes
         self.max_pixels = max_pixels
         self.identities = Identities()
@@ -145,9 +154,22 @@ class Tally:
             fault = captions.fault(sample.captions, self.tokenizer)
             if fault is not None:
                 raise ValueError(fault)
+            self._check_columns(sample.columns)
             size = decode(sample.image, sample.extension, self.max_pixels)
             for picture in sample.alternates:
                 check_alternate(picture, sample.extension, size, self.max_pixels)
         except ValueError as error:
             raise ValueError(f"sample {sample.name}: {error}") from error
         return sample, size
+
+    def _check_columns(self, values: Mapping[str, Any]) -> None:
+        names = [column.name for column in self.columns]
+        if strange := [name for name in values if name not in names]:
+            raise ValueError(f"columns: expected names among {names}, got {strange}")
+        for column in self.columns:
+            row = column.row(values.get(column.name))
+            if column.kind == "text" and row.max() >= self.tokenizer.vocab_size:
+                raise ValueError(
+                    f"{column.name}: expected ids below {self.tokenizer.vocab_size}, got "
+                    f"{row.max()}"
+                )

@@ -224,7 +224,7 @@ def _graph(give: Any, work: SampleWork) -> tuple[DataNode, ...]:
     views = fn.m3i_views(
         params,
         *images,
-        geometry=[n for v in work.views for n in (v.size, v.blur_kernel_size, int(v.cubic))],
+        geometry=[number for view in work.views for number in view.geometry()],
     )
     views = views if isinstance(views, (list, tuple)) else [views]
     return (*views, params, sizes[0], token_ids, num_tokens, *others)

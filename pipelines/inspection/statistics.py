@@ -55,6 +55,7 @@ def describe(
             "largest": int(of_group.max()),
         },
         "classes": _classes(table.rows["label"][good], manifest.class_names),
+        "columns": column_counts(manifest, name),
         "read": _read(files, table, chosen, advance),
     }
 
@@ -79,6 +80,21 @@ def _classes(labels: NDArray[np.int32], names: tuple[str, ...]) -> dict[str, Any
         "most": ranked[:10],
         "least": ranked[10:][-10:],
     }
+
+
+def column_counts(manifest: Manifest, name: str) -> list[dict[str, Any]]:
+    """Return what each named column is, and of how many samples of a split it is known."""
+    info = manifest.split(name).columns
+    known = {} if info is None else info.num_known
+    return [
+        {
+            "column": column.name,
+            "kind": column.kind,
+            "names": len(column.names),
+            "known": known[column.name],
+        }
+        for column in manifest.columns
+    ]
 
 
 def _read(

@@ -7,7 +7,9 @@ import stat as modes
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
+
+from m3i_fast.pipelines.dataset.columns import ColumnInfo
 
 MAX_FILE_BYTES = 1 << 30
 """Most bytes of an encoded picture."""
@@ -45,6 +47,7 @@ class Item(NamedTuple):
     label: int = -1  # -1: none
     group: str = ""  # pictures of one group are near-duplicates; empty: a group of its own
     stamp: Stamp = (0, 0)  # of the file, where a picture is one
+    columns: tuple[tuple[str, Any], ...] = ()  # named ones, as JSON; texts are not tokenised
 
 
 @dataclass(kw_only=True)
@@ -54,6 +57,7 @@ class Listing:
     items: list[Item] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     class_names: tuple[str, ...] = ()
+    columns: tuple[ColumnInfo, ...] = ()
     notes: list[str] = field(default_factory=list)  # what was guessed, for the user to read
     files: dict[str, Stamp] = field(default_factory=dict)  # that hold many pictures each
 
@@ -86,6 +90,7 @@ class SourceOptions:
     merge_rows: bool = False
     allow_outside: bool = False
     torchvision_class: str | None = None
+    columns: tuple[str, ...] = ()  # NAME:KIND or NAME:KIND=COLUMN,...
     spool: Path | None = None  # a folder for pictures that cannot be read in any order
 
 

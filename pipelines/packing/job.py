@@ -35,6 +35,7 @@ from m3i_fast.pipelines.packing.plan import (
 )
 from m3i_fast.pipelines.packing.progress import bar
 from m3i_fast.pipelines.packing.readers.guess import make_reader, resolve
+from m3i_fast.pipelines.packing.readers.named_columns import with_context
 from m3i_fast.pipelines.packing.shard_task import (
     Record,
     ShardSettings,
@@ -114,6 +115,8 @@ def _pack_locked(
     settings = replace(settings, source=replace(settings.source, spool=spool))
     console.print(f"source: {why}", soft_wrap=True, highlight=False)
     listing = make_reader(settings.source).list()
+    columns = with_context(listing.columns, settings.shard.context_length)
+    settings = replace(settings, shard=replace(settings.shard, columns=columns))
     if out.is_shared:
         listing.forget_times()
     for note in listing.notes:
@@ -217,6 +220,8 @@ def _describe(settings: PackSettings, listing: Listing) -> dict[str, Any]:
     options = asdict(settings.source)
     for name in ("path", "spool", "image_root"):
         del options[name]
+    if not options["columns"]:
+        del options["columns"]  # as before there were any
     plan = asdict(settings.plan)
     if plan["near_duplicate_bits"] is None:
         del plan["near_duplicate_bits"]  # as before there was such a setting
@@ -225,9 +230,10 @@ def _describe(settings: PackSettings, listing: Listing) -> dict[str, Any]:
         digest.update(json.dumps([name, size]).encode() + b"\n")
     for item in listing.items:
         content = [item.name, item.split, item.captions, item.label, item.group, item.stamp[0]]
+        content += [item.columns] if item.columns else []
         digest.update(json.dumps(content).encode() + b"\n")
     described = {"source": options, "source_sha256": digest.hexdigest()}
-    described |= {**plan, **asdict(settings.shard)}
+    described |= {**plan, **settings.shard.described()}
     described |= {"name": settings.name, "licence": settings.licence}
     described |= {"attribution": settings.attribution}
     return dict(json.loads(json.dumps(described)))
@@ -293,6 +299,7 @@ def _finish(
         licence=settings.licence,
         attribution=settings.attribution,
         settings={"pack": described},
+        columns=settings.shard.columns,
     )
     counts |= {
         "num_refused": len(refused),

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from m3i_fast.pipelines.dataset.columns import ColumnInfo, rows_dtype
 from m3i_fast.pipelines.dataset.manifest import ShardInfo
 from m3i_fast.pipelines.dataset.pack import PackedShard, write_shard
 from m3i_fast.pipelines.dataset.sample_table import ROW
@@ -48,6 +49,14 @@ class ShardSettings:
     long_captions: LongCaptions
     max_pixels: int
     for_gpu: int | None
+    columns: tuple[ColumnInfo, ...] = ()
+
+    def described(self) -> dict[str, Any]:
+        """Return the settings for JSON, as before there were columns where there are none."""
+        described = asdict(self)
+        if not self.columns:
+            del described["columns"]
+        return described
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +72,7 @@ class ShardTask:
     @property
     def key(self) -> str:
         """Hash of all that the shard's bytes depend on."""
-        content = [asdict(self.settings), self.name, self.items]
+        content = [self.settings.described(), self.name, self.items]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     @property
@@ -89,7 +98,9 @@ class Record:
         """Return the record as it is kept until the data set is whole."""
         raw: dict[str, Any] = asdict(self) | {"key": key}
         if self.packed is not None:
-            raw["packed"]["rows"] = base64.b64encode(self.packed.rows.tobytes()).decode()
+            for name, rows in (("rows", self.packed.rows), ("columns", self.packed.columns)):
+                text = None if rows is None else base64.b64encode(rows.tobytes()).decode()
+                raw["packed"][name] = text
         return json.dumps(raw).encode()
 
 
@@ -118,7 +129,7 @@ def run(task: ShardTask, advance: Callable[[int], None]) -> Record:
     good = samples()
     if (first := next(good, None)) is not None:
         with task.out.written(task.name) as new:
-            packed = write_shard(new.path, task.name, chain([first], good))
+            packed = write_shard(new.path, task.name, chain([first], good), task.settings.columns)
             new.sha256 = packed.info.sha256
     else:
         task.out.remove(task.name)
@@ -150,6 +161,9 @@ def finished(task: ShardTask, sizes: Mapping[str, int], stop: Stop) -> Record | 
         info = ShardInfo(**fields["info"])
         fields["info"] = info
         fields["rows"] = np.frombuffer(base64.b64decode(fields["rows"]), ROW)
+        if fields["columns"] is not None:
+            dtype = rows_dtype(task.settings.columns)
+            fields["columns"] = np.frombuffer(base64.b64decode(fields["columns"]), dtype)
         packed = PackedShard(**{k: _tuple(v) for k, v in fields.items()})
         if sizes.get(info.file) != info.num_bytes:
             return None
@@ -171,6 +185,12 @@ def _sample(
     """Return a sample, its size, why its picture was changed, and how many captions were cut."""
     item = numbered.item
     captions, num_cut = caption_ids(tokenizer, item.captions, settings.long_captions)
+    values = dict(item.columns)
+    for column in settings.columns:
+        if column.kind == "text" and (text := values.get(column.name)) is not None:
+            found, was_cut = caption_ids(tokenizer, (text,), settings.long_captions)
+            values[column.name] = found[0].tolist() if found else None
+            num_cut += was_cut
     try:
         content = reader.read(item.place)
     except OSError as error:
@@ -184,6 +204,7 @@ def _sample(
         group_id=numbered.group_id,
         captions=captions,
         label=item.label,
+        columns=values,
     )
     return sample, stored.size, stored.change, num_cut
 

@@ -53,7 +53,8 @@ def _lines(listing: Listing) -> list[str]:
     """Return a line a picture, and a file that holds many: name, hash of all that is listed."""
     entries: Iterable[tuple[str, Any]] = (
         *listing.files.items(),
-        *((item.name, item) for item in listing.items),
+        # as before there were columns, where an item has none
+        *((item.name, item if item.columns else item[:-1]) for item in listing.items),
     )
     return [
         json.dumps([name, hashlib.sha256(json.dumps(entry).encode()).hexdigest()[:16]])

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property, partial
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -228,6 +229,28 @@ class Mixture:
 # ---- Steps of several ranks ----------------------------------------------------------------------
 
 
+class Layout(Protocol):
+    """Says which positions of a step go to which rank and batch."""
+
+    @property
+    def accumulate(self) -> int:
+        """Return the batches of a rank in one step."""
+
+    @property
+    def images_per_input(self) -> int:
+        """Return the neighbours that make an input."""
+
+    @property
+    def most_samples(self) -> int:
+        """Return the samples that a batch has at most."""
+
+    def positions(self, start: int, rank: int, batch: int = 0) -> Integers:
+        """Return the positions of a rank's batch in the step that begins at a position."""
+
+    def next_start(self, start: int) -> int:
+        """Return the position at which the step after one begins."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepLayout:
     """Say which positions of a step go to which rank and batch.
@@ -260,6 +283,15 @@ class StepLayout:
     def samples_a_step(self) -> int:
         """Return the samples that all ranks take together in one step."""
         return self.batch_size * self.num_ranks * self.accumulate
+
+    @property
+    def most_samples(self) -> int:
+        """Return the samples of a batch."""
+        return self.batch_size
+
+    def next_start(self, start: int) -> int:
+        """Return the position at which the step after one begins."""
+        return start + self.samples_a_step
 
     def positions(self, start: int, rank: int, batch: int = 0) -> Integers:
         """Return the positions of a rank's batch in the step that begins at a position.

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from m3i_fast.durable_files import make_directories, replaced_atomically, write_atomically
+from m3i_fast.pipelines.dataset.columns import ColumnsInfo
 from m3i_fast.pipelines.dataset.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -25,15 +26,14 @@ _READS_IN_FLIGHT = 8
 
 
 def copy_description(bucket: Bucket, cache_dir: Path, split: str) -> tuple[Path, Manifest]:
-    """Copy the manifest and the table of a split, and return their folder and the manifest.
+    """Copy the manifest and the tables of a split, and return their folder and the manifest.
 
     A data set is copied once, by one of the processes of a node. Raises as `copy_manifest` and
     `copy_table`.
     """
     folder, manifest = copy_manifest(bucket, cache_dir)
-    table = manifest.split(split).table
-    assert table is not None  # of every split, or `copy_manifest` raises
-    copy_table(bucket, folder / table.file, table)
+    for table in manifest.split(split).tables:  # every split has some, or `copy_manifest` raises
+        copy_table(bucket, folder / table.file, table)
     return folder, manifest
 
 
@@ -69,8 +69,8 @@ def copy_manifest(bucket: Bucket, cache_dir: Path) -> tuple[Path, Manifest]:
     return folder, manifest
 
 
-def copy_table(bucket: Bucket, file: Path, table: TableInfo) -> None:
-    """Copy the table of a split, unless it is there; one process of a node does.
+def copy_table(bucket: Bucket, file: Path, table: TableInfo | ColumnsInfo) -> None:
+    """Copy a table of a split, unless it is there; one process of a node does.
 
     Raises as `Bucket` does, and ValueError where its size or digest is another.
     """
@@ -80,7 +80,7 @@ def copy_table(bucket: Bucket, file: Path, table: TableInfo) -> None:
             _copy_table(bucket, file, table)
 
 
-def _copy_table(bucket: Bucket, file: Path, table: TableInfo) -> None:
+def _copy_table(bucket: Bucket, file: Path, table: TableInfo | ColumnsInfo) -> None:
     info = bucket.info(table.file)
     if info.size != table.num_bytes:
         raise ValueError(

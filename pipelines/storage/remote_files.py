@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 
 from m3i_fast.durable_files import make_directories
+from m3i_fast.pipelines.dataset.columns import ColumnsInfo
 from m3i_fast.pipelines.dataset.files import DatasetFiles, LocalFiles
 from m3i_fast.pipelines.dataset.manifest import (
     INDEXED,
@@ -138,8 +139,9 @@ class RemoteFiles:
 
     def faults(self, split: SplitInfo) -> Iterator[tuple[str, OSError | ValueError]]:
         """Yield what is wrong with the table or its copy, and with sizes of shards."""
-        if split.table is not None and (error := self._table_fault(split.table)) is not None:
-            yield split.table.file, error
+        for table in split.tables:
+            if (error := self._table_fault(table)) is not None:
+                yield table.file, error
         for shard in split.shards:
             info, name = self._infos.get(shard.file), self.name(shard.file)
             if info is None:
@@ -149,7 +151,7 @@ class RemoteFiles:
                 expected = f"expected {shard.num_bytes} bytes, got {info.size}"
                 yield shard.file, ValueError(f"{name}: {expected}; {self.restore}")
 
-    def _table_fault(self, table: TableInfo) -> OSError | ValueError | None:
+    def _table_fault(self, table: TableInfo | ColumnsInfo) -> OSError | ValueError | None:
         """Return what is wrong with a table, which is copied where it lies in a bucket."""
         file = self.folder / table.file
         if self._described_by is None:

@@ -91,8 +91,7 @@ def _files(directory: Path, manifest: Manifest) -> Iterator[File]:
             if shard.index_bytes is not None and shard.index_sha256 is not None:
                 index = shard.index_file
                 yield File(index, directory / index, shard.index_bytes, shard.index_sha256)
-        if split.table is not None:
-            table = split.table
+        for table in split.tables:
             yield File(table.file, directory / table.file, table.num_bytes, table.sha256)
     refused = directory / REFUSED_NAME
     if refused.is_file():

@@ -15,6 +15,7 @@ import pytest
 
 from m3i_fast.cli import main, train
 from m3i_fast.config import TrainConfig
+from m3i_fast.config.columns import ColumnConfig
 from m3i_fast.config.data import LoaderConfig
 from m3i_fast.config.fields import THREADS
 from m3i_fast.config.fine_tuning import FineTuningConfig
@@ -55,6 +56,7 @@ def fields_of(node: Any, kind: type) -> Iterator[tuple[str, bool]]:
 TREES = {name: list(nodes(build())) for name, build in recipes().items()}
 KINDS = {type(node): node for tree in TREES.values() for node in tree}
 KINDS[FineTuningConfig] = FineTuningConfig()  # of a measure, and of no run
+KINDS[ColumnConfig] = ColumnConfig(name="column", kind="class", num_names=2)  # of data
 
 
 def test_the_trees_hold_all_configs() -> None:

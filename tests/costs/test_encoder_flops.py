@@ -36,6 +36,7 @@ from m3i_fast.costs.encoder_flops import (
     text,
     vit,
     vit_encode,
+    vit_packed,
 )
 from m3i_fast.models import InternImage, ViT
 from m3i_fast.models.transformer.text_encoder import TextEncoder
@@ -71,6 +72,26 @@ def test_vit_of_some_tokens() -> None:
     with torch.device("meta"):
         encoder, tokens = ViT(cfg), torch.empty(5, 98, cfg.dim)
     assert counted(lambda: encoder.encode(tokens)) == vit_encode(cfg, 5, 98).forward
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        vit_demo(class_token=True, num_registers=2),
+        vit_demo(position="rotary", mlp="swiglu", drop_path_rate=0.3),
+        vit_demo(activation_checkpointing="full", layer_scale_init=0.1),
+    ],
+)
+def test_a_step_of_packed_pictures(cfg: ViTConfig) -> None:
+    grids = torch.tensor([(3, 4), (4, 3), (8, 8), (1, 5), (2, 6)])
+    lengths = grids.prod(1).tolist()
+    patches = torch.randn(sum(lengths), 3 * cfg.patch_size**2)
+    encoder = ViT(cfg).train()
+    flops = vit_packed(cfg, lengths)
+    with torch.no_grad():
+        assert counted(lambda: encoder.encode_pictures(patches, grids)) == flops.forward
+    whole = counted(lambda: encoder.encode_pictures(patches, grids).cells.sum().backward())
+    assert whole == flops.hardware
 
 
 def _sample_nothing(x: torch.Tensor, *_: object, **__: object) -> torch.Tensor:

@@ -19,6 +19,7 @@ from tests.shared.flop_formulas import FORMULAS
 
 OBJECTIVE = ObjectiveConfig(queue_length=12, num_prototypes=11)
 ROWS, DIM, PICTURES, CELLS, CELL_DIM, CLASSES = 8, 7, 2, 5, 9, 6
+OF_CLASSES = "category", "caption_tokens"
 PROTOTYPES = ("prototypes", "cell_prototypes")
 # The product of all predictions with the mean target: 1 / D of the others, and left out.
 LEFT_OUT = {("features", "gaussian", "covariance"): 2 * ROWS * DIM}
@@ -31,6 +32,7 @@ def term_of(key: LossKey) -> Term:
         target=target,  # type: ignore[arg-type]
         view="other" if TARGETS[target].of == "view" else "same",
         encoder=TARGETS[target].encoders[0],  # type: ignore[arg-type]
+        column="" if TARGETS[target].has_default else TARGETS[target].column,
         predictor=TARGETS[target].predictors[-1],  # type: ignore[arg-type]
         likelihood=likelihood,
         regulariser=regulariser,
@@ -45,11 +47,14 @@ def arguments(key: LossKey, loss: Any, target_grad: bool) -> tuple[list[Any], di
     """What a term calls the loss with."""
     target = key[0]
     z_hat = draw(ROWS, DIM, grad=True)
-    if target in ("category", "caption"):
-        count = CLASSES if target == "category" else ROWS
+    if target == "labels":
+        members = torch.ones(ROWS, dtype=torch.bool)
+        return [z_hat, torch.ones(ROWS, DIM)], {"members": members}
+    if target in OF_CLASSES or target == "caption":
+        count = CLASSES if target in OF_CLASSES else ROWS
         ids = torch.arange(ROWS) % count
         options = {"row_ids": ids, "col_ids": torch.arange(count)}
-        if target == "category":
+        if target in OF_CLASSES:
             options = {"targets": ids}
         elif key[1] == "sigmoid":
             options["bias"] = draw(grad=True)
@@ -67,7 +72,7 @@ def arguments(key: LossKey, loss: Any, target_grad: bool) -> tuple[list[Any], di
 
 
 def sizes_of(key: LossKey, target_grad: bool) -> LossSizes:
-    columns = {"category": CLASSES}
+    columns = dict.fromkeys(OF_CLASSES, CLASSES)
     columns |= dict.fromkeys(PROTOTYPES, OBJECTIVE.num_prototypes)
     return LossSizes(
         rows=ROWS,
@@ -83,7 +88,7 @@ def sizes_of(key: LossKey, target_grad: bool) -> LossSizes:
 
 
 WITH_TARGET_GRAD = ("negatives", "all_views", "cross_correlation", "variance_covariance")
-CASES = [(key, key[0] in ("category", "caption")) for key in LOSSES]
+CASES = [(key, key[0] in (*OF_CLASSES, "caption")) for key in LOSSES]
 CASES += [(key, True) for key in LOSSES if key[0] == "embedding" and key[2] in WITH_TARGET_GRAD]
 
 

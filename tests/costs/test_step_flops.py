@@ -33,6 +33,7 @@ from m3i_fast.models.image_encoder import build_encoder
 from m3i_fast.objectives.heads import DenseDecoder
 from m3i_fast.objectives.methods import cell_prototypes
 from m3i_fast.recipes import recipes, shrink
+from tests.shared import annotated
 from tests.shared.engine.real_step import stepper
 from tests.shared.flop_formulas import FORMULAS
 
@@ -164,6 +165,26 @@ def test_a_step_by_chunks(name: str, chunk: int) -> None:
     expect_counted(replace(cfg, parallel=replace(cfg.parallel, chunk=chunk)), rel=0.01)
 
 
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_a_step_with_columns_and_captions_that_are_written(recompute: Recompute) -> None:
+    cfg = small("m3i_vit_s")
+    objective = replace(annotated.objective(mode="own_image", parallel=0.5), head_hidden_dim=16)
+    captioner = replace(objective.captioner, activation_checkpointing=recompute)
+    cfg = replace(
+        cfg,
+        columns=tuple(
+            replace(c, size=TEXT.context_length) if c.kind == "text" else c
+            for c in annotated.COLUMNS
+        ),
+        objective=replace(objective, captioner=captioner),
+        data=replace(cfg.data, local_views=ViewConfig(count=2, size=32)),
+    )
+    expect_counted(cfg)
+    expect_saved(cfg)
+    chunked = replace(cfg, parallel=replace(cfg.parallel, chunk=3))
+    expect_counted(chunked, rel=0.01)
+
+
 def expect_saved(cfg: TrainConfig) -> None:
     """Hold exactly: what the closed forms leave out for a frozen encoder, torch leaves out, too."""
     cfg = replace(cfg, vision=replace(cfg.vision, drop_path_rate=0.0))
@@ -276,6 +297,20 @@ def test_a_recipe_with_a_frozen_teacher(name: str, tmp_path: Path) -> None:
     cfg = taught(name, small, tmp_path)
     expect_counted(cfg)
     assert step_flops(cfg)[TARGET].backward == 0
+
+
+@pytest.mark.usefixtures("untrained")
+def test_several_frozen_teachers(tmp_path: Path) -> None:
+    for name in ("wide", "own"):
+        (tmp_path / name).mkdir()
+    cfg = taught("demo_milan", small, tmp_path / "wide")
+    small("demo_supervised").save(tmp_path / "own" / "config.json")
+    (term,) = cfg.objective.terms
+    second = replace(term, name="second", teacher=str(tmp_path / "own"))
+    both = replace(cfg, objective=replace(cfg.objective, terms=(term, second)))
+    expect_counted(both)
+    one = step_flops(cfg)[TARGET].forward
+    assert one < step_flops(both)[TARGET].forward < 2 * one
 
 
 def test_a_frozen_internimage_pools_its_tokens(untrained: None, tmp_path: Path) -> None:

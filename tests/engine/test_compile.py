@@ -41,7 +41,8 @@ def _losses(run: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize(
-    ("name", "freeze"), [("demo", False), ("demo_internimage", False), ("demo", True)]
+    ("name", "freeze"),
+    [("demo", False), ("demo_internimage", False), ("demo", True), ("demo_cappa", False)],
 )
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_blocks_train_as_eager_ones(

@@ -126,7 +126,7 @@ def _train(cfg: TrainConfig, out: Path, captures: Captures | None) -> tuple[list
     return losses, {k: v.clone() for k, v in trainer.objective.state_dict().items()}
 
 
-NAMES = ["demo", "demo_dino", "demo_moco_v3", "demo_mae", "demo_clip"]
+NAMES = ["demo", "demo_dino", "demo_moco_v3", "demo_mae", "demo_clip", "demo_cappa"]
 
 
 @pytest.mark.parametrize(

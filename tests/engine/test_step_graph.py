@@ -193,7 +193,13 @@ def expect_equal(ours: TrainStep, other: TrainStep) -> None:
 
 @pytest.mark.parametrize(
     ("recipe", "arithmetic"),
-    [("demo", FP32), ("demo", BF16), ("demo_dino", FP32), ("demo_moco_v3", FP32)],
+    [
+        ("demo", FP32),
+        ("demo", BF16),
+        ("demo_dino", FP32),
+        ("demo_moco_v3", FP32),
+        ("demo_cappa", FP32),
+    ],
 )
 def test_replayed_steps_are_those_without_a_graph(
     recipe: str, arithmetic: Arithmetic, monkeypatch: pytest.MonkeyPatch

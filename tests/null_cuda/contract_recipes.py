@@ -1,4 +1,7 @@
-"""Recipes on the null device: what a steady step asks of a GPU, by card and by way of training."""
+"""Recipes on the null device: what a steady step asks of a GPU, by card and by way of training.
+
+And packed pictures: FlashAttention's kernels, and no wait in a step.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import pytest
 
 from m3i_fast.benchmarks.launches.trace import StepTrace, lines_of, read_trace, split_at_marks
 from scripts.null_cuda import environment
+from tests.null_cuda.contract_runtime import of_kind, on_null
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARIES = ROOT / "build" / "null"
@@ -92,3 +96,41 @@ def test_the_computed_demo_has_the_losses_of_the_cpu(tmp_path: Path) -> None:
     assert {name: on_null[name] for name in losses} == pytest.approx(
         {name: on_cpu[name] for name in losses}, rel=1e-6
     )
+
+
+# ---- Packed pictures -----------------------------------------------------------------------------
+
+PACKED_PROGRAM = """
+from m3i_fast.config.models.vit import vit_s
+from m3i_fast.models.transformer.vit import ViT
+
+vit = ViT(vit_s(depth=2, **{options})).cuda().train()
+grids = torch.tensor([(3, 5), (4, 4), (14, 7), (1, 1), (10, 12)])
+patches = torch.zeros(int(grids.prod(1).sum()), 768, device="cuda")
+for step in range(2):
+    mark(f"step {{step}}".encode())
+    with torch.autocast("cuda", torch.bfloat16):
+        encoded = vit.encode_pictures(patches, grids)
+    encoded.cells.float().sum().backward()
+mark(b"end")
+print(json.dumps(list(encoded.cells.shape)))
+"""
+PACKED_OPTIONS = {
+    "absolute": {"class_token": True},
+    "rotary": {"position": "rotary", "num_registers": 4, "activation_checkpointing": "selective"},
+}
+
+
+@pytest.mark.parametrize("name", PACKED_OPTIONS)
+def test_a_step_of_packed_pictures_waits_for_nothing(tmp_path: Path, name: str) -> None:
+    program = PACKED_PROGRAM.format(options=PACKED_OPTIONS[name])
+    shape, trace = on_null(tmp_path, program, card="a100")
+    assert shape == [15 + 16 + 98 + 1 + 120, 384]
+    records = {step.name: step.records for step in split_at_marks(trace)}["step 1"]
+    kernels = [record["name"] for record in of_kind(records, "launch")]
+    # one of each a block, whatever the number of lengths; the result is kept, not computed again
+    assert sum("flash_fwd_kernel" in kernel for kernel in kernels) == 2
+    assert sum("flash_bwd_dq_dk_dv" in kernel for kernel in kernels) == 2
+    assert of_kind(records, "wait") == []
+    copies = of_kind(records, "copy")
+    assert copies and not [copy for copy in copies if "pageable" in (copy["from"], copy["to"])]

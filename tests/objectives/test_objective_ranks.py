@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from m3i_fast.config.heads import DecoderConfig, ProjectorConfig
+from m3i_fast.config.heads import CaptionerConfig, DecoderConfig, ProjectorConfig
 from m3i_fast.config.mixing import MixingConfig
 from m3i_fast.config.objective import ObjectiveConfig
 from m3i_fast.objectives.methods import METHODS
@@ -30,6 +30,8 @@ CHOSEN = (
     "supervised",
     "clip",
     "siglip",
+    "cappa",
+    "coca",
     "mae",
     "densecl",
     "moco_v3",
@@ -52,6 +54,7 @@ def small_config(name: str) -> ObjectiveConfig:
         terms=method.terms,
         mixing=MixingConfig(mode=method.mode, mask_block=1, hidden=method.hidden),
         decoder=DecoderConfig(dim=32, depth=1, num_heads=2),
+        captioner=CaptionerConfig(dim=16, depth=1, num_heads=2, parallel=method.parallel_captions),
         projector=ProjectorConfig(hidden_dim=16, output_dim=8, predictor_hidden_dim=8),
         head_hidden_dim=16,
         num_prototypes=12,

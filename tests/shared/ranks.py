@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -14,6 +15,8 @@ def part(batch: Batch, rank: int, num_ranks: int) -> Batch:
     def rows(value: Any) -> Any:
         if isinstance(value, tuple):
             return tuple(map(rows, value))
+        if isinstance(value, Mapping):
+            return {name: rows(values) for name, values in value.items()}
         size = len(value) // num_ranks
         return value[rank * size : (rank + 1) * size]
 

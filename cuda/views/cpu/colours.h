@@ -87,10 +87,10 @@ inline size_t blur_pitch(int32_t size) {
 struct Blur {
   const float* weights;  // [radius + 1]
   int radius;
-  int32_t size;
+  int32_t height, width;
   bool solarizes;
   float* row;                // [blur_pitch + 2 half] of the plane, with its reflections
-  float* across;             // [size, blur_pitch] blurred along rows
+  float* across;             // [height, blur_pitch] blurred along rows
   const float** neighbours;  // [2 half + 1] rows of `across`
 };
 
@@ -114,43 +114,44 @@ inline void blur_block(const Blur& of, const At& at, Floats* sums) {
 inline void blur_row(const Blur& of, const uint8_t* from, float* to) {
   float* row = of.row + of.radius;
   int32_t at = 0;
-  for (; at + kFloats <= of.size; at += kFloats) store(row + at, load_bytes(from + at));
-  for (; at < of.size; ++at) row[at] = static_cast<float>(from[at]);
+  for (; at + kFloats <= of.width; at += kFloats) store(row + at, load_bytes(from + at));
+  for (; at < of.width; ++at) row[at] = static_cast<float>(from[at]);
   for (int k = 1; k <= of.radius; ++k) {
     row[-k] = row[k];
-    row[of.size - 1 + k] = row[of.size - 1 - k];
+    row[of.width - 1 + k] = row[of.width - 1 - k];
   }
-  for (int32_t x = 0; x < of.size; x += kBlurBlock) {
+  for (int32_t x = 0; x < of.width; x += kBlurBlock) {
     Floats sums[kBlurVectors];
     blur_block(of, [&](int k) { return row + x + k; }, sums);
     for (int i = 0; i < kBlurVectors; ++i) store(to + x + i * kFloats, sums[i]);
   }
 }
 
-// `to`: a row of uint8, of which only `size` are written.
+// `to`: a row of uint8, of which only `width` are written.
 inline void blur_column(const Blur& of, int32_t y, uint8_t* to) {
   const float** rows = of.neighbours + of.radius;
   for (int k = -of.radius; k <= of.radius; ++k) {
-    rows[k] = of.across + reflected(y + k, of.size) * blur_pitch(of.size);
+    rows[k] = of.across + reflected(y + k, of.height) * blur_pitch(of.width);
   }
-  for (int32_t x = 0; x < of.size; x += kBlurBlock) {
+  for (int32_t x = 0; x < of.width; x += kBlurBlock) {
     Floats sums[kBlurVectors];
     blur_block(of, [&](int k) { return rows[k] + x; }, sums);
     uint8_t bytes[kBlurBlock];
-    const bool is_whole = x + kBlurBlock <= of.size;
+    const bool is_whole = x + kBlurBlock <= of.width;
     for (int i = 0; i < kBlurVectors; ++i) {
       Floats value = clamped(Ops<Floats>::even(sums[i]), 255.0f);
       if (of.solarizes) value = solarized(value);
       store_bytes((is_whole ? to + x : bytes) + i * kFloats, value);
     }
-    if (!is_whole) std::memcpy(to + x, bytes, static_cast<size_t>(of.size - x));
+    if (!is_whole) std::memcpy(to + x, bytes, static_cast<size_t>(of.width - x));
   }
 }
 
 inline void blur_plane(const Blur& of, uint8_t* plane) {
-  const size_t pitch = blur_pitch(of.size), size = static_cast<size_t>(of.size);
-  for (size_t y = 0; y < size; ++y) blur_row(of, plane + y * size, of.across + y * pitch);
-  for (int32_t y = 0; y < of.size; ++y) blur_column(of, y, plane + y * size);
+  const size_t pitch = blur_pitch(of.width), width = static_cast<size_t>(of.width);
+  const auto height = static_cast<size_t>(of.height);
+  for (size_t y = 0; y < height; ++y) blur_row(of, plane + y * width, of.across + y * pitch);
+  for (int32_t y = 0; y < of.height; ++y) blur_column(of, y, plane + y * width);
 }
 
 }  // namespace

@@ -31,7 +31,7 @@ class ViewScratch {
 };
 
 struct ViewsCpuKernels {
-  // Writes one view, [3, S, S]. The crop lies in the picture, and the geometry is within its limits
+  // Writes one view, [3, H, W]. The crop lies in the picture, and the geometry is within its limits
   // (params.h).
   void (*make_view)(const ViewImage& image, const ViewGeometry& geometry, const ViewParams& params,
                     uint8_t* out, ViewScratch& scratch);
@@ -46,7 +46,7 @@ extern const ViewsCpuKernels kViewsAvx512;
 // Those of the best instruction set of this machine.
 const ViewsCpuKernels& fastest_views_kernels();
 
-// Writes all views of one sample: out[v], [3, S, S] of geometry[v], for v in [0, num_views).
+// Writes all views of one sample: out[v], [3, H, W] of geometry[v], for v in [0, num_views).
 // `images`: one, or two of which the second is that of view 1.
 inline void make_views(const ViewImage* images, int num_images, const ViewGeometry* geometry,
                        const ViewParams* params, int num_views, uint8_t* const* out,

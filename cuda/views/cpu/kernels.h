@@ -21,11 +21,11 @@ inline Crop crop_of(const ViewImage& image, const ViewParams& params) {
 
 void resize_view(const Crop& crop, const ViewGeometry& geometry, bool is_flipped, uint8_t* out,
                  ViewScratch& scratch) {
-  const int32_t size = geometry.size;
-  const ResizeAxis horizontal = resize_axis(crop.width, size, geometry.cubic);
-  const ResizeAxis vertical = resize_axis(crop.height, size, geometry.cubic);
+  const int32_t width = geometry.width;
+  const ResizeAxis horizontal = resize_axis(crop.width, width, geometry.cubic);
+  const ResizeAxis vertical = resize_axis(crop.height, geometry.height, geometry.cubic);
   const size_t copied = row_bytes(crop), pairs = pairs_bytes(crop.width);
-  const size_t pitch = group_pitch(size), groups = group_rows(crop.height) * pitch + kOverread;
+  const size_t pitch = group_pitch(width), groups = group_rows(crop.height) * pitch + kOverread;
   Parts parts(scratch.reserve(axis_bytes(horizontal) + axis_bytes(vertical) +
                               Parts::bytes<uint8_t>(groups) + Parts::bytes<uint8_t>(pitch) +
                               Parts::bytes<uint8_t>(pairs) +
@@ -38,16 +38,16 @@ void resize_view(const Crop& crop, const ViewGeometry& geometry, bool is_flipped
   memory.pairs = parts.take<uint8_t>(pairs);
   memory.rows = parts.take<uint8_t>(kRows * copied);
   memory.row_bytes = row_bytes(crop);
-  resize_rows(crop, across, size, memory);
-  resize_columns(down, size, memory, out);
+  resize_rows(crop, across, width, memory);
+  resize_columns(down, geometry.height, width, memory, out);
 }
 
 void blur_view(const ViewGeometry& geometry, const ViewParams& params, uint8_t* out,
                ViewScratch& scratch) {
   const int half = geometry.blur_kernel_size / 2;
-  const int32_t size = geometry.size;
-  const size_t row = blur_pitch(size) + 2 * static_cast<size_t>(half);
-  const size_t across = static_cast<size_t>(size) * blur_pitch(size);
+  const int32_t height = geometry.height, width = geometry.width;
+  const size_t row = blur_pitch(width) + 2 * static_cast<size_t>(half);
+  const size_t across = static_cast<size_t>(height) * blur_pitch(width);
   Parts parts(scratch.reserve(Parts::bytes<float>(half + 1) + Parts::bytes<float>(row) +
                               Parts::bytes<float>(across) +
                               Parts::bytes<const float*>(2 * half + 1)));
@@ -55,21 +55,22 @@ void blur_view(const ViewGeometry& geometry, const ViewParams& params, uint8_t* 
   const int radius = blur_weights(params.sigma, geometry.blur_kernel_size, weights);
   const Blur blur = {weights,
                      radius,
-                     size,
+                     height,
+                     width,
                      params.solarize != 0,
                      parts.take<float>(row),
                      parts.take<float>(across),
                      parts.take<const float*>(2 * half + 1)};
   std::memset(blur.row, 0, row * sizeof(float));  // what is read past a row's end, and not used
   for (int c = 0; c < kViewChannels; ++c) {
-    blur_plane(blur, out + static_cast<int64_t>(c) * size * size);
+    blur_plane(blur, out + static_cast<int64_t>(c) * height * width);
   }
 }
 
 void make_view(const ViewImage& image, const ViewGeometry& geometry, const ViewParams& params,
                uint8_t* out, ViewScratch& scratch) {
   resize_view(crop_of(image, params), geometry, params.flip != 0, out, scratch);
-  const int64_t count = static_cast<int64_t>(geometry.size) * geometry.size;
+  const int64_t count = static_cast<int64_t>(geometry.height) * geometry.width;
   change_colours(colour_plan(params), {out, count});
   if (params.sigma != 0) blur_view(geometry, params, out, scratch);
 }

@@ -330,16 +330,16 @@ inline void resize_rows(const Crop& crop, const AxisWeights& of, int32_t size,
   }
 }
 
-// Rows of groups to planes [3, size, size].
-inline void resize_columns(const AxisWeights& of, int32_t size, const ResizeMemory& memory,
-                           uint8_t* planes) {
-  const size_t pitch = group_pitch(size), row = static_cast<size_t>(size);
-  const size_t row_bytes = static_cast<size_t>(padded(size)) * kViewChannels;
-  for (int32_t i = 0; i < size; ++i) {
+// Rows of groups to planes [3, height, width].
+inline void resize_columns(const AxisWeights& of, int32_t height, int32_t width,
+                           const ResizeMemory& memory, uint8_t* planes) {
+  const size_t pitch = group_pitch(width), row = static_cast<size_t>(width);
+  const size_t row_bytes = static_cast<size_t>(padded(width)) * kViewChannels;
+  for (int32_t i = 0; i < height; ++i) {
     resize_column(memory.groups + of.first[i] * pitch, pitch, row_bytes,
                   of.weights + static_cast<size_t>(i) * of.taps, of.count[i], of.precision,
                   memory.column);
-    ungroup(memory.column, size, planes + i * row, row * row);
+    ungroup(memory.column, width, planes + i * row, static_cast<size_t>(height) * row);
   }
 }
 

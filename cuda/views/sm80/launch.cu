@@ -13,15 +13,15 @@ int64_t plan_views(const ViewGeometry* geometry, int num_views, uint8_t* const* 
   int64_t shared = views::kSharedBytes, pages = 0;
   for (int v = 0; v < num_views; ++v) {
     const ViewGeometry& view = geometry[v];
+    const int32_t size = view.height;  // square, as both operators check
     const int half = view.blur_kernel_size / 2;
     ViewTarget& target = params.targets[v];
-    target = {out[v], view.size, static_cast<int16_t>(view.blur_kernel_size),
+    target = {out[v], size, static_cast<int16_t>(view.blur_kernel_size),
               static_cast<int16_t>(view.cubic), kViewsNoScratch};
-    shared = std::max(shared, views::shared_bytes(view.size, half));
-    if (views::blurs_in_place(view.size, half)) continue;
+    shared = std::max(shared, views::shared_bytes(size, half));
+    if (views::blurs_in_place(size, half)) continue;
     target.scratch_page = static_cast<uint32_t>(pages);
-    const int64_t bytes =
-        static_cast<int64_t>(params.num_samples) * kViewChannels * view.size * view.size;
+    const int64_t bytes = static_cast<int64_t>(params.num_samples) * kViewChannels * size * size;
     pages += (bytes + kViewsPage - 1) / kViewsPage;
   }
   params.num_views = num_views;

@@ -52,6 +52,10 @@ class Pack:
     """What labels are; auto: indices where all are whole numbers."""
     classes: Path | None = None
     """Text file with the name of each class on a line of its own, by index."""
+    column: Annotated[tuple[str, ...], Several] = ()
+    """Named column beside class and captions, as NAME:KIND or NAME:KIND=COLUMN; may be given
+    several times. Kinds: class; labels, a set, in a text table with ; between them; numbers, of
+    which there may be several, NAME:numbers=COLUMN,COLUMN; text. An empty cell is not known."""
     group_column: str | None = None
     """Column of groups of near-duplicates, which are positives of each other and in one split."""
     group_near_duplicates: int | None = None
@@ -159,6 +163,7 @@ class Pack:
                 delimiter=self.delimiter,
                 class_names=() if self.classes is None else _class_names(self.classes),
                 label_as=self.label_as,
+                columns=self.column,
                 merge_rows=self.merge_rows,
                 allow_outside=self.allow_outside,
                 torchvision_class=self.torchvision_class,

@@ -90,6 +90,9 @@ def _rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for title, key in (("classes with most", "most"), ("classes with least", "least")):
         if classes[key]:
             yield title, ", ".join(f"{c['class']} {c['samples']:,}" for c in classes[key])
+    for column in facts["columns"]:
+        of = f" of {column['names']:,}" if column["names"] else ""
+        yield f"column {column['column']}", f"{column['kind']}{of}, of {column['known']:,} pictures"
     yield (
         f"of {read['samples']:,} that were read",
         ", ".join(f"{number:,} {name}" for name, number in read["formats"].items()),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from m3i_fast.models.internimage.model import InternImage
+from m3i_fast.models.transformer.text_decoder import TextDecoder
 from m3i_fast.models.transformer.text_encoder import TextEncoder
 from m3i_fast.models.transformer.vit import ViT
 from m3i_fast.objectives.heads import DenseDecoder
@@ -26,6 +27,7 @@ ROW_WISE: dict[type[nn.Module], str] = {
     ViT: "encode",
     InternImage: "encode_cells",
     TextEncoder: "forward",
+    TextDecoder: "forward",
     DenseDecoder: "forward",
 }
 

@@ -1,4 +1,4 @@
-"""Fields of a config that the data decide: how many classes, token ids and tokens there are.
+"""Fields of a config that the data decide: classes, token ids, tokens and named columns.
 
 A recipe's values stand for the data set it was written for, so that its cost can be planned without
 one. A verb that reads the data takes what their manifest says instead. Loads no torch.
@@ -7,11 +7,13 @@ one. A verb that reads the data takes what their manifest says instead. Loads no
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
+from m3i_fast.config.columns import ColumnConfig
 from m3i_fast.config.train import TrainConfig
 from m3i_fast.flags import flag_of
+from m3i_fast.pipelines.dataset.columns import ColumnInfo, ColumnsInfo, pooled
 from m3i_fast.pipelines.dataset.manifest import MANIFEST_NAME, Manifest
 from m3i_fast.pipelines.mixture import MixedData, read_described
 from m3i_fast.pipelines.storage.objects import place_of
@@ -44,6 +46,8 @@ def take_data_fields(cfg: TrainConfig, typed: Collection[str] = ()) -> TrainConf
     if refused:
         raise ValueError("; ".join(refused))
     _expect_classes(cfg, manifest, file)
+    columns = columns_of(cfg, manifest)
+    _expect_columns(cfg, columns, file)
     logger.info("from %s: %s", file, _told(cfg, manifest))
     tokenizer = manifest.tokenizer
     try:
@@ -52,7 +56,7 @@ def take_data_fields(cfg: TrainConfig, typed: Collection[str] = ()) -> TrainConf
             vocab_size=tokenizer.vocab_size,
             context_length=tokenizer.context_length,
         )
-        return replace(cfg, num_classes=len(manifest.class_names), text=text)
+        return replace(cfg, num_classes=len(manifest.class_names), columns=columns, text=text)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
 
@@ -75,6 +79,50 @@ def expect_data(cfg: TrainConfig, manifest: Described) -> None:
     if wrong:
         raise ValueError("; ".join(wrong) + " (take_data_fields takes them from the data)")
     _expect_classes(cfg, manifest, file)
+    if (columns := columns_of(cfg, manifest)) != cfg.columns:
+        raise ValueError(
+            f"columns: expected {_names(columns)} with sizes and statistics as {file} says, got "
+            f"{_names(cfg.columns)} (take_data_fields takes them from the data)"
+        )
+
+
+def columns_of(cfg: TrainConfig, data: Described) -> tuple[ColumnConfig, ...]:
+    """Return the named columns of the data, with statistics of the splits that a config reads."""
+    if isinstance(data, MixedData):
+        pairs = zip(data.parts, data.manifests, strict=True)
+        found = [manifest.split(part.split).columns for part, manifest in pairs]
+    else:
+        found = [data.split(cfg.data.split).columns]
+    of_splits = [info for info in found if info is not None]
+    return tuple(_column(column, of_splits) for column in data.columns)
+
+
+def _column(column: ColumnInfo, of_splits: Sequence[ColumnsInfo]) -> ColumnConfig:
+    mean, std = pooled(column, of_splits) if column.kind == "numbers" else ((), ())
+    return ColumnConfig(
+        name=column.name,
+        kind=column.kind,
+        num_names=len(column.names),
+        size=column.size,
+        mean=mean,
+        std=std,
+    )
+
+
+def _expect_columns(cfg: TrainConfig, columns: Sequence[ColumnConfig], file: str) -> None:
+    """Raise ValueError for a term that names a column which the data do not have."""
+    there = {column.name: column.kind for column in columns}
+    for index, term in enumerate(cfg.objective.terms):
+        if term.weight > 0 and term.column and there.get(term.column) != term.kind.column:
+            raise ValueError(
+                f"term {term.name!r}: expected a column {term.column!r} of {term.kind.column}, got "
+                f"{_names(columns)} in {file}: name another by --objective.terms.{index}.column, "
+                f"or pack one by m3i-fast data pack --column NAME:{term.kind.column}"
+            )
+
+
+def _names(columns: Sequence[ColumnConfig]) -> str:
+    return ", ".join(f"{c.name} ({c.kind})" for c in columns) or "no columns"
 
 
 def _source(cfg: TrainConfig) -> str:
@@ -94,7 +142,7 @@ def _expect_classes(cfg: TrainConfig, manifest: Described, file: str) -> None:
     if manifest.class_names:
         return
     for index, term in enumerate(cfg.objective.terms):
-        if term.weight > 0 and term.target == "category":
+        if term.weight > 0 and term.target == "category" and not term.column:
             raise ValueError(
                 f"term {term.name!r}: expected data with classes, got none in {file}: leave the "
                 f"term out by --objective.terms.{index}.weight 0, or pack the data with classes"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from m3i_fast.config import TrainConfig
+from m3i_fast.config.columns import ColumnKind
 from m3i_fast.config.convert import from_tree, to_tree
 from m3i_fast.config.data import ViewConfig
 from m3i_fast.durable_files import write_atomically
@@ -50,6 +51,16 @@ class DatasetRecord:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ColumnRecord:
+    """A named column that the data of a run had."""
+
+    name: str
+    kind: ColumnKind
+    names: tuple[str, ...]
+    """Of its classes, labels or numbers, in the order of a head's outputs; of a text none."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DataRecord:
     """Everything that a model's inputs and outputs depend on beside its weights and config."""
 
@@ -61,6 +72,7 @@ class DataRecord:
     """What the tokenizer of the captions is built again from."""
     datasets: tuple[DatasetRecord, ...]
     """The data set, or all that were mixed."""
+    columns: tuple[ColumnRecord, ...] = ()
 
     def save(self, run: Path) -> None:
         """Write data.json into a run directory, atomically."""
@@ -81,6 +93,10 @@ def record_data(cfg: TrainConfig, described: Manifest | MixedData) -> DataRecord
         datasets=tuple(
             DatasetRecord(name=manifest.name, split=split, digest=manifest.digest)
             for manifest, split in used
+        ),
+        columns=tuple(
+            ColumnRecord(name=column.name, kind=column.kind, names=column.names)
+            for column in described.columns
         ),
     )
 

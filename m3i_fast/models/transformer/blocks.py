@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 
 from m3i_fast.config.fields import DropPathMode, Mlp, Recompute
 from m3i_fast.models.activation_checkpointing import Checkpoint, torch_checkpoint
@@ -30,6 +31,7 @@ from m3i_fast.models.transformer.layers import (
     Stream,
     reset_children,
 )
+from m3i_fast.models.transformer.packing import Packed, pack_last, unpack
 from m3i_fast.models.transformer.positions import rotate
 
 MASK_ALIGNMENT = 16  # elements, of the rows of a mask for torch's memory-efficient attention
@@ -96,14 +98,58 @@ class Attention(nn.Module):
         """
         B, T, _ = qkv.shape
         heads = qkv.view(B, T, 3, self.num_heads, self.head_dim).unbind(2)
-        q, k, v = (x.transpose(1, 2) for x in rotate_qk(heads, rotation))
         mask = key_mask
         if mask is not None and mask.dtype == torch.bool:
             mask = mask[:, None, None, :]
+        return self._attend(rotate_qk(heads, rotation), mask)
+
+    def _attend(
+        self,
+        heads: Sequence[Tensor],  # q, k and v, [B, T, H, D / H] each
+        mask: Tensor | None = None,  # [B, 1, 1, T]
+    ) -> Tensor:  # [B, T, D]
+        q, k, v = (x.transpose(1, 2) for x in heads)
         out = F.scaled_dot_product_attention(  # [B, H, T, D / H]
             q, k, v, attn_mask=mask, is_causal=self.causal
         )
         return out.transpose(1, 2).flatten(2)
+
+    def attend_packed(
+        self,
+        qkv: Tensor,  # [T, 3 D]
+        packed: Packed,
+        rotation: Tensor | None = None,  # [T, 2, D / H / 2]
+    ) -> Tensor:  # [T, D], of the groups' last tokens where they ask for these alone
+        """Attend from every token to those of its own sequence.
+
+        In one kernel where `runs_varlen` says so, else in a call for each group of one length.
+        """
+        heads = qkv.view(1, -1, 3, self.num_heads, self.head_dim).unbind(2)
+        turned = rotate_qk(heads, None if rotation is None else rotation[None])
+        q, k, v = (x[0] for x in turned)  # [T, H, D / H]
+        if packed.ends is not None and not self.causal and runs_varlen(q):
+            ends, longest = packed.ends, packed.longest
+            out = varlen_attn(q, k, v, ends, ends, longest, longest)
+            assert isinstance(out, Tensor) and not packed.asks_last
+            return out.flatten(1)
+        of_groups = zip(*(unpack(x, packed.groups) for x in (q, k, v)), strict=True)
+        return pack_last([self._attend(group) for group in of_groups], packed.groups)
+
+
+VARLEN_DTYPES = torch.float16, torch.bfloat16
+VARLEN_CAPABILITY = 8, 0  # FlashAttention's
+
+
+def runs_varlen(q: Tensor) -> bool:  # [T, H, D / H]
+    """Return whether `torch.nn.attention.varlen` computes the attention of these queries.
+
+    That is FlashAttention: on a GPU of compute capability 8.0 or newer, in fp16 or bf16, of heads
+    of at most 256 features, a multiple of 8.
+    """
+    if not q.is_cuda or q.dtype not in VARLEN_DTYPES:
+        return False
+    fits = q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    return fits and torch.cuda.get_device_capability(q.device) >= VARLEN_CAPABILITY
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,31 +172,6 @@ TORCH_LAYERS = BlockLayers(
     linear=Linear,
     layernorm_mlp=LayerNormMLP,
 )
-
-
-class Sequences(NamedTuple):
-    """Size of a batch among several that are packed."""
-
-    batch_size: int
-    length: int
-    num_last: int | None = None
-    """Tokens that a block returns, the last ones of each sequence; None for all."""
-
-    @property
-    def start(self) -> int:
-        """Return the first token that a block returns."""
-        return 0 if self.num_last is None else self.length - self.num_last
-
-
-def pack(batches: Sequence[Tensor]) -> Tensor:  # [B, T, D] each -> [B T of all, D]
-    """Put batches of sequences of several lengths behind one another."""
-    return torch.cat([batch.flatten(0, 1) for batch in batches])
-
-
-def unpack(tokens: Tensor, packed: Sequence[Sequences]) -> list[Tensor]:
-    """Undo `pack`: [B T of all, D] -> [B, T, D] each, views."""
-    parts = tokens.split([of.batch_size * of.length for of in packed])
-    return [part.view(of.batch_size, of.length, -1) for part, of in zip(parts, packed, strict=True)]
 
 
 class Block(nn.Module):
@@ -218,7 +239,7 @@ class Block(nn.Module):
         num_last: int | None = None,
         rotation: Tensor | None = None,
         priority: Tensor | None = None,
-        packed: Sequence[Sequences] = (),
+        packed: Packed | None = None,
     ) -> Stream:
         """Run the block: [B, T, D] -> [B, T, D], or [B, num_last, D].
 
@@ -228,8 +249,9 @@ class Block(nn.Module):
         num_last: return the last tokens only, without computing the others.
         rotation: [B, T, 2, D / H / 2] of rotary positions, applied to queries and keys.
         priority: [B, 2] int32 of `DropPath`, for attention and for the MLP.
-        packed: x is [B T of all, D], sequences of several lengths of which each attends to itself,
-        as `pack` makes it; then num_last is theirs, and key_mask, rotation and priority are None.
+        packed: x is [T of all, D], sequences of several lengths of which each attends to itself, as
+        `pack` makes it; then rotation is [T of all, 2, D / H / 2], priority [N, 2] of the
+        sequences, num_last theirs, and key_mask None.
         """
         stream = Residual(x) if isinstance(x, Tensor) else x
         rest = key_mask, num_last, rotation, priority, packed
@@ -245,19 +267,30 @@ class Block(nn.Module):
     def _run_whole(self, x: Tensor, *rest: Any) -> Tensor:
         return self._run(Residual(x), *rest).total()
 
-    def _run_packed(self, stream: Residual, packed: Sequence[Sequences]) -> Residual:
+    def _run_packed(
+        self,
+        stream: Residual,
+        packed: Packed,
+        rotation: Tensor | None,
+        priority: Tensor | None,
+    ) -> Residual:
         """Run the block on sequences of several lengths: products of all, attention of each."""
-        assert not self.training or self.drop_path.rate == 0.0, "a row of x is no sample"
+        first, second = branch_priorities(priority)
         x, qkv = self._qkv(stream)
-        attended = [self.attention(each, None, None) for each in unpack(qkv, packed)]
-        if any(of.num_last is not None for of in packed):
-            attended = [a[:, of.start :] for a, of in zip(attended, packed, strict=True)]
-            last = zip(unpack(x, packed), packed, strict=True)
-            x = pack([tokens[:, of.start :] for tokens, of in last])
-        join = self.drop_path.join
-        stream = join(x, self.proj(pack(attended)), self.layer_scale_1)
+        attended = self._attend_packed(qkv, packed, rotation)
+        if packed.asks_last:
+            x = pack_last(unpack(x, packed.groups), packed.groups)
+        drop = self.drop_path
+        stream = drop.join_packed(x, self.proj(attended), self.layer_scale_1, packed, first)
         x, branch = add_and_run(self.layernorm_mlp, stream)
-        return join(x, branch, self.layer_scale_2)
+        return drop.join_packed(x, branch, self.layer_scale_2, packed, second)
+
+    def _attend_packed(self, qkv: Tensor, packed: Packed, rotation: Tensor | None) -> Tensor:
+        if isinstance(self.attention, Attention):
+            return self.attention.attend_packed(qkv, packed, rotation)
+        assert rotation is None, "another library's attention takes whole batches"
+        attended = [self.attention(each, None, None) for each in unpack(qkv, packed.groups)]
+        return pack_last(attended, packed.groups)
 
     def prepare_mask(self, key_mask: Tensor, dtype: torch.dtype) -> Tensor:
         """Return what all blocks of a stack take as key_mask: [B, T] bool -> as `Attention`'s."""
@@ -271,10 +304,10 @@ class Block(nn.Module):
         num_last: int | None,
         rotation: Tensor | None,
         priority: Tensor | None,
-        packed: Sequence[Sequences],
+        packed: Packed | None,
     ) -> Residual:
-        if packed:
-            return self._run_packed(stream, packed)
+        if packed is not None:
+            return self._run_packed(stream, packed, rotation, priority)
         drop, (first, second) = self.drop_path, branch_priorities(priority)
         rows = drop.draw(stream.x, first)
         key_mask = None if key_mask is None else take_rows(key_mask, rows)

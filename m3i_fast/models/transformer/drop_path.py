@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from m3i_fast.config.fields import DropPathMode
 from m3i_fast.models.transformer.layers import Residual
+from m3i_fast.models.transformer.packing import Packed
 
 
 def num_kept(num_samples: int, rate: float) -> int:
@@ -45,13 +46,17 @@ class DropPath(nn.Module):
         """Return the branch with dropped samples zeroed and kept ones scaled, in mode mask."""
         if not self.training or self.rate == 0.0 or self.mode == "subset":
             return branch
+        scales = self._scales(branch.shape[0], branch, priority)
+        return branch * scales.view(-1, *(1,) * (branch.ndim - 1))
+
+    def _scales(self, count: int, branch: Tensor, priority: Tensor | None) -> Tensor:  # [count]
+        """Return 0 for each sample that is dropped, and 1 / (1 - rate) for the others."""
         keep = 1.0 - self.rate
-        one_a_sample = (branch.shape[0], *(1,) * (branch.ndim - 1))
         if priority is None:
-            kept = branch.new_empty(one_a_sample).bernoulli_(keep)
+            kept = branch.new_empty(count).bernoulli_(keep)
         else:
             kept = (priority >= round(self.rate * NUM_PRIORITIES)).to(branch.dtype)
-        return branch * kept.view(one_a_sample).div_(keep)
+        return kept.div_(keep)
 
     def draw(self, x: Tensor, priority: Tensor | None = None) -> Tensor | None:
         """Draw the samples of x [B, ...] that go through the branch: [kept] int64, None for all."""
@@ -81,6 +86,24 @@ class DropPath(nn.Module):
             return Residual(added)
         branch = self(branch, priority)
         # one pass instead of two over the branch
+        return Residual(x, branch) if scale is None else Residual(torch.addcmul(x, branch, scale))
+
+    def join_packed(
+        self,
+        x: Tensor,  # [T, D]
+        branch: Tensor,  # [T, D]
+        scale: Tensor | None,
+        packed: Packed,
+        priority: Tensor | None = None,  # [N] int32
+    ) -> Residual:  # [T, D]
+        """Return x + scale * branch as `join`, dropped for whole sequences of a packed batch.
+
+        In mode mask: which tokens a subset would leave is not known on the host.
+        """
+        if self.training and self.rate:
+            assert self.mode == "mask" and packed.sequence is not None
+            scales = self._scales(packed.num_sequences, branch, priority)
+            branch = branch * scales[packed.sequence][:, None]
         return Residual(x, branch) if scale is None else Residual(torch.addcmul(x, branch, scale))
 
     def add(

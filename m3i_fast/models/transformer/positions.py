@@ -6,10 +6,13 @@ Legend: I images, Q target patches, B batch, T tokens, H heads, D width.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from m3i_fast.models.transformer.packing import to_device
 
 
 def sincos_frequencies(dim: int, device: torch.device | None = None) -> Tensor:  # [dim / 4] fp32
@@ -80,17 +83,83 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
 
 
+def at_least_fp32(x: Tensor) -> Tensor:
+    """Return x in fp32, in fp64 where it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def resample_grid(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """Resize a position table to another grid, as timm does: [1, H W, D] -> [1, H' W', D].
 
-    Bicubic with antialiasing, in fp32, returned in the dtype of the table. old, new: (rows,
-    columns).
+    Bicubic with antialiasing, in fp32 (in fp64 where the table is), returned in the dtype of the
+    table. old, new: (rows, columns).
     """
     if old == new:
         return table
-    picture = table.float().unflatten(1, old).permute(0, 3, 1, 2)  # [1, D, H, W]
+    picture = at_least_fp32(table).unflatten(1, old).permute(0, 3, 1, 2)  # [1, D, H, W]
     picture = F.interpolate(picture, size=new, mode="bicubic", antialias=True)
     return picture.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)
+
+
+# ---- Grids of any rows and columns, one behind the other -----------------------------------------
+
+
+def cells_of_grids(grids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the place of every cell, and the extent of its grid, grid after grid, row by row.
+
+    grids: [N, 2] int64, rows and columns of each. Returns two [T, 2] int64, (row, column) and
+    (rows, columns) of each of the T cells.
+    """
+    count = grids.prod(1)
+    extent = grids.repeat_interleave(count, 0)
+    first = (count.cumsum(0) - count).repeat_interleave(count)
+    cell = torch.arange(len(extent), device=grids.device) - first
+    return torch.stack([cell // extent[:, 1], cell % extent[:, 1]], 1), extent
+
+
+def grid_centres(place: Tensor, extent: Tensor) -> Tensor:
+    """Return the centres of cells as `patch_centres` does: [T, 2] int64, [T, 2] -> [T, 2] fp32."""
+    return (place.float() + 0.5) / extent * 2 - 1
+
+
+def resample_to_grids(
+    table: Tensor,  # [1, G G, D]
+    old: int,
+    place: Tensor,  # [T, 2] int64
+    extent: Tensor,  # [T, 2] int64
+    largest: int,
+) -> Tensor:  # [T, D]
+    """Resample a square position table to each cell's own grid, as `resample_grid` does.
+
+    A cell's position is a sum of the table's with weights that are a product of those of its row
+    and of its column, so that all grids are one matrix product. old: cells G along a side of the
+    table. place, extent: as `cells_of_grids` returns. largest: the most rows or columns.
+    """
+    table = table[0]
+    wide = at_least_fp32(table)
+    weights = _side_weights(old, 1 << (largest - 1).bit_length(), wide.dtype, wide.device)
+    side = extent * (extent - 1) // 2 + place  # the rows of sides of 1, 2, ... are stacked
+    rows, columns = weights[side].unbind(1)  # [T, G] each
+    of_cells = (rows[:, :, None] * columns[:, None, :]).flatten(1)  # [T, G G]
+    with torch.autocast(table.device.type, enabled=False):
+        return (of_cells @ wide).to(table.dtype)
+
+
+@lru_cache(maxsize=16)
+def _side_weights(old: int, largest: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the weights by which `resample_grid` resizes a side to 1, 2, ... `largest` cells.
+
+    [1 + 2 + ... + largest, old]: n rows for n cells, each the weights of the old cells.
+    """
+    unit = torch.eye(old, dtype=dtype).view(1, old, 1, old)  # channel k is 1 in column k
+    sides = [
+        unit if new == old else F.interpolate(unit, (1, new), mode="bicubic", antialias=True)
+        for new in range(1, largest + 1)
+    ]
+    return to_device(torch.cat([side[0, :, 0].t() for side in sides]), device)
+
+
+# ---- Views of one picture ------------------------------------------------------------------------
 
 
 def relative_positions(

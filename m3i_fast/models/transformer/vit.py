@@ -1,11 +1,12 @@
 """The Vision Transformer, which encodes any subset of an image's patch tokens.
 
 Legend: B batch, N patches of the image, n of them encoded, R prefix tokens (class and registers),
-D width, H heads, I images in inputs.
+D width, H heads, I images in inputs; of pictures of any size P pictures, T patches of all of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,23 +14,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m3i_fast.config.models.vit import ViTConfig
-from m3i_fast.models.encoder import ImageEncoder, take_cells
-from m3i_fast.models.transformer.blocks import (
-    TORCH_LAYERS,
-    Block,
-    BlockLayers,
-    Sequences,
-    pack,
-    unpack,
-)
+from m3i_fast.models.encoder import ImageEncoder, PackedTokens, take_cells
+from m3i_fast.models.transformer.blocks import TORCH_LAYERS, Attention, Block, BlockLayers
 from m3i_fast.models.transformer.drop_path import layer_priorities
 from m3i_fast.models.transformer.layers import Residual, reset_children
+from m3i_fast.models.transformer.packing import (
+    Packed,
+    Sequences,
+    pack,
+    sort_by_length,
+    to_device,
+    unpack,
+)
 from m3i_fast.models.transformer.positions import (
+    cells_of_grids,
+    grid_centres,
     grid_embedding,
     patch_centres,
     resample_grid,
+    resample_to_grids,
     rotary,
 )
+from m3i_fast.ops.views import cut_patches
 
 PREFIX_STD = 1e-6  # timm's class and register tokens
 
@@ -51,10 +57,7 @@ def embed_patches(
     Its result is contiguous by token. That of a convolution is contiguous by channel, so that each
     norm and sum of the blocks that follow copies or strides.
     """
-    size = weight.shape[-1]
-    pixels = images.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # [B, 3, h, P, w, P]
-    patches = pixels.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # [B, N, 3 P P]
-    return F.linear(patches, weight.flatten(1), bias)
+    return F.linear(cut_patches(images, weight.shape[-1]), weight.flatten(1), bias)
 
 
 class ViT(ImageEncoder):
@@ -163,11 +166,7 @@ class ViT(ImageEncoder):
         centres: those of the tokens' patches, with rotary positions only; ValueError otherwise.
         priority: of every block's two branches, as `DropPath` takes it.
         """
-        if (centres is None) != (self.cfg.position == "absolute"):
-            raise ValueError(
-                f"centres: expected {'none' if centres is not None else '[B, n, 2]'} with position "
-                f"= {self.cfg.position}, got {None if centres is None else list(centres.shape)}"
-            )
+        self._expect_centres(centres, "[B, n, 2]")
         stream = Residual(self.norm_pre(self._with_prefix(tokens)))
         rotation = None if centres is None else self._rotation(centres)
         for i, block in enumerate(self.blocks):
@@ -242,12 +241,95 @@ class ViT(ImageEncoder):
         if token_index is not None:
             tokens = take_cells(tokens, token_index)
         whole = [self._with_prefix(tokens), self._with_prefix(self.embed(local))]
-        packed = tuple(Sequences(*x.shape[:2]) for x in whole)
+        packed = Packed(tuple(Sequences(*x.shape[:2]) for x in whole))
         stream = Residual(self.norm_pre(pack(whole)))
         for block in self.blocks:
             stream = block(stream, packed=packed)
-        own, of_local = unpack(self.norm(stream.total()), packed)
+        own, of_local = unpack(self.norm(stream.total()), packed.groups)
         return own[:, self.num_prefix :], of_local[:, self.num_prefix :]
+
+    def encode_pictures(
+        self,
+        patches: Tensor,  # [T, 3 P P]
+        grids: Tensor,  # [P, 2] int64, on the CPU
+        priority: Tensor | None = None,  # [P, 2 depth] int32
+    ) -> PackedTokens:
+        """Encode whole pictures of any sizes and aspects, as `forward` each, without padding.
+
+        patches: those of `cut_patches`, picture after picture. grids: rows and columns of patches
+        of each picture. priority: as in `encode`. Raises ValueError as `encode_packed`, and where
+        the patches are not as many as the grids have.
+        """
+        size = 3 * self.cfg.patch_size**2
+        lengths = grids.prod(1).tolist()
+        if patches.shape != (sum(lengths), size):
+            raise ValueError(
+                f"patches: expected [{sum(lengths)}, {size}] for grids of {len(lengths)} pictures, "
+                f"got {list(patches.shape)}"
+            )
+        tokens = F.linear(patches, self.patch_embed.weight.flatten(1), self.patch_embed.bias)
+        place, extent = (to_device(x, patches.device) for x in cells_of_grids(grids))
+        if self.pos_embed is None:
+            return self.encode_packed(tokens, lengths, grid_centres(place, extent), priority)
+        tokens = tokens + resample_to_grids(
+            self.pos_embed, self.cfg.grid, place, extent, largest=int(grids.max())
+        )
+        return self.encode_packed(tokens, lengths, priority=priority)
+
+    def encode_packed(
+        self,
+        tokens: Tensor,  # [T, D]
+        lengths: Sequence[int],
+        centres: Tensor | None = None,  # [T, 2]
+        priority: Tensor | None = None,  # [P, 2 depth] int32
+    ) -> PackedTokens:
+        """Run the blocks on any patch tokens of pictures, each attending to its own alone.
+
+        lengths: tokens of each picture, T in all. centres, priority: as in `encode`. Raises
+        ValueError as `encode`, with stochastic depth by subset, which is of whole batches, and with
+        another library's attention.
+        """
+        self._expect_centres(centres, "[T, 2]")
+        self._expect_packable()
+        num_prefix, count = self.num_prefix, len(lengths)
+        packing = sort_by_length(lengths, num_prefix=num_prefix, device=tokens.device)
+        prefix = tuple(p for p in (self.class_token, self.register_tokens) if p is not None)
+        if prefix:
+            of_all = torch.cat(prefix, 1).expand(count, -1, -1).flatten(0, 1)
+            tokens = torch.cat([of_all, tokens])
+        rotation = None
+        if centres is not None:
+            whole = torch.cat([centres.new_zeros(count * num_prefix, 2), centres])
+            rotation = rotary(whole[packing.order], self.cfg.dim // self.cfg.num_heads)
+        if priority is not None:
+            priority = priority[packing.by_length]
+        stream = Residual(self.norm_pre(tokens).index_select(0, packing.order))
+        for i, block in enumerate(self.blocks):
+            own = layer_priorities(priority, i)
+            stream = block(stream, rotation=rotation, priority=own, packed=packing.packed)
+        encoded = self.norm(stream.total()).index_select(0, packing.back)
+        of_prefix, cells = encoded.tensor_split([count * num_prefix])
+        return PackedTokens(of_prefix.unflatten(0, (count, num_prefix)), cells)
+
+    def _expect_packable(self) -> None:
+        cfg = self.cfg
+        if self.training and cfg.drop_path_rate and cfg.drop_path_mode != "mask":
+            raise ValueError(
+                "drop_path_mode: expected mask with packed pictures, since which tokens a subset "
+                f"leaves is not known on the host, got {cfg.drop_path_mode}"
+            )
+        if not all(isinstance(block.attention, Attention) for block in self.blocks):
+            raise ValueError(
+                "layers: expected attention by torch with packed pictures, got "
+                f"{type(self.blocks[0].attention).__name__} of another library"
+            )
+
+    def _expect_centres(self, centres: Tensor | None, shape: str) -> None:
+        if (centres is None) != (self.cfg.position == "absolute"):
+            raise ValueError(
+                f"centres: expected {'none' if centres is not None else shape} with position "
+                f"= {self.cfg.position}, got {None if centres is None else list(centres.shape)}"
+            )
 
     def summarise(self, tokens: Tensor) -> Tensor:
         """Return all tokens unchanged: [B, n, D]."""

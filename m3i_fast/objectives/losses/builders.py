@@ -17,10 +17,13 @@ from functools import partial
 from pkgutil import resolve_name
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from m3i_fast.config.losses import LOSSES
 from m3i_fast.config.objective import ObjectiveConfig, Term
+from m3i_fast.objectives.losses import similarity
+from m3i_fast.objectives.losses.annotations import binary_cross_entropy, known_squares
 from m3i_fast.objectives.losses.regularisers import barlow_twins, koleo, vicreg
 from m3i_fast.objectives.losses.similarity import info_nce, negative_cosine_similarity, nt_xent
 from m3i_fast.objectives.losses.stateful import (
@@ -54,7 +57,7 @@ def build_loss(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> Loss
 
 
 def category(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
-    """Build the softmax over all categories, which every rank has; rows alone are sharded."""
+    """Build the softmax over all categories, or a vocabulary; rows alone are sharded."""
 
     def loss(z_hat: Tensor, z: Tensor, scale: Tensor, *, targets: Tensor) -> Tensor:
         if group is None:
@@ -76,6 +79,16 @@ def caption_sigmoid(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) ->
     return partial(boltzmann, form="sigmoid", process_group=group, equal_sizes=True)
 
 
+def labels(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
+    """Build the mean over labels of rows' binary cross-entropies, of rows with labels alone."""
+    return partial(binary_cross_entropy, process_group=group)
+
+
+def numbers(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
+    """Build the squared distance over 2 sigma^2, of the numbers that are known."""
+    return partial(known_squares, sigma=cfg.sigma, process_group=group)
+
+
 # ---- Cells ---------------------------------------------------------------------------------------
 
 
@@ -89,6 +102,16 @@ def dense_gaussian(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> 
         decorrelation_weight=cfg.decorrelation_weight if term.decorrelates else 0.0,
         centred=term.regulariser == "covariance",
     )
+
+
+def cosine_smooth_l1(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
+    """Build AM-RADIO's loss of a teacher's cells, of the rows of one rank."""
+    return similarity.cosine_smooth_l1
+
+
+def squared_distance(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
+    """Build the mean squared distance of the rows of one rank."""
+    return F.mse_loss
 
 
 def dense_queue(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:

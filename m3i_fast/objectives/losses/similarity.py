@@ -33,6 +33,23 @@ def negative_cosine_similarity(
     return -F.cosine_similarity(wide(z_hat), wide(z), dim=-1).mean()
 
 
+@full_precision
+def cosine_smooth_l1(
+    z_hat: Tensor,  # [..., D] any float
+    z: Tensor,  # [..., D] any float, detached
+    *,
+    cosine_weight: float = 0.9,
+) -> Tensor:  # [] fp32
+    """Return w mean (1 - cos(z_hat, z)) + (1 - w) mean smooth_l1(z_hat - z), with beta 1.
+
+    AM-RADIO, arXiv 2312.06709, equation 3: the cosine finds the direction of a teacher's cell, the
+    other part its length. Raises ValueError where the shapes differ.
+    """
+    cosine = 1 + negative_cosine_similarity(z_hat, z)
+    length = F.smooth_l1_loss(wide(z_hat), wide(z))
+    return cosine_weight * cosine + (1 - cosine_weight) * length
+
+
 # ---- InfoNCE -------------------------------------------------------------------------------------
 
 

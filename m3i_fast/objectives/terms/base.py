@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from m3i_fast.config.columns import ColumnConfig
 from m3i_fast.config.models.text import TextConfig
 from m3i_fast.config.models.vision import VisionConfig
 from m3i_fast.config.objective import ObjectiveConfig, Term
@@ -32,10 +33,24 @@ class Sizes:
     """Width of a token of the target encoders in use, by momentum and frozen."""
     summary_dim: Mapping[str, int]
     """Width of a token of their summaries."""
+    columns: tuple[ColumnConfig, ...] = ()
+    """Named columns of the data."""
     process_group: dist.ProcessGroup | None = None
     """The ranks that share a batch."""
     layers: BlockLayers = TORCH_LAYERS
     """Constructors of the Transformer blocks' modules."""
+
+    def column_of(self, term: Term) -> ColumnConfig:
+        """Return the column that a term names; ValueError where the data have none of that kind."""
+        wanted = term.kind.column
+        for column in self.columns:
+            if column.name == term.column and column.kind == wanted:
+                return column
+        there = ", ".join(f"{c.name} ({c.kind})" for c in self.columns) or "none"
+        raise ValueError(
+            f"term {term.name!r}: column: expected a column of {wanted} of the data, which have "
+            f"{there}, got {term.column!r}"
+        )
 
 
 class TermModule(nn.Module, ABC):

@@ -68,5 +68,5 @@ class CellPrototypes(Dense):
         return self.loss(z_hats, targets, prototypes), len(queries[0]) * len(views)
 
     def _target_tokens(self, step: StepContext, view: int, query: Tensor) -> Tensor:  # [A Q, C]
-        tokens = step.target_tokens(self.term.encoder, view, self.term.asked)
+        tokens = step.target_tokens(self.term.target_encoder, view, self.term.asked)
         return gather_cells(tokens, query).flatten(0, 1)

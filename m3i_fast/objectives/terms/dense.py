@@ -51,8 +51,11 @@ class Dense(TermModule):
         self.standardise = None
         if term.standardise != "none":
             self.standardise = Standardise(dim, term.standardise, sizes.process_group)
-        decodes = term.predictor == "decoder"
-        self.decoder_key = f"{term.target}_{term.encoder}" if decodes else None
+        self.decoder_key = None
+        if term.predictor == "decoder":
+            # A teacher's own name is no name of a module.
+            source = term.encoder if term.teacher is None else term.name
+            self.decoder_key = f"{term.target}_{source}"
         if term.predictor == "linear":
             self.predictor = Linear(vision.dim, dim)
 
@@ -140,7 +143,7 @@ class Dense(TermModule):
     ) -> Tensor:  # [A, Q, E]
         term, view = self.term, int(self.term.view == "other")
         if term.target == "features":
-            tokens = gather_cells(step.target_tokens(term.encoder, view, term.asked), query)
+            tokens = gather_cells(step.target_tokens(term.target_encoder, view, term.asked), query)
             tokens = tokens if project is None else project(tokens)
             return tokens if self.standardise is None else self.standardise(tokens)
         samples = step.mix.take(step.mix.sample, term.asked)
@@ -153,7 +156,7 @@ def dense_dim(term: Term, cfg: ObjectiveConfig, sizes: Sizes) -> int:
     if cfg.projects(term):
         return cfg.decoder.dim
     if term.encoder != "none":
-        return sizes.target_dim[term.encoder]
+        return sizes.target_dim[term.target_encoder]
     return 3 * (sizes.vision.image_size // sizes.vision.grid) ** 2
 
 
@@ -178,7 +181,8 @@ class DenseContrast(TermModule):
     def forward(self, step: StepContext, monitor: Monitor | None) -> tuple[Tensor, Tensor | int]:
         term = self.term
         tokens = step.mix.take(step.encoded.views[0], term.asked)
-        target_tokens = step.target_tokens(term.encoder, int(term.view == "other"), term.asked)
+        view = int(term.view == "other")
+        target_tokens = step.target_tokens(term.target_encoder, view, term.asked)
         z_hat = self.projector(tokens)
         with torch.no_grad():
             z = self.momentum(target_tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +22,48 @@ from m3i_fast.objectives.step_context import Monitor, StepContext
 from m3i_fast.objectives.terms.base import Sizes, TermModule
 from m3i_fast.ops import IGNORED
 
+if TYPE_CHECKING:
+    from m3i_fast.pipelines.batch import Batch
+
 SIGMOID_SCALE, SIGMOID_BIAS = 10.0, -10.0  # SigLIP's start, arXiv 2303.15343
 
 
-class Label(TermModule):
-    """A term whose target is an annotation of the picture, with a learnt temperature tau."""
+class Annotation(TermModule):
+    """A term whose target is an annotation of the picture, which not every picture has."""
+
+    def text(self, batch: Batch) -> tuple[Tensor, Tensor]:  # [B, T] int, [B] int64
+        """Return the token ids of the term's texts, zero padded, and how many each has."""
+        if not self.term.column:
+            return batch.token_ids, batch.num_tokens
+        ids = batch.columns[self.term.column]
+        return ids.clamp_min(0), (ids >= 0).sum(1)
+
+    def num_rows(self, step: StepContext) -> int:
+        """Return how many rows of this rank may have the term's target."""
+        return step.num_rows
+
+    def _known_empty(self, members: Tensor) -> bool:
+        """Return whether it is known without a host synchronisation that no row has a target.
+
+        With several ranks always False: a rank that skipped the term would miss its collectives.
+        """
+        known = members.device.type == "cpu" and self.process_group is None
+        return known and not bool(members.any())
+
+    def _share(self, members: Tensor) -> Tensor | float:  # [N] bool -> [] fp32
+        """Return the factor of a mean over members: members / rows of all ranks, or 1.
+
+        members: the rows that have a target.
+        """
+        if self.term.mean == "members":
+            return 1.0
+        counts = torch.stack([members.sum(), members.new_full((), len(members), dtype=torch.int64)])
+        num_members, num_rows = sum_over_ranks(counts, self.process_group).float().unbind()
+        return num_members / num_rows.clamp_min(1)
+
+
+class Label(Annotation):
+    """An annotation that is compared with the picture's embedding, by a learnt temperature tau."""
 
     def __init__(self, term: Term, cfg: ObjectiveConfig, sizes: Sizes) -> None:
         super().__init__(term, cfg, sizes.text.embed_dim, sizes)
@@ -54,25 +92,6 @@ class Label(TermModule):
         """Embed every image in an input, then every local view."""
         return unit_rows(wide(self.head.of_means(step.mean_rows())))
 
-    def _known_empty(self, members: Tensor) -> bool:
-        """Return whether it is known without a host synchronisation that no row has a target.
-
-        With several ranks always False: a rank that skipped the term would miss its collectives.
-        """
-        known = members.device.type == "cpu" and self.process_group is None
-        return known and not bool(members.any())
-
-    def _share(self, members: Tensor) -> Tensor | float:  # [N] bool -> [] fp32
-        """Return the factor of a mean over members: members / rows of all ranks, or 1.
-
-        members: the rows that have a target.
-        """
-        if self.term.mean == "members":
-            return 1.0
-        counts = torch.stack([members.sum(), members.new_full((), len(members), dtype=torch.int64)])
-        num_members, num_rows = sum_over_ranks(counts, self.process_group).float().unbind()
-        return num_members / num_rows.clamp_min(1)
-
     def _nothing(self) -> tuple[Tensor, int]:
         """Return the loss 0 of a batch without targets, which can be differentiated."""
         return self.log_scale * 0, 0
@@ -82,13 +101,14 @@ class Category(Label):
     """A term whose z is the learnt embedding of the picture's category."""
 
     def __init__(self, term: Term, cfg: ObjectiveConfig, sizes: Sizes) -> None:
-        if sizes.num_classes < 1:
+        count = sizes.column_of(term).num_names if term.column else sizes.num_classes
+        if count < 1:
             raise ValueError(
                 f"objective.terms: expected data with classes for {term.name!r}, got "
-                f"{sizes.num_classes} classes; leave the term out, or pack pictures with labels"
+                f"{count} classes; leave the term out, or pack pictures with labels"
             )
         super().__init__(term, cfg, sizes)
-        self.embedding = nn.Parameter(torch.empty(sizes.num_classes, sizes.text.embed_dim))
+        self.embedding = nn.Parameter(torch.empty(count, sizes.text.embed_dim))
         self.reset_own_parameters()
 
     @torch.no_grad()
@@ -105,14 +125,15 @@ class Category(Label):
         return _products(self.embed(summary), self.class_embeddings(), self.log_scale.exp())
 
     def forward(self, step: StepContext, monitor: Monitor | None) -> tuple[Tensor, Tensor | int]:
-        targets = step.per_row(step.batch.label)
+        batch, name = step.batch, self.term.column
+        targets = step.per_row(batch.columns[name] if name else batch.label)
         members = targets != IGNORED
         if self._known_empty(members):
             return self._nothing()
         z = self.class_embeddings()
         z_hat, scale = self._rows(step), self.log_scale.exp()
         values = [
-            _weighted(
+            weighted(
                 weight * self._share(members[rows]),
                 self.loss(z_hat[rows], z, scale, targets=targets[rows]),
             )
@@ -121,7 +142,8 @@ class Category(Label):
         return sum(values[1:], start=values[0]), members.sum()
 
 
-def _weighted(weight: Tensor | float, value: Tensor) -> Tensor:  # [], [] -> []
+def weighted(weight: Tensor | float, value: Tensor) -> Tensor:  # [], [] -> []
+    """Return weight * value, the value itself for a weight of 1."""
     return value if isinstance(weight, float) and weight == 1.0 else weight * value
 
 
@@ -135,6 +157,8 @@ class Caption(Label):
     """A term whose z is the text encoder's embedding of the picture's caption."""
 
     def __init__(self, term: Term, cfg: ObjectiveConfig, sizes: Sizes) -> None:
+        if term.column:
+            sizes.column_of(term)  # raises where there is none
         super().__init__(term, cfg, sizes)
         self.text_encoder = TextEncoder(sizes.text, layers=sizes.layers)
         self.token_dropout = cfg.mixing.token_dropout
@@ -158,17 +182,17 @@ class Caption(Label):
 
     def forward(self, step: StepContext, monitor: Monitor | None) -> tuple[Tensor, Tensor | int]:
         batch, mix = step.batch, step.mix
-        if self._known_empty(batch.num_tokens > 0):
+        tokens = self.text(batch)
+        if self._known_empty(tokens[1] > 0):
             return self._nothing()
-        tokens = batch.token_ids, batch.num_tokens
         with step.stage("fwd.text"):
             z = self.embed_captions(*drop_tokens(*tokens, mix.token_priority, self.token_dropout))
-        ids = batch.group_id.masked_fill(batch.num_tokens == 0, IGNORED)
+        ids = batch.group_id.masked_fill(tokens[1] == 0, IGNORED)
         row_ids = step.per_row(ids)
         z_hat, scale = self._rows(step), self.log_scale.exp()
         members, values = row_ids != IGNORED, []
         for weight, rows in step.weighted_rows():
             ids_of = {"row_ids": row_ids[rows], "col_ids": ids}
             value = self.loss(z_hat[rows], z, scale, bias=self.bias, **ids_of)
-            values.append(_weighted(weight * self._share(members[rows]), value))
+            values.append(weighted(weight * self._share(members[rows]), value))
         return sum(values[1:], start=values[0]), members.sum()

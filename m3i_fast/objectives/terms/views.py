@@ -22,7 +22,7 @@ class Embedding(TermModule):
 
     def __init__(self, term: Term, cfg: ObjectiveConfig, sizes: Sizes) -> None:
         sized, frozen = cfg.projector, term.encoder == "frozen"
-        dim = sizes.summary_dim["frozen"] if frozen else sized.output_dim
+        dim = sizes.summary_dim[term.target_encoder] if frozen else sized.output_dim
         super().__init__(term, cfg, dim, sizes)
         hidden = [sized.hidden_dim] * (sized.num_layers - 1)
         dims = sizes.vision.summary_dim, *hidden, dim
@@ -64,7 +64,7 @@ class Embedding(TermModule):
             stops = self.term.regulariser == "stop_gradient"
             return projected[view].detach() if stops else projected[view]
         with torch.no_grad():
-            embedded = step.target_embedding(self.term.encoder, view)
+            embedded = step.target_embedding(self.term.target_encoder, view)
             return embedded if self.momentum is None else self.momentum(embedded)
 
 
@@ -116,7 +116,7 @@ class PrototypeTerm(TermModule):
     ) -> Tensor:  # [I, E]
         if self.momentum is None:
             return own[view].detach()
-        return self.momentum(step.target_embedding(self.term.encoder, view))
+        return self.momentum(step.target_embedding(self.term.target_encoder, view))
 
 
 @torch.no_grad()

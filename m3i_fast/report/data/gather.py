@@ -27,6 +27,7 @@ from m3i_fast.pipelines.dataset.near_duplicates import (
 from m3i_fast.pipelines.dataset.pictures import FORMATS, decode_pixels
 from m3i_fast.pipelines.dataset.sample_table import SampleTable
 from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
+from m3i_fast.pipelines.inspection.statistics import column_counts
 from m3i_fast.pipelines.loader import Loader, evaluation_batches
 from m3i_fast.pipelines.open_data import OpenSplit
 from m3i_fast.pipelines.open_few import open_few
@@ -89,6 +90,7 @@ def gather(
         near=near,
         refused=_refused(cfg.path),
         attribution=manifest.attribution,
+        columns=column_counts(manifest, cfg.split),
         near_grouped=manifest.settings.get("near_duplicates"),
     )
 

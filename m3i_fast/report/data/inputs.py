@@ -72,6 +72,8 @@ class DataPageInputs:
     refused: Sequence[Refusal] | None
     """What packing or indexing left out; None: nothing says so."""
     attribution: str = ""
+    columns: Sequence[Mapping[str, Any]] = ()
+    """Each named column's column, kind, number of names, and known, of how many pictures."""
     near_grouped: Mapping[str, int] | None = None
     """Pictures, groups, and pictures with a near duplicate in another split, as packing counted
     them; None: it did not look for near duplicates."""

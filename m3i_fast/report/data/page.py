@@ -104,6 +104,15 @@ def _tiles(inputs: DataPageInputs) -> list[dict[str, str]]:
             "with a class",
             f"{inputs.num_labels:,}, in {len(inputs.class_names):,} classes",
         ),
+        *(
+            (
+                _share(column["known"], total),
+                f"with {column['column']}",
+                f"{column['known']:,}, {column['kind']}"
+                + (f" of {column['names']:,}" if column["names"] else ""),
+            )
+            for column in inputs.columns
+        ),
         (f"{short:.0f}", "pixels, short side", median),
         (f"{inputs.num_near:,}", "near duplicates", "pairs of different groups"),
     ]

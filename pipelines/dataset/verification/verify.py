@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from m3i_fast.config.data import MAX_PIXELS
 from m3i_fast.pipelines.dataset import alternates, captions
+from m3i_fast.pipelines.dataset.columns import Known
 from m3i_fast.pipelines.dataset.directory import check_split
 from m3i_fast.pipelines.dataset.files import Advance, DatasetFiles, LocalFiles
 from m3i_fast.pipelines.dataset.manifest import TABLE, Manifest, ShardInfo, sha256_file
@@ -76,7 +77,7 @@ def find_faults(
         broken = dict(files.faults(split))
         if broken:
             report.faults += [Fault(file, None, str(error)) for file, error in broken.items()]
-            if split.table is not None and split.table.file not in broken:
+            if split.tables and not broken.keys() & {table.file for table in split.tables}:
                 report.faults += _split_with_table(look, broken)
             continue
         faults = list(_check_digests(files, name))
@@ -89,7 +90,7 @@ def find_faults(
         else:
             faults += _split_with_table(look)
         report.faults += _without_repeats(faults)
-    if not report.faults and manifest.format_version == TABLE:
+    if not report.faults and manifest.format_version >= TABLE:
         report.faults += _check_ids(files)
     return report
 
@@ -120,8 +121,7 @@ def _check_digests(files: DatasetFiles, name: str) -> Iterator[Fault]:
     """Compare the digests of a split's table and indices."""
     split = files.manifest.splits[name]
     recorded = [(shard.index_file, shard.index_sha256) for shard in split.shards]
-    if split.table is not None:
-        recorded.append((split.table.file, split.table.sha256))
+    recorded += [(table.file, table.sha256) for table in split.tables]
     for file, expected in recorded:
         if expected is not None and (got := sha256_file(files.folder / file)) != expected:
             reason = f"{files.place}/{file}: expected sha256 {expected}, got {got}"
@@ -140,6 +140,7 @@ def _split_with_table(look: _Look, broken: Collection[str] = ()) -> Iterator[Fau
         reason += f" after {shard_of[at - 1]}"
         yield Fault(name, None, f"{files.place}: split {name}: {reason}")
         return
+    yield from _check_columns(look, table)
     first = np.searchsorted(shard_of, np.arange(len(split.shards) + 1, dtype=shard_of.dtype))
     counts = Counts()
     num_bad, is_good = 0, not broken
@@ -153,6 +154,24 @@ def _split_with_table(look: _Look, broken: Collection[str] = ()) -> Iterator[Fau
         yield from report.faults
     if is_good:
         yield from _check_counts(files, name, counts, num_bad)
+
+
+def _check_columns(look: _Look, table: SampleTable) -> Iterator[Fault]:
+    """Check every value of the named columns, and what the manifest counts of them."""
+    info, columns = look.files.manifest.splits[look.name].columns, table.columns
+    if info is None or columns is None:
+        return
+    counts = Known(columns.columns)
+    for start in range(0, len(table), BLOCK):
+        numbers = np.arange(start, min(start + BLOCK, len(table)))
+        if (fault := columns.fault(numbers)) is not None:
+            yield Fault(info.file, None, fault)
+            return
+        counts.add(columns.rows[numbers])
+    for key, counted in counts.result().items():
+        if counted != getattr(info, key):
+            said = f"expected {key} {getattr(info, key)} (manifest), got {counted}"
+            yield Fault(info.file, None, f"{look.files.place}/{info.file}: {said}")
 
 
 def _read_shard(look: _Look, shard: ShardInfo, rows: Rows, counts: Counts) -> ShardReport:
@@ -187,6 +206,7 @@ def _check_counts(files: DatasetFiles, name: str, counts: Counts, num_bad: int) 
         counted = replace(
             counts.split(split.shards),
             table=split.table,
+            columns=split.columns,
             num_bad=num_bad,
             num_samples=counts.num_samples + num_bad,
         )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from m3i_fast.pipelines.packing.items import SourceOptions
+from m3i_fast.pipelines.packing.readers.named_columns import expect_columns, specs_of
 
 IMAGE = r"image|images?_?(path|file|name|filename)?|img(_?path|_?file)?|file(_?name|_?path)?|path"
 IMAGE += r"|picture|photo|jpg|png|webp|image_?bytes|bytes"
@@ -41,17 +42,22 @@ class Columns(NamedTuple):
 def choose_columns(names: Sequence[str], options: SourceOptions, where: str) -> Columns:
     """Choose the columns that flags name, or else those that are called so.
 
-    An empty text as a flag's value stands for none. Raises ValueError where a column that a flag
-    names is not there, or none is called like a picture's.
+    An empty text as a flag's value stands for none; what --column names is not guessed. Raises
+    ValueError where a column that a flag names is not there, or none is called like a picture's.
     """
     there = ", ".join(names)
+
+    specs = specs_of(options)
+    expect_columns(specs, names, where)
+    taken = {source for spec in specs for source in spec.sources}
+    left = [name for name in names if name not in taken]
 
     def one(flag: str, asked: str | None, pattern: str) -> str | None:
         if asked is not None:
             if asked and asked not in names:
                 raise ValueError(f"{flag}: expected one of {there} ({where}), got {asked}")
             return asked or None
-        return next((name for name in names if _called(name, pattern)), None)
+        return next((name for name in left if _called(name, pattern)), None)
 
     image = one("--image-column", options.image_column, IMAGE)
     if image is None:
@@ -64,9 +70,9 @@ def choose_columns(names: Sequence[str], options: SourceOptions, where: str) -> 
         for name in captions:
             one("--caption-column", name, CAPTION)
     else:
-        captions = tuple(name for name in names if _called(name, CAPTION) and name != image)
+        captions = tuple(name for name in left if _called(name, CAPTION) and name != image)
         if not captions:
-            captions = tuple(name for name in names if _called(name, OTHER_CAPTION))[:1]
+            captions = tuple(name for name in left if _called(name, OTHER_CAPTION))[:1]
     label = one("--label-column", options.label_column, LABEL)
     group = one("--group-column", options.group_column, GROUP)
     return Columns(

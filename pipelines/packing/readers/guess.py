@@ -14,6 +14,7 @@ from m3i_fast.pipelines.packing.readers.folders import (
     is_picture,
 )
 from m3i_fast.pipelines.packing.readers.huggingface import HuggingFace, is_saved
+from m3i_fast.pipelines.packing.readers.named_columns import refuse_columns
 from m3i_fast.pipelines.packing.readers.packed import Packed
 from m3i_fast.pipelines.packing.readers.tables import TEXT_SUFFIXES, Tables, table_files
 from m3i_fast.pipelines.packing.readers.tars import COMPRESSED, PLAIN, Tars, tar_files
@@ -44,7 +45,9 @@ def resolve(options: SourceOptions) -> tuple[SourceOptions, str]:
 
 
 def make_reader(options: SourceOptions) -> Reader:
-    """Return the reader of a source whose kind is known."""
+    """Return the reader of a source whose kind is known; ValueError for columns it has not."""
+    if options.kind not in ("table", "huggingface"):
+        refuse_columns(options)
     return READERS[options.kind](options)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from m3i_fast.pipelines.packing.items import (
 )
 from m3i_fast.pipelines.packing.readers.columns import Columns, choose_columns
 from m3i_fast.pipelines.packing.readers.labels import assign_labels
+from m3i_fast.pipelines.packing.readers.named_columns import Spec, assign_columns, specs_of
 
 MARKS = ("dataset_dict.json", "dataset_info.json")  # that such a folder holds
 
@@ -60,12 +61,15 @@ class HuggingFace:
             listing.files[file.relative_to(self.options.path).as_posix()] = stamp(file)
         labels: list[object] = []
         names: tuple[str, ...] = self.options.class_names
+        specs, named = specs_of(self.options), dict[str, dict[str, Any]]()
+        known_of: dict[str, tuple[str, ...]] = {}
         for split, rows in splits.items():
             known = getattr(rows.features.get(columns.label or ""), "names", None)
             names = names or tuple(known or ())
+            known_of |= {s.name: found for s in specs if (found := _class_names(rows, s))}
             paths = _paths(rows, columns.image)
             for number, (row, path) in enumerate(
-                zip(_annotations(rows, columns), paths, strict=True)
+                zip(_annotations(rows, columns, specs), paths, strict=True)
             ):
                 try:
                     item = _item(row, columns, split, number)
@@ -73,9 +77,11 @@ class HuggingFace:
                         item = item._replace(stamp=self._stamp(path))
                     listing.items.append(item)
                     labels.append(_name(row.get(columns.label or ""), known))
+                    named[item.name] = {s.name: s.of_row(row) for s in specs}
                 except Refused as refused:
                     listing.refusals.append(refused.of(f"{split}[{number}]"))
         assign_labels(listing, labels, class_names=names, label_as=self.options.label_as)
+        assign_columns(listing, specs, named, known_of)
         return listing
 
     def read(self, place: Place) -> bytes:
@@ -127,9 +133,17 @@ def _paths(rows: Any, image: str) -> Iterator[str | None]:
             yield from [None] * len(table)
 
 
-def _annotations(rows: Any, columns: Columns) -> Iterator[dict[str, Any]]:
+def _class_names(rows: Any, spec: Spec) -> tuple[str, ...]:
+    """Return the names of a column's classes or labels, where the data set stores numbers."""
+    feature = rows.features.get(spec.sources[0])
+    feature = getattr(feature, "feature", feature)  # of a list
+    return tuple(getattr(feature, "names", None) or ())
+
+
+def _annotations(rows: Any, columns: Columns, specs: Sequence[Spec]) -> Iterator[dict[str, Any]]:
     """Yield the rows of a split without their pictures."""
     wanted = [*columns.captions, columns.label, columns.group, columns.split]
+    wanted += [source for spec in specs for source in spec.sources]
     kept = list(dict.fromkeys(name for name in wanted if name is not None))
     if not kept:
         return iter([{}] * len(rows))

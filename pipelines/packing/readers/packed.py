@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -67,7 +67,7 @@ class Packed:
 
     def list(self) -> Listing:
         """List the samples of all splits, without those that are marked as bad."""
-        listing = Listing(class_names=self.manifest.class_names)
+        listing = Listing(class_names=self.manifest.class_names, columns=self.manifest.columns)
         captions = self._captions_of()
         for split, table in self._tables.items():
             open_split(self.options.path, split)
@@ -92,9 +92,28 @@ class Packed:
                         captions=found,
                         label=int(row["label"]),
                         group=str(int(row["group_id"])),
+                        columns=self._columns(table, number),
                     )
                 )
         return listing
+
+    def _columns(self, table: SampleTable, number: int) -> tuple[tuple[str, Any], ...]:
+        """Return a sample's named columns as an item has them; texts are decoded."""
+        if table.columns is None:
+            return ()
+        rows = table.columns.rows[number]
+        values = ((column, column.value(rows[column.name])) for column in table.columns.columns)
+        return tuple(
+            (
+                column.name,
+                self._tokenizer.decode(value) if column.kind == "text" and value else value,
+            )
+            for column, value in values
+        )
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_info(self.manifest.tokenizer)
 
     def read(self, place: Place) -> bytes:
         """Read the picture of a sample, whose bytes are compared with their checksum."""

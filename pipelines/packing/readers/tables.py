@@ -28,6 +28,7 @@ from m3i_fast.pipelines.packing.items import (
 )
 from m3i_fast.pipelines.packing.readers.columns import Columns, choose_columns
 from m3i_fast.pipelines.packing.readers.labels import assign_labels
+from m3i_fast.pipelines.packing.readers.named_columns import assign_columns, specs_of
 from m3i_fast.pipelines.packing.readers.spool import Spool, open_spool, read_spooled
 
 TEXT_SUFFIXES = (".csv", ".tsv")
@@ -54,6 +55,7 @@ class Tables:
     def list(self) -> Listing:
         listing = Listing()
         labels: dict[str, object] = {}
+        specs, named = specs_of(self.options), dict[str, dict[str, Any]]()
         place_of: dict[str, int] = {}
         num_merged = 0
         files = check_files(self.files, self.options, listing)
@@ -77,6 +79,7 @@ class Tables:
                             )
                         num_merged += self._add(listing, item, place_of)
                         labels.setdefault(item.name, label)
+                        named.setdefault(item.name, {s.name: s.of_row(row) for s in specs})
                     except Refused as refused:
                         listing.refusals.append(refused.of(where))
         if num_merged:
@@ -89,6 +92,7 @@ class Tables:
             class_names=self.options.class_names,
             label_as=self.options.label_as,
         )
+        assign_columns(listing, specs, named)
         return listing
 
     def read(self, place: Place) -> bytes:
@@ -264,6 +268,7 @@ def open_parquet(file: Path, options: SourceOptions) -> tuple[Columns, Iterator[
     columns = choose_columns(opened.schema_arrow.names, options, file.name)
     needed = [columns.image, *columns.captions]
     needed += [c for c in (columns.label, columns.group, columns.split) if c is not None]
+    needed += [source for spec in specs_of(options) for source in spec.sources]
     return columns, _parquet_rows(opened, needed, file, arrow)
 
 

@@ -73,6 +73,8 @@ def copy_of(batch: Batch) -> Batch:
     def copied(value: Any) -> Any:
         if isinstance(value, tuple):
             return tuple(map(copied, value))
+        if isinstance(value, dict):
+            return {name: copied(values) for name, values in value.items()}
         return value.cpu() if value.is_cuda else value.clone()
 
     return Batch(**{name: copied(getattr(batch, name)) for name in batch.__slots__})

@@ -159,7 +159,7 @@ def test_a_batch_of_other_fields_names_the_version(tmp_path: Path) -> None:
     other = planted(tmp_path, "HEAD~3", seconds=1.0)
     file = Path(_batch_file(tmp_path, depth=torch.zeros(4)))
     plan = Plan(RECIPE, steps=Steps(file, 1))
-    told = r"HEAD~3: m3i_fast\.pipelines\.batch\.Batch: expected the fields boxes, depth, "
+    told = r"HEAD~3: m3i_fast\.pipelines\.batch\.Batch: expected the fields boxes, columns, depth, "
     with pytest.raises(ValueError, match=told), Worker(plan, other) as worker:
         worker.wait_until_warm()
 

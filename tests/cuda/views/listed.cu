@@ -5,7 +5,7 @@
 extern "C" __attribute__((visibility("default"))) int make_listed_views(
     const m3i::ViewImage* images, const m3i::ViewParams* rows, uint8_t* out, uint8_t* smaller_out,
     int num_samples, int size, int smaller) {
-  const m3i::ViewGeometry geometry[] = {{size, 3, 1}, {smaller, 3, 0}};
+  const m3i::ViewGeometry geometry[] = {{size, size, 3, 1}, {smaller, smaller, 3, 0}};
   uint8_t* const places[] = {out, smaller_out};
   m3i::ViewsCudaParams params{};
   params.images = images;

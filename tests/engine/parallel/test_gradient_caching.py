@@ -69,7 +69,7 @@ def _step(cfg: TrainConfig) -> tuple[dict[str, Tensor], int]:
 
 @pytest.mark.parametrize(
     ("name", "vision"),
-    [("demo", {}), ("demo", {"position": "rotary"}), ("demo_internimage", {})],
+    [("demo", {}), ("demo", {"position": "rotary"}), ("demo_internimage", {}), ("demo_coca", {})],
 )
 def test_gradients_are_those_of_the_whole_batch(name: str, vision: dict[str, str]) -> None:
     cfgs = (_config(name, size, **vision) for size in (0, 2))

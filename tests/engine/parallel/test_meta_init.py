@@ -74,7 +74,7 @@ def _by_meta(cfg: TrainConfig) -> MutualInformation:
     torch.manual_seed(cfg.seed)
     objective = build_objective(cfg, on_meta=True)
     assert is_on_meta(objective) and held(objective) == 0
-    assert not any(map(is_on_meta, objective._teacher or ()))
+    assert not any(map(is_on_meta, objective.teachers.values()))
     copies = [average for average, _ in objective.momentum_pairs()]
     initialise(objective, blocks_of(objective), CPU, copies=copies)
     return objective

@@ -17,8 +17,8 @@ from m3i_fast.recipes import demo, demo_method, shrink
 from tests.engine.parallel.parallel_work import Case, run, work
 from tests.shared.engine.small_run import TEXT
 
-# Batch norms, queues, centres, prototypes, terms without an EMA encoder.
-OTHERS = ("moco_v3", "byol", "dino", "ibot", "mae", "densecl", "siglip")
+# Batch norms, queues, Sinkhorn, centres, prototypes, a snapshot, captioner, no EMA encoder.
+OTHERS = ("moco_v3", "byol", "dinov3", "mae", "densecl", "siglip2")
 BATCH_NORMS = ("moco_v3", "byol")
 Found = dict[str, Tensor]
 

@@ -37,6 +37,7 @@ from m3i_fast.engine.train_step import ForwardPass
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.models.transformer import float8
 from m3i_fast.models.transformer.blocks import TORCH_LAYERS
+from m3i_fast.objectives.methods import CAPTION_TOKENS
 from m3i_fast.planning.step_memory import draw_first_mix
 from m3i_fast.recipes import demo, recipes
 from tests.engine.precision.fp8_runs import tiny
@@ -252,12 +253,18 @@ def _forward(step: ForwardPass, cfg: TrainConfig, choice: Arithmetic) -> torch.T
     return loss
 
 
-@pytest.mark.parametrize(("chunk", "drop_path"), [(0, 0.0), (4, 0.0), (0, 0.5)])
+@pytest.mark.parametrize(
+    ("chunk", "drop_path", "writes"),
+    [(0, 0.0, False), (4, 0.0, False), (0, 0.5, False), (0, 0, True)],
+)
 def test_the_rows_of_a_real_step_are_those_that_were_checked(
-    chunk: int, drop_path: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    chunk: int, drop_path: float, writes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """drop_path: half of the images, which still fit, skip the last layer."""
+    """drop_path: half of the images, which still fit, skip the last layer. writes: captions."""
     cfg = replace(tiny(tmp_path, precision="fp8_current"), parallel=ParallelConfig(chunk=chunk))
+    if writes:
+        terms = *cfg.objective.terms, CAPTION_TOKENS
+        cfg = replace(cfg, objective=replace(cfg.objective, terms=terms))
     vision = replace(cfg.vision, drop_path_rate=drop_path, drop_path_mode="subset")
     cfg = replace(cfg, vision=vision)
     choice = resolve(CPU, "fp8_current", cfg=cfg)

@@ -14,6 +14,7 @@ from m3i_fast.config import TrainConfig
 from m3i_fast.engine.evaluator import evaluate
 from m3i_fast.engine.run.data_record import DataRecord, read_record, record_data
 from m3i_fast.engine.trainer import Trainer
+from m3i_fast.pipelines.dataset.columns import ColumnInfo, ColumnsInfo
 from m3i_fast.pipelines.dataset.manifest import read_manifest
 from m3i_fast.pipelines.loader import Loader
 from m3i_fast.pipelines.mixture import read_described
@@ -137,3 +138,18 @@ def test_evaluating_on_other_data_needs_none_of_the_runs_own(run: Path, tmp_path
     (moved / "data.json").unlink()
     with pytest.raises(FileNotFoundError, match="gone: expected a dataset directory"):
         evaluate(moved, data=other)
+
+
+def test_named_columns_are_kept_with_their_names(dataset: Path, tmp_path: Path) -> None:
+    column = ColumnInfo(name="tags", kind="labels", names=("red", "big"), size=1)
+    splits = {
+        name: replace(split, columns=ColumnsInfo(file=f"{name}.columns", num_bytes=0, sha256=""))
+        for name, split in read_manifest(dataset).splits.items()
+    }
+    manifest = replace(read_manifest(dataset), columns=(column,), splits=splits)
+    record = record_data(short(dataset), manifest)
+    record.save(tmp_path)
+    assert read_record(tmp_path) == record
+    assert [(c.name, c.kind, c.names) for c in record.columns] == [
+        ("tags", "labels", ("red", "big"))
+    ]

@@ -12,12 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from m3i_fast.config.heads import DecoderConfig
 from m3i_fast.config.models.vit import ViTConfig
 from m3i_fast.models.encoder import take_cells
-from m3i_fast.models.transformer.blocks import (
-    Block,
-    Sequences,
-    pack,
-    unpack,
-)
+from m3i_fast.models.transformer.blocks import Block
+from m3i_fast.models.transformer.packing import Packed, Sequences, pack, unpack
 from m3i_fast.models.transformer.vit import ViT
 from m3i_fast.objectives.heads import DenseDecoder, Question
 
@@ -77,7 +73,7 @@ def test_a_packed_block_is_a_call_each(
     sharpened(block)
     batches = [torch.randn(*shape, 16, requires_grad=True) for shape in SHAPES]
     asked = last or (None,) * len(SHAPES)
-    packed = tuple(Sequences(*s, num_last=q) for s, q in zip(SHAPES, asked, strict=True))
+    packed = Packed(tuple(Sequences(*s, num_last=q) for s, q in zip(SHAPES, asked, strict=True)))
     returned = [
         Sequences(b, t if q is None else q) for (b, t), q in zip(SHAPES, asked, strict=True)
     ]
@@ -91,7 +87,7 @@ def test_a_packed_block_is_a_call_each(
 def test_a_packed_block_multiplies_once() -> None:
     block = Block(16, 4)
     batches = [torch.randn(*shape, 16) for shape in SHAPES]
-    packed = tuple(Sequences(*shape) for shape in SHAPES)
+    packed = Packed(tuple(Sequences(*shape) for shape in SHAPES))
     with torch.no_grad(), Products() as products:
         block(pack(batches), packed=packed)
     assert products.count == 4  # qkv, proj, and the two of the MLP

@@ -232,6 +232,11 @@ def _lightly_pixels(images: Tensor) -> Tensor:
     return lightly_models.normalize_mean_var(lightly_models.patchify(images, 4))
 
 
+def _radio(z_hat: Tensor, z: Tensor) -> Tensor:
+    alike = F.cosine_embedding_loss(z_hat, z, z_hat.new_ones(len(z_hat)))
+    return 0.9 * alike + 0.1 * F.smooth_l1_loss(z_hat, z)
+
+
 def _category(z_hat: Tensor, classes: Tensor, scale: Tensor) -> Tensor:
     return boltzmann(z_hat, classes, scale[0], targets=torch.arange(N) % K)
 
@@ -289,6 +294,8 @@ ORACLES = (
            ((N, D), (K, D), (N, D)), 2),
     Oracle("negative_cosine_similarity", "lightly NegativeCosineSimilarity",
            similarity.negative_cosine_similarity, lightly.NegativeCosineSimilarity(), PAIR, 2),
+    Oracle("cosine_smooth_l1", "torch cosine_embedding_loss and smooth_l1_loss",
+           similarity.cosine_smooth_l1, _radio, PAIR, 1),
     Oracle("nt_xent", "lightly NTXentLoss",
            lambda a, b: similarity.nt_xent(a, b, temperature=TEMPERATURE),
            lightly.NTXentLoss(temperature=TEMPERATURE), PAIR, 2),

@@ -7,20 +7,22 @@ paper's formula. What remembers something is started with the model and called s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from lightly import loss as lightly
+from lightly.loss import swav_loss
 from lightly.loss.memory_bank import MemoryBankModule
 from lightly.models import utils as lightly_models
-from open_clip.loss import ClipLoss, SigLipLoss
+from open_clip.loss import ClipLoss, CoCaLoss, SigLipLoss
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from m3i_fast.objectives.objective import MutualInformation
 from tests.objectives.methods.steps import BATCH, GRID, PATCH, Step
+from tests.shared.torch_decoder import hidden_of
 
 Parts = dict[str, Tensor]
 Run = Callable[[Step], Parts]
@@ -77,6 +79,29 @@ def siglip(step: Step) -> Parts:
     scale, bias = term.log_scale.double().exp(), term.bias.double()
     captions = _captions(step)[step.mix.sample]
     return {"caption": SigLipLoss()(_predicted(step, "caption"), captions, scale, bias)}
+
+
+def _caption_tokens(step: Step) -> Tensor:
+    """open_clip's loss of a caption's tokens but the first, which torch's decoder predicts."""
+    term, sample = step.model.terms["caption_tokens"], step.mix.sample
+    ids, share = step.batch.token_ids[sample], term.decoder.cfg.parallel
+    parallel = step.mix.token_priority[sample, 0] < share if share else None
+    hidden = hidden_of(term.decoder, step.tokens[0], ids, parallel).double()
+    logits = hidden @ term.vocabulary.double().T
+    place = torch.arange(1, ids.shape[1])
+    padding = len(term.vocabulary)  # an id of its own: 0 is a word
+    labels = ids[:, 1:].long().masked_fill(place >= step.batch.num_tokens[sample, None], padding)
+    criterion = CoCaLoss(caption_loss_weight=1.0, clip_loss_weight=0.0, pad_id=padding)
+    one = torch.ones(2, 2).double()  # of its contrastive part, which is left out
+    return criterion(one, one, logits, labels, torch.tensor(1.0).double())[1]
+
+
+def cappa(step: Step) -> Parts:
+    return {"caption_tokens": _caption_tokens(step)}
+
+
+def coca(step: Step) -> Parts:
+    return {**clip(step), "caption_tokens": 2 * _caption_tokens(step)}
 
 
 def _several_pictures_a_caption(step: Step) -> Tensor:
@@ -340,12 +365,74 @@ def ibot(model: MutualInformation) -> Run:
 
 def dinov2(model: MutualInformation) -> Run:
     """iBOT's, and KoLeo of the student's views, each by itself, with its weight of 0.1."""
-    with_cells = ibot(model)
+    with_cells, spread = ibot(model), dinov2_spread()
+    return lambda step: {**with_cells(step), "spread": spread(step)}
+
+
+def dinov2_spread() -> Callable[[Step], Tensor]:
     koleo = lightly.KoLeoLoss(eps=1e-12)  # added to distances, where ours bounds them
+    return lambda step: 0.1 * sum(koleo(tokens.mean(1).double()) for tokens in step.tokens)
+
+
+def _balanced(
+    students: Sequence[Tensor], teachers: Sequence[Tensor], pairs: Iterable[tuple[int, int]]
+) -> Tensor:
+    """The mean cross-entropy of pairs, each teacher's view balanced by itself: lightly's SwAV."""
+    targets = [swav_loss.sinkhorn(logits.double(), epsilon=0.05) for logits in teachers]
+    values = [
+        -(targets[of] * F.log_softmax(students[number].double() / 0.1, -1)).sum(-1).mean()
+        for of, number in pairs
+    ]
+    return torch.stack(values).mean()
+
+
+def dinov3(model: MutualInformation) -> Run:
+    """Balanced assignments of views and of hidden cells, KoLeo as DINOv2's, and Gram anchoring."""
+    spread = dinov2_spread()
 
     def run(step: Step) -> Parts:
-        spread = sum(koleo(tokens.mean(1).double()) for tokens in step.tokens)
-        return {**with_cells(step), "spread": 0.1 * spread}
+        of_views, of_cells = step.model.terms["prototypes"], step.model.terms["cells"]
+        pooled = [_assign(of_views.head, tokens) for tokens in _pooled(step)]
+        teachers = [_assign(of_views.momentum, step.momentum(view).mean(1)) for view in range(2)]
+        pairs = [(of, n) for of in range(2) for n in range(len(pooled)) if n != of]
+        hidden = [lightly_models.get_at_index(t, step.hidden) for t in step.tokens]
+        seen = [lightly_models.get_at_index(step.momentum(v), step.hidden) for v in range(2)]
+        own, kept = (_unit(tokens) for tokens in (step.tokens[0], step.snapshot(0)))
+        return {
+            "prototypes": _balanced(pooled, teachers, pairs),
+            "cells": _balanced(
+                [_assign(of_cells.head, tokens.flatten(0, 1)) for tokens in hidden],
+                [_assign(of_cells.momentum, tokens.flatten(0, 1)) for tokens in seen],
+                [(0, 0), (1, 1)],
+            ),
+            "spread": spread(step),
+            "gram": 2 * F.mse_loss(own @ own.mT, kept @ kept.mT),
+        }
+
+    return run
+
+
+def tips(model: MutualInformation) -> Run:
+    of_pictures = ibot(model)
+    return lambda step: {**of_pictures(step), "caption": _several_pictures_a_caption(step)}
+
+
+def siglip2(model: MutualInformation) -> Run:
+    """iBOT's, the sigmoid of every picture or small view with every caption, and its tokens."""
+    of_pictures = ibot(model)
+
+    def run(step: Step) -> Parts:
+        term = step.model.terms["caption"]
+        logits = term.log_scale.double().exp() * _predicted(step, "caption") @ _captions(step).T
+        is_its_own = F.one_hot(_of_rows(step, torch.arange(BATCH)), BATCH).double()
+        every = F.binary_cross_entropy_with_logits(
+            logits + term.bias.double(), is_its_own, reduction="sum"
+        )
+        return {
+            **of_pictures(step),
+            "caption": every / len(logits),
+            "caption_tokens": _caption_tokens(step),
+        }
 
     return run
 

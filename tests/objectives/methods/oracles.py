@@ -40,6 +40,12 @@ ORACLES: dict[str, MethodOracle] = {
     "supervised": MethodOracle("torch cross_entropy", losses.each_step(losses.category)),
     "clip": MethodOracle("open_clip ClipLoss", losses.each_step(losses.clip)),
     "siglip": MethodOracle("open_clip SigLipLoss", losses.each_step(losses.siglip)),
+    "cappa": MethodOracle(
+        "open_clip CoCaLoss, torch TransformerDecoder", losses.each_step(losses.cappa)
+    ),
+    "coca": MethodOracle(
+        "open_clip ClipLoss, CoCaLoss, torch TransformerDecoder", losses.each_step(losses.coca)
+    ),
     "autoencoder": MethodOracle(NORMALISED, losses.each_step(losses.autoencoder)),
     "dense_distillation": MethodOracle(
         f"{MSE} of layer_norm, {TIMM}", losses.each_step(losses.distillation)
@@ -73,6 +79,14 @@ ORACLES: dict[str, MethodOracle] = {
     ),
     "ibot": MethodOracle("lightly DINOLoss + IBOTPatchLoss", losses.ibot),
     "dinov2": MethodOracle("lightly DINOLoss + IBOTPatchLoss + KoLeoLoss", losses.dinov2),
+    "dinov3": MethodOracle(
+        "lightly swav_loss.sinkhorn + KoLeoLoss, torch mse_loss of Gram matrices", losses.dinov3
+    ),
+    "tips": MethodOracle("torch cross_entropy + lightly DINOLoss + IBOTPatchLoss", losses.tips),
+    "siglip2": MethodOracle(
+        "torch binary_cross_entropy, open_clip CoCaLoss, lightly DINOLoss + IBOTPatchLoss",
+        losses.siglip2,
+    ),
     "slip": MethodOracle("open_clip ClipLoss + lightly NTXentLoss", losses.each_step(losses.slip)),
     "m3i": MethodOracle(
         "M3I's formulas in fp64, torch cross_entropy, scikit-learn StandardScaler", losses.m3i
@@ -134,7 +148,7 @@ def _said_by_others(step: Step, method: Method) -> tuple[Encoded, Targets]:
     views = [step.inputs(view, method.mode) for view in range(1 + both)]
     local = [step.encode(step.local_pictures(n)) for n in range(len(step.batch.local_views))]
     tokens: dict[Source, Tensor] = {}
-    for encoder in {term.encoder for term in method.terms} & {"momentum", "frozen"}:
+    for encoder in {term.encoder for term in method.terms} & {"momentum", "frozen", "snapshot"}:
         for view in range(2):
             tokens[encoder, view] = getattr(step, encoder)(view)
     return Encoded(tuple(views), tuple(local)), Targets(tokens, dict.fromkeys(tokens, "every"))

@@ -20,7 +20,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
-from m3i_fast.config.heads import DecoderConfig, ProjectorConfig
+from m3i_fast.config.heads import CaptionerConfig, DecoderConfig, ProjectorConfig
 from m3i_fast.config.mixing import MixingConfig
 from m3i_fast.config.models.text import TextConfig
 from m3i_fast.config.models.vit import vit_demo
@@ -68,6 +68,7 @@ def build_model(method: Method) -> MutualInformation:
             mask_per_batch=method.mask_per_batch,
         ),
         decoder=DecoderConfig(dim=32, depth=1, num_heads=2),
+        captioner=CaptionerConfig(dim=24, depth=2, num_heads=2, parallel=method.parallel_captions),
         projector=ProjectorConfig(hidden_dim=20, output_dim=12, predictor_hidden_dim=16),
         head_hidden_dim=24,
         num_prototypes=10,
@@ -76,7 +77,7 @@ def build_model(method: Method) -> MutualInformation:
     teacher = load_timm(build_teacher(), TEACHER)
     torch.manual_seed(0)
     model = MutualInformation(
-        cfg, vision=VISION, text=TEXT, num_classes=CLASSES, teacher=teacher.eval()
+        cfg, vision=VISION, text=TEXT, num_classes=CLASSES, teachers={"frozen": teacher.eval()}
     )
     with torch.no_grad():
         for parameter in model.parameters():
@@ -192,6 +193,11 @@ class Step:
         """The averaged encoder's tokens of a whole view."""
         vit = to_timm(self.model.target_encoder.encoder)
         return vit.forward_features(self.pictures(view))
+
+    @torch.no_grad()
+    def snapshot(self, view: int) -> Tensor:  # [I, N, C]
+        """The tokens of a whole view by an earlier state of the averaged encoder."""
+        return to_timm(self.model.snapshot.encoder).forward_features(self.pictures(view))
 
     @cached_property
     def teacher(self) -> VisionTransformer:

@@ -63,11 +63,14 @@ def ours(image: Tensor, params: Tensor, view: ViewSpec) -> Tensor:  # [3, S, S] 
     return made[0]
 
 
-def by_torchvision(image: Tensor, params: Tensor, view: ViewSpec) -> Tensor:  # [3, S, S] uint8
-    """The same, by torchvision, one function a step."""
+def by_torchvision(
+    image: Tensor, params: Tensor, view: ViewSpec, sides: tuple[int, int] | None = None
+) -> Tensor:  # [3, H, W] uint8
+    """The same, by torchvision, one function a step; sides: in the place of the view's size."""
     p = dict(zip(VIEW_PARAMS, params.tolist(), strict=True))
     box = [int(p[name]) for name in ("y", "x", "height", "width")]
-    size = [view.size, view.size]
+    height, width, blur, _ = view.geometry(*sides or ())
+    size = [height, width]
     made = tv.resized_crop(
         image.permute(2, 0, 1), *box, size, interpolation=FILTERS[view.cubic], antialias=True
     )
@@ -85,7 +88,7 @@ def by_torchvision(image: Tensor, params: Tensor, view: ViewSpec) -> Tensor:  # 
     if p["gray"]:
         made = tv.rgb_to_grayscale(made, 3)
     if p["sigma"]:
-        made = tv.gaussian_blur(made, [view.blur_kernel_size] * 2, [p["sigma"]] * 2)
+        made = tv.gaussian_blur(made, [blur] * 2, [p["sigma"]] * 2)
     if p["solarize"]:
         made = tv.solarize(made, 128)
     return made

@@ -19,7 +19,7 @@ VIEWS = view_specs(
     ViewConfig(count=2, size=33, blur_probability=0.5, solarize_probability=0.3),
     ViewConfig(count=3, size=16, scale=(0.05, 0.3), interpolation="linear", blur_probability=0.5),
 )
-GEOMETRY = [n for view in VIEWS for n in (view.size, view.blur_kernel_size, int(view.cubic))]
+GEOMETRY = [number for view in VIEWS for number in view.geometry()]
 
 
 def call(batch: int = 3, pictures: int = 1) -> dict[str, Any]:
@@ -179,7 +179,7 @@ WRONG = {
         replaced(views=VIEWS[:4]),
         r"params: expected shape \[3, 4, 13\], got \[3, 5, 13\]",
     ),
-    "no views": (replaced(views=[]), r"geometry: expected three numbers a view, got 0"),
+    "no views": (replaced(views=[]), r"geometry: expected four numbers a view, got 0"),
     "no threads": (replaced(num_threads=0), r"num_threads: expected at least 1, got 0"),
     "strided params": (
         replaced(params=call()["params"].transpose(0, 1).contiguous().transpose(0, 1)),
@@ -234,11 +234,13 @@ def test_fake_names_wrong_input_too(name: str) -> None:
 @pytest.mark.parametrize(
     ("geometry", "message"),
     [
-        ([0, 1, 1], r"view 0: expected a size of 1 to 16384 pixels, got 0"),
-        ([20000, 1, 1], r"got 20000"),
-        ([8, 4, 1], r"odd blur_kernel_size of 1 to 15"),
-        ([8, 17, 1], r"half is less than its 8 pixels, got 17"),
-        ([8, 3], r"three numbers a view, got 2"),
+        ([0, 0, 1, 1], r"view 0: expected a size of 1 to 16384 pixels, got 0"),
+        ([8, 0, 1, 1], r"view 0: expected a size of 1 to 16384 pixels, got 0"),
+        ([20000, 8, 1, 1], r"got 20000"),
+        ([8, 8, 4, 1], r"odd blur_kernel_size of 1 to 15"),
+        ([8, 9, 17, 1], r"half is less than its 8 pixels, got 17"),
+        ([9, 8, 17, 1], r"half is less than its 8 pixels, got 17"),
+        ([8, 8, 3], r"four numbers a view, got 3"),
     ],
 )
 def test_wrong_geometry_is_named(geometry: list[int], message: str) -> None:

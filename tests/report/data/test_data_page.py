@@ -13,6 +13,7 @@ from PIL import Image
 
 from m3i_fast.cli import main
 from m3i_fast.config.data import LoaderConfig, ViewConfig
+from m3i_fast.pipelines.dataset.columns import ColumnInfo
 from m3i_fast.pipelines.dataset.manifest import read_manifest
 from m3i_fast.pipelines.dataset.pack import write_dataset
 from m3i_fast.pipelines.dataset.samples import Sample
@@ -303,3 +304,19 @@ def test_a_damaged_list_of_refusals_is_named(
     (path / "refused.jsonl").write_text(f"{line}\n", errors="surrogateescape")
     with pytest.raises(ValueError, match=r"refused\.jsonl: line 1: expected an object with file"):
         read(path)
+
+
+def test_named_columns_have_a_tile_each(
+    found: DataPageInputs, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    columns = (
+        ColumnInfo(name="genus", kind="class", names=("cat", "dog")),
+        ColumnInfo(name="sizes", kind="numbers", names=("a", "b", "c"), size=3),
+    )
+    values = [{"genus": 1}, {"sizes": [1.0, None, 2.0]}, {"genus": 0}, {}]
+    samples = [sample(i, picture(i), columns=each) for i, each in enumerate(values)]
+    about = info(columns=columns, tokenizer=tokenizer.info)
+    write_dataset(tmp_path / "data", {"train": samples}, about, seed=0, samples_per_shard=4)
+    html = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", render_data_page(read(tmp_path / "data"))))
+    assert "with genus 50% 2, class of 2 with sizes 25% 1, numbers of 3" in html
+    assert not found.columns

@@ -1,0 +1,103 @@
+"""The term that writes the picture's caption, token after token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from m3i_fast.config.objective import ObjectiveConfig, Term
+from m3i_fast.models.transformer.layers import INIT_STD
+from m3i_fast.models.transformer.text_decoder import TextDecoder
+from m3i_fast.objectives.step_context import Monitor, StepContext
+from m3i_fast.objectives.terms.base import Sizes
+from m3i_fast.objectives.terms.labels import Annotation, weighted
+from m3i_fast.ops import IGNORED
+
+LOGITS_AT_ONCE = 2**24
+"""Most logits that the monitor holds: 64 MiB."""
+
+
+class CaptionTokens(Annotation):
+    """A term whose z are the tokens of the picture's caption, each predicted from those before it.
+
+    A decoder reads the image's own cells; local views, which show a part of what the caption tells,
+    are not read. The loss is the mean over all tokens but the first one of each caption, as
+    open_clip's `CoCaLoss` has it; the logits [tokens, vocabulary] are never in memory.
+    """
+
+    def __init__(self, term: Term, cfg: ObjectiveConfig, sizes: Sizes) -> None:
+        sized = cfg.captioner
+        if term.column:
+            sizes.column_of(term)  # raises where there is none
+        super().__init__(term, cfg, sized.dim, sizes)
+        self.parallel = sized.parallel
+        self.decoder = TextDecoder(
+            sized,
+            vocab_size=sizes.text.vocab_size,
+            context_length=sizes.text.context_length,
+            input_dim=sizes.vision.dim,
+            layers=sizes.layers,
+        )
+        self.vocabulary = nn.Parameter(torch.empty(sizes.text.vocab_size, sized.dim))
+        self.reset_own_parameters()
+
+    @torch.no_grad()
+    def reset_own_parameters(self) -> None:
+        nn.init.normal_(self.vocabulary, std=INIT_STD)
+
+    def hidden(self, cells: Tensor, token_ids: Tensor, parallel: Tensor | None = None) -> Tensor:
+        """Return what is compared with the vocabulary: [I, n, C], [I, T] -> [I, T - 1, D].
+
+        The logits of token t + 1 are row t's products with `vocabulary`. parallel: as of the
+        decoder.
+        """
+        hidden: Tensor = self.decoder(cells, token_ids, parallel)
+        return hidden.to(self.vocabulary.dtype)
+
+    def num_rows(self, step: StepContext) -> int:
+        """Return the number of images: local views are not read."""
+        return len(step.mix.sample)
+
+    def forward(self, step: StepContext, monitor: Monitor | None) -> tuple[Tensor, Tensor | int]:
+        mix = step.mix
+        ids, lengths = self.text(step.batch)
+        num_tokens = lengths[mix.sample]
+        members = num_tokens > 1
+        if self._known_empty(members):
+            return (self.decoder.pos_embed * 0).sum(), 0
+        token_ids = ids[mix.sample]
+        parallel = None
+        if self.parallel:
+            # The draw of a caption's first token, which is never dropped.
+            parallel = mix.token_priority[mix.sample, 0] < self.parallel
+        hidden = self.hidden(step.encoded.views[0], token_ids, parallel)
+        place = torch.arange(1, token_ids.shape[1], device=token_ids.device)
+        targets = token_ids[:, 1:].long().masked_fill(place >= num_tokens[:, None], IGNORED)
+        one = hidden.new_ones(())
+        values = [
+            weighted(
+                weight * self._share(members[rows]),
+                self.loss(
+                    hidden[rows].flatten(0, 1),
+                    self.vocabulary,
+                    one,
+                    targets=targets[rows].flatten(),
+                ),
+            )
+            for weight, rows in step.weighted_rows()
+        ]
+        if monitor is not None:
+            rows, wanted = hidden.detach().flatten(0, 1), targets.flatten()
+            monitor(f"{self.term.name}_accuracy", token_accuracy(rows, self.vocabulary, wanted))
+        return sum(values[1:], start=values[0]), members.sum()
+
+
+@torch.no_grad()
+def token_accuracy(rows: Tensor, vocabulary: Tensor, targets: Tensor) -> Tensor:
+    """Return the share of tokens whose logit is the largest: [N, D], [V, D], [N] int64 -> [].
+
+    Targets of -1 are ignored; 0 where all are.
+    """
+    at_once = max(LOGITS_AT_ONCE // len(vocabulary), 1)
+    best = torch.cat([(part @ vocabulary.T).argmax(1) for part in rows.split(at_once)])
+    return (best == targets).sum() / (targets != IGNORED).sum().clamp_min(1)

@@ -1,0 +1,269 @@
+"""Named columns of a source: classes, sets of labels, numbers and texts beside class and captions.
+
+A flag says what is packed, as NAME:KIND or NAME:KIND=COLUMN,COLUMN: without columns that of the
+source which is called NAME; numbers may be of several.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple, cast, get_args
+
+from m3i_fast.config.columns import ColumnKind as Kind
+from m3i_fast.pipelines.dataset.columns import MOST_VALUES, ColumnInfo
+from m3i_fast.pipelines.packing.items import Listing, Refused, SourceOptions, is_missing, printable
+from m3i_fast.pipelines.packing.readers.labels import MOST_CLASSES
+
+SEPARATOR = ";"
+"""What stands between the labels, or the numbers, of one cell of a text table."""
+_MENDED = "mend the cell, or leave it empty"
+
+
+class Spec(NamedTuple):
+    """A named column as a flag has it."""
+
+    name: str
+    kind: Kind
+    sources: tuple[str, ...]  # columns of the source
+
+    def of_row(self, row: Mapping[str, Any]) -> Any:
+        """Return what a row of the source has: a value, or the list of several columns'."""
+        return row[self.sources[0]] if len(self.sources) == 1 else [row[s] for s in self.sources]
+
+
+def specs_of(options: SourceOptions) -> list[Spec]:
+    """Return the named columns that are asked for; raises ValueError for a flag that is wrong."""
+    specs = []
+    for flag in options.columns:
+        given, _, sources = flag.partition("=")
+        name, _, kind = given.partition(":")
+        if kind not in get_args(Kind):
+            raise ValueError(
+                f"--column: expected NAME:KIND or NAME:KIND=COLUMN with a kind of "
+                f"{', '.join(get_args(Kind))}, got {flag!r}"
+            )
+        kind = cast(Kind, kind)
+        ColumnInfo(name=name, kind=kind, names=() if kind == "text" else ("0",))  # its name
+        of = tuple(sources.split(",")) if sources else (name,)
+        if len(of) > 1 and kind != "numbers":
+            raise ValueError(
+                f"--column: expected one column of the source for {kind}, got {flag!r}"
+            )
+        specs.append(Spec(name, kind, of))
+    names = [spec.name for spec in specs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"--column: expected a name once, got {', '.join(names)}")
+    return specs
+
+
+def refuse_columns(options: SourceOptions) -> None:
+    """Raise ValueError where named columns are asked of a source that has none."""
+    if options.columns:
+        raise ValueError(
+            f"--column: expected a table or a Hugging Face data set, which have columns, got "
+            f"{options.kind}: write a table with the path of each picture"
+        )
+
+
+def expect_columns(specs: Sequence[Spec], names: Sequence[str], where: str) -> None:
+    """Raise ValueError for a column that the source does not have."""
+    for source in (source for spec in specs for source in spec.sources):
+        if source not in names:
+            raise ValueError(
+                f"--column: expected one of {', '.join(names)} ({where}), got {source}"
+            )
+
+
+def assign_columns(
+    listing: Listing,
+    specs: Sequence[Spec],
+    raw: Mapping[str, Mapping[str, Any]],
+    known: Mapping[str, Sequence[str]] | None = None,
+) -> None:
+    """Give each item of a listing its named columns, and refuse those that are none.
+
+    raw: by an item's name, what its row has by column. known: names of classes or labels by column,
+    where the source stores numbers of them.
+    """
+    if not specs:
+        return
+    read: list[dict[str, Any]] = []
+    kept = []
+    for item in listing.items:
+        try:
+            values = {s.name: _read(s, raw[item.name][s.name]) for s in specs}
+            read.append(values)
+            kept.append(item)
+        except Refused as refused:
+            listing.refusals.append(refused.of(item.name))
+    for spec in specs:
+        if spec.kind in ("class", "labels") and spec.name not in (known or {}):
+            _leave_out_minus_one(spec, read)
+    columns = [
+        _column(spec, [values[spec.name] for values in read], (known or {}).get(spec.name, ()))
+        for spec in specs
+    ]
+    places = {c.name: {name: place for place, name in enumerate(c.names)} for c in columns}
+    for name in known or {}:  # the source stores numbers of its names
+        places.pop(name, None)
+    listing.items = []
+    for item, values in zip(kept, read, strict=True):
+        try:
+            of_item = tuple((c.name, _numbered(c, values[c.name], places)) for c in columns)
+            listing.items.append(item._replace(columns=of_item))
+        except Refused as refused:
+            listing.refusals.append(refused.of(item.name))
+    listing.columns = tuple(columns)
+    told = ", ".join(f"{c.name} {c.kind} of {len(c.names)}" if c.names else c.name for c in columns)
+    listing.notes.append(f"named columns: {told} (--column)")
+
+
+def _read(spec: Spec, value: Any) -> Any:
+    """Return a cell: text of a class, texts of labels, floats, text, or None; raises Refused."""
+    if spec.kind in ("class", "text"):
+        if value is None or is_missing(value) or not str(value).strip():
+            return None
+        if isinstance(value, (list, dict, bytes)) or (
+            spec.kind == "text" and not isinstance(value, str)
+        ):
+            raise Refused(f"{spec.name}: expected text, got {type(value).__name__}", _MENDED)
+        return _text(value)
+    cells = _cells(spec, value)
+    if cells is None:
+        return None
+    if len(cells) > MOST_VALUES:
+        raise Refused(
+            f"{spec.name}: expected at most {MOST_VALUES} values, got {len(cells)}", _MENDED
+        )
+    if spec.kind == "labels":
+        if any(isinstance(cell, (list, dict, bytes)) for cell in cells):
+            raise Refused(f"{spec.name}: expected texts, got lists of them", _MENDED)
+        there = [_text(cell) for cell in cells if cell is not None and not is_missing(cell)]
+        return list(dict.fromkeys(text for text in there if text))
+    return [_number(spec, cell) for cell in cells]
+
+
+def _text(value: Any) -> str:
+    """Return a name as text: whole numbers without a point, as tables with gaps have them."""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value).strip()
+
+
+def _leave_out_minus_one(spec: Spec, read: Sequence[dict[str, Any]]) -> None:
+    """Take -1 for none, in place, where all other classes or labels are indices."""
+    found = {text for values in read for text in _list(values[spec.name])}
+    if "-1" in found and all(text.isascii() and text.isdecimal() for text in found - {"-1"}):
+        for values in read:
+            if spec.kind == "class" and values[spec.name] == "-1":
+                values[spec.name] = None
+            elif values[spec.name] is not None and spec.kind == "labels":
+                values[spec.name] = [text for text in values[spec.name] if text != "-1"]
+
+
+def _list(value: Any) -> list[str]:
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+def _cells(spec: Spec, value: Any) -> list[Any] | None:
+    if isinstance(value, str):
+        if not (text := value.strip()):
+            return None
+        if text.startswith("["):
+            try:
+                return list(json.loads(text))
+            except (ValueError, RecursionError) as error:
+                raise Refused(f"{spec.name}: not a list of JSON: {error}", _MENDED) from None
+        return text.split(SEPARATOR)
+    if value is None or is_missing(value):
+        return None
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _number(spec: Spec, cell: Any) -> float | None:
+    if cell is None or is_missing(cell) or (isinstance(cell, str) and not cell.strip()):
+        return None
+    try:
+        number = float(cell)
+    except (TypeError, ValueError):
+        raise Refused(
+            f"{spec.name}: expected a number, got {printable(str(cell)[:40])!r}", _MENDED
+        ) from None
+    if math.isnan(number):
+        return None
+    if not abs(number) <= 3.4e38:  # of fp32
+        raise Refused(f"{spec.name}: expected a number of fp32, got {number}", _MENDED)
+    return number
+
+
+def _column(spec: Spec, values: Sequence[Any], known: Sequence[str]) -> ColumnInfo:
+    """Return the column of all values; ValueError where nothing is known of any sample."""
+    there = [value for value in values if value is not None]
+    if not there:
+        raise ValueError(f"--column: expected a picture with {spec.name}, got none")
+    if spec.kind == "text":
+        return ColumnInfo(name=spec.name, kind="text")  # the tokenizer knows its size
+    if spec.kind == "numbers":
+        count = len(spec.sources) if len(spec.sources) > 1 else max(map(len, there))
+        names = spec.sources if len(spec.sources) == count else _places(spec.sources[0], count)
+        return ColumnInfo(name=spec.name, kind="numbers", names=tuple(names), size=count)
+    found = set(there) if spec.kind == "class" else {label for each in there for label in each}
+    most = 1 if spec.kind == "class" else max(map(len, there))
+    names = tuple(known) or tuple(_names(found, spec.name))
+    if not names:
+        raise ValueError(f"--column: expected a picture with a label in {spec.name}, got none")
+    return ColumnInfo(name=spec.name, kind=spec.kind, names=names, size=max(most, 1))
+
+
+def _places(source: str, count: int) -> list[str]:
+    return [f"{source}_{place}" for place in range(count)]
+
+
+def _names(found: set[str], name: str) -> Iterator[str]:
+    """Yield the names of classes: sorted, or of indices all up to the largest."""
+    if not all(text.isascii() and text.isdecimal() for text in found):
+        yield from (printable(text) for text in sorted(found))
+        return
+    most = max((int(text) for text in found if len(text) < 10), default=-1)
+    if len(max(found, key=len, default="")) >= 10 or most >= MOST_CLASSES:
+        raise ValueError(f"--column: expected indices below {MOST_CLASSES} in {name}")
+    yield from map(str, range(most + 1))
+
+
+def _numbered(column: ColumnInfo, value: Any, places: Mapping[str, Mapping[str, int]]) -> Any:
+    """Return a value as `ColumnInfo.row` takes it; of a text the text itself.
+
+    places: indices of names by column, but for those of which the source has indices.
+    """
+    if value is None or column.kind == "text":
+        return value
+    if column.kind == "numbers":
+        if len(value) != column.size:
+            raise Refused(
+                f"{column.name}: expected {column.size} numbers, got {len(value)}", _MENDED
+            )
+        return value
+    texts = [value] if column.kind == "class" else value
+    if column.name in places:
+        indices = [places[column.name][printable(text)] for text in texts]
+    else:
+        indices = [int(text) for text in texts if text != "-1"]
+    if any(not 0 <= index < len(column.names) for index in indices):
+        raise Refused(
+            f"{column.name}: expected indices from 0 to {len(column.names) - 1}, got {indices}",
+            _MENDED,
+        )
+    if column.kind == "labels":
+        return indices
+    return indices[0] if indices else None
+
+
+def with_context(columns: Sequence[ColumnInfo], context_length: int) -> tuple[ColumnInfo, ...]:
+    """Return columns with the room for texts that the tokenizer gives."""
+    return tuple(
+        replace(column, size=context_length) if column.kind == "text" else column
+        for column in columns
+    )
