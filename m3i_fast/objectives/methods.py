@@ -435,8 +435,8 @@ METHODS: dict[str, Method] = {
         paper="arXiv 2508.10104",
         family="several targets",
         terms=(
-            prototypes(name="prototypes", symmetric=True, regulariser="sinkhorn"),
-            cell_prototypes(name="cells", symmetric=True, regulariser="sinkhorn"),
+            prototypes(name="prototypes", symmetric=True, regulariser="joint_sinkhorn"),
+            cell_prototypes(name="cells", symmetric=True, regulariser="joint_sinkhorn"),
             KOLEO,
             Term(
                 name="gram",
