@@ -330,6 +330,13 @@ LOSSES: dict[LossKey, Loss] = {
         flops=_teacher_and_student,
         flops_once=_sinkhorn,
     ),
+    ("prototypes", "boltzmann", "joint_sinkhorn"): Loss(
+        formula="-sum_k p_k log softmax(z_hat / tau)_k, p = Sinkhorn-Knopp(z / 0.05) over the rows "
+        "of all target views",
+        build=f"{_BUILDERS}:joint_sinkhorn",
+        flops=_teacher_and_student,
+        flops_once=_sinkhorn,
+    ),
     ("prototypes", "boltzmann", "mean_entropy"): Loss(
         formula="-sum_k p_k log softmax(z_hat / tau)_k + log K - H(mean softmax(z_hat / tau)), p = "
         "Sinkhorn-Knopp(log softmax(4 z / tau))",

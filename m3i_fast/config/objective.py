@@ -19,7 +19,7 @@ from m3i_fast.config.models.vision import VisionConfig
 from m3i_fast.config.targets import TARGETS, Target
 
 MAX_SCALE = 100.0
-SHARPENING = ("centring", "sinkhorn", "mean_entropy")
+SHARPENING = ("centring", "sinkhorn", "joint_sinkhorn", "mean_entropy")
 """Regularisers whose targets are softmaxes over prototypes."""
 
 
@@ -89,7 +89,7 @@ class Term(Checked):
     """Temperature of softmaxes over embeddings or prototypes; category and caption learn theirs."""
     target_temperature: float | None = None
     """Temperature of the softmax over prototypes that gives the target; none: its paper's, 0.04 of
-    centring, 0.05 of sinkhorn, a quarter of `temperature` of mean_entropy."""
+    centring, 0.05 of sinkhorn and joint_sinkhorn, a quarter of `temperature` of mean_entropy."""
     target_warmup_steps: Annotated[int, NUMBERS] = 0
     """Steps in which the target's temperature goes from its paper's to `target_temperature`, in
     equal parts (DINO: 0.04 to 0.07 in the first 30 epochs)."""

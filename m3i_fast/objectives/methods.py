@@ -426,16 +426,16 @@ METHODS: dict[str, Method] = {
             KOLEO,
         ),
         differs=f"{MASKS} Targets are centred, as in its authors' configuration for ImageNet-1k; "
-        "those of their largest models are balanced by Sinkhorn-Knopp. The teacher's temperature "
-        "is 0.04 from the start.",
+        "those of their largest models are balanced (regulariser joint_sinkhorn). The teacher's "
+        "temperature is 0.04 from the start.",
     ),
     "dinov3": with_mask_tokens(
         title="DINOv3",
         paper="arXiv 2508.10104",
         family="several targets",
         terms=(
-            prototypes(name="prototypes", symmetric=True, regulariser="sinkhorn"),
-            cell_prototypes(name="cells", symmetric=True, regulariser="sinkhorn"),
+            prototypes(name="prototypes", symmetric=True, regulariser="joint_sinkhorn"),
+            cell_prototypes(name="cells", symmetric=True, regulariser="joint_sinkhorn"),
             KOLEO,
             Term(
                 name="gram",

@@ -170,6 +170,11 @@ def sinkhorn(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFu
     return Balanced(term.temperature, group, **_of_targets(term))
 
 
+def joint_sinkhorn(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
+    """Build DINOv2's loss with Sinkhorn-Knopp over all target views."""
+    return Balanced(term.temperature, group, together=True, **_of_targets(term))
+
+
 def mean_entropy(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
     """Build MSN's loss."""
     return MeanEntropy(term.temperature, group, **_of_targets(term))

@@ -205,13 +205,18 @@ class Prototypes(nn.Module, ABC):
         num_rows = sum(len(rows) for rows in features)
         values = []
         for places in calls.values():  # one of all pairs, unless columns are scaled by view
-            rows = torch.cat([features[n] for n in places])
+            rows = _stacked([features[n] for n in places])
             of_rows = replace(
-                targets[places[0]], z_hat=torch.cat([targets[n].z_hat for n in places])
+                targets[places[0]], z_hat=_stacked([targets[n].z_hat for n in places])
             )
             value = self_distillation(rows, prototypes, of_rows, temperature=self.temperature)
             values.append(value if len(rows) == num_rows else len(rows) / num_rows * value)
         return sum(values[1:], start=values[0])
+
+
+def _stacked(rows: Sequence[Tensor]) -> Tensor:  # [N, E] each -> [sum of N, E]
+    """Concatenate rows, without a copy of one tensor alone."""
+    return rows[0] if len(rows) == 1 else torch.cat(list(rows))
 
 
 class Centred(Prototypes):
@@ -240,26 +245,38 @@ class Centred(Prototypes):
         scale = self.target_scale(prototypes)
         centring = -scale * self.centre.to(scale.dtype)
         if self.training:  # once for all views: none is centred by another one
-            rows = torch.cat(list(features))
+            rows = _stacked(features)
             moved = update_centre(self.centre, rows, prototypes, process_group=self.group)
             self.centre.copy_(moved)
         return [SoftTargets(view, prototypes, scale, centring) for view in features]
 
 
 class Balanced(Prototypes):
-    """Spread the rows of each view evenly over prototypes by Sinkhorn-Knopp.
+    """Spread rows evenly over prototypes by Sinkhorn-Knopp: those of each view by themselves.
 
-    SwAV, arXiv 2006.09882.
+    SwAV, arXiv 2006.09882. together: those of all views at once, as DINOv2, arXiv 2304.07193.
+    of_targets: as of `Prototypes`.
     """
 
     SHARP = 0.05
 
+    def __init__(
+        self, temperature: float, group: Group, *, together: bool = False, **of_targets: Any
+    ) -> None:
+        super().__init__(temperature, group, **of_targets)
+        self.together = together
+
     def targets(self, features: Sequence[Tensor], prototypes: Tensor) -> list[SoftTargets]:
         scale = self.target_scale(prototypes)
-        return [
-            SoftTargets.sinkhorn(view, prototypes, scale, process_group=self.group)
-            for view in features
+        calls = [_stacked(features)] if self.together else features
+        assigned = [
+            SoftTargets.sinkhorn(rows, prototypes, scale, process_group=self.group)
+            for rows in calls
         ]
+        if not self.together:
+            return assigned
+        parts = assigned[0].z_hat.split([len(view) for view in features])
+        return [replace(assigned[0], z_hat=part) for part in parts]
 
 
 class MeanEntropy(Prototypes):
@@ -284,7 +301,7 @@ class MeanEntropy(Prototypes):
     ) -> Tensor:
         """Return the mean cross-entropy, plus the mean assignment's distance from an even one."""
         spread = mean_entropy(
-            torch.cat(list(features)),
+            _stacked(features),
             prototypes,
             temperature=self.temperature,
             process_group=self.group,

@@ -5,6 +5,9 @@ Legend: N rows, E features, K prototypes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -26,7 +29,11 @@ def unit(*shape: int, seed: int) -> Tensor:
     return F.normalize(draw(*shape, seed=seed), dim=1)
 
 
-def build(kind: type[Prototypes]) -> Prototypes:
+Build = Callable[..., Prototypes]
+TOGETHER = partial(Balanced, together=True)
+
+
+def build(kind: Build) -> Prototypes:
     loss = Centred(TEMPERATURE, None, K) if kind is Centred else kind(TEMPERATURE, None)
     if isinstance(loss, Centred):
         loss.centre.copy_(0.1 * draw(K, seed=9))
@@ -44,13 +51,15 @@ def by_torch(loss: Prototypes, views: list[Tensor], teacher: Tensor) -> list[Ten
     logits = [view @ teacher.T for view in views]
     if isinstance(loss, Centred):
         return [((each - loss.centre) / 0.04).softmax(1) for each in logits]
+    if isinstance(loss, Balanced) and loss.together:
+        return list(sinkhorn(torch.cat(logits) / 0.05).chunk(2))
     if isinstance(loss, Balanced):
         return [sinkhorn(each / 0.05) for each in logits]
     return [sinkhorn((each / 0.025).log_softmax(1)) for each in logits]
 
 
-@pytest.mark.parametrize("kind", [Centred, Balanced, MeanEntropy])
-def test_values_and_gradients_are_those_of_all_logits(kind: type[Prototypes]) -> None:
+@pytest.mark.parametrize("kind", [Centred, Balanced, TOGETHER, MeanEntropy])
+def test_values_and_gradients_are_those_of_all_logits(kind: Build) -> None:
     """Two target views, of unequal numbers of predictions, as a method with local views has."""
     loss, teacher = build(kind), unit(K, E, seed=1)
     views = [unit(N, E, seed=seed) for seed in (2, 3)]
@@ -104,7 +113,7 @@ def test_views_that_are_centred_alike_are_one_call(monkeypatch: pytest.MonkeyPat
         boltzmann_rows.RowSoftmax, "apply", lambda *a: calls.append(len(a[0])) or rows(*a)
     )
     teacher, views = unit(K, E, seed=1), [unit(N, E, seed=seed) for seed in (2, 3)]
-    for kind, expected in ((Centred, [2 * N]), (Balanced, [N, N])):
+    for kind, expected in ((Centred, [2 * N]), (Balanced, [N, N]), (TOGETHER, [2 * N])):
         calls.clear()
         loss = build(kind)
         loss(views, loss.targets(views, teacher), teacher)
@@ -133,3 +142,26 @@ def test_no_array_of_rows_and_prototypes(
     assert set(metrics) == {"z_use", "z_doubt"}
     assert rows * count * 4 == 16 * block
     assert most_allocated(step) < 2 * block + 4 * features
+
+
+@pytest.mark.slow
+def test_dinos_size_takes_64_mib() -> None:
+    """65,536 prototypes of 256 features, 4,096 rows: above inputs and gradients, forth and back."""
+    rows, width, count = 4096, 256, 65536
+    loss = Centred(TEMPERATURE, None, count)
+    rng = torch.Generator().manual_seed(0)
+    teacher, view = (
+        F.normalize(torch.randn(n, width, generator=rng), dim=1) for n in (count, rows)
+    )
+    prototypes, student = teacher.clone().requires_grad_(), view.clone().requires_grad_()
+    gradients = prototypes.nbytes + student.nbytes
+    metrics: dict[str, Tensor] = {}
+
+    def step() -> None:
+        targets = loss.targets([view], teacher)
+        log_assignment(metrics.__setitem__, "z", targets[0])
+        value = loss([student], targets, prototypes)
+        torch.autograd.grad(value, [student, prototypes])
+
+    assert most_allocated(step) <= (64 << 20) + gradients
+    assert 0 < metrics["z_doubt"] < 1

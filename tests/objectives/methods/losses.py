@@ -377,8 +377,9 @@ def dinov2_spread() -> Callable[[Step], Tensor]:
 def _balanced(
     students: Sequence[Tensor], teachers: Sequence[Tensor], pairs: Iterable[tuple[int, int]]
 ) -> Tensor:
-    """The mean cross-entropy of pairs, each teacher's view balanced by itself: lightly's SwAV."""
-    targets = [swav_loss.sinkhorn(logits.double(), epsilon=0.05) for logits in teachers]
+    """The mean cross-entropy of pairs, all teacher's views balanced together by lightly's SwAV."""
+    balanced = swav_loss.sinkhorn(torch.cat(list(teachers)).double(), epsilon=0.05)
+    targets = balanced.split([len(logits) for logits in teachers])
     values = [
         -(targets[of] * F.log_softmax(students[number].double() / 0.1, -1)).sum(-1).mean()
         for of, number in pairs
