@@ -178,51 +178,45 @@ def write_columns(
 class Known:
     """A count of what is known of each column, with mean and variance of numbers in fp64.
 
-    Parts are joined by their means (Chan, Golub and LeVeque 1983), so that numbers far from 0, such
-    as dates, keep their deviation.
+    Sums are of distances from the first known number, so that numbers far from 0, such as dates,
+    keep their deviation; they are added one after the other, so that it does not matter in which
+    parts the rows come.
     """
 
     def __init__(self, columns: Sequence[ColumnInfo]) -> None:
         self.columns = columns
         self.num_known = {column.name: 0 for column in columns}
-        # count, mean and sum of squared distances from it
+        # count, sum of distances and sum of their squares
         self.moments = {c.name: np.zeros((3, c.size)) for c in columns if c.kind == "numbers"}
+        self.first = {name: np.full(m.shape[1], np.nan) for name, m in self.moments.items()}
 
     def add(self, rows: NDArray[np.void]) -> None:
         """Count rows of the file."""
+        if not len(rows):
+            return
         for column in self.columns:
             found = rows[column.name].reshape(len(rows), -1)
             self.num_known[column.name] += int(known(column, found).sum())
             if column.kind == "numbers":
                 wide = found.astype(np.float64)
-                there = ~np.isnan(wide)
-                count = there.sum(0)
-                mean = np.where(there, wide, 0).sum(0) / np.maximum(count, 1)
-                square = (np.where(there, wide - mean, 0) ** 2).sum(0)
-                self.moments[column.name] = _join(self.moments[column.name], count, mean, square)
+                there, first = ~np.isnan(wide), self.first[column.name]
+                of_part = np.take_along_axis(wide, there.argmax(0)[None], 0)[0]
+                first[:] = np.where(np.isnan(first), of_part, first)
+                distance = np.where(there, wide - first, 0)
+                added = np.stack([there, distance, distance**2], axis=1)  # [N, 3, K]
+                before = self.moments[column.name][None]
+                self.moments[column.name] = np.add.accumulate(np.concatenate([before, added]))[-1]
 
     def result(self) -> dict[str, Any]:
         """Return num_known, count, mean and std of `ColumnsInfo`."""
         counts, mean, std = {}, {}, {}
-        for name, (count, average, square) in self.moments.items():
+        for name, (count, total, square) in self.moments.items():
+            some = np.maximum(count, 1)
             counts[name] = tuple(count.astype(np.int64).tolist())
-            mean[name] = tuple(average.tolist())
-            variance = square / np.maximum(count, 1)
+            mean[name] = tuple((np.nan_to_num(self.first[name]) + total / some).tolist())
+            variance = np.maximum(square / some - (total / some) ** 2, 0)
             std[name] = tuple(np.where(variance > 0, np.sqrt(variance), 1.0).tolist())
         return {"num_known": self.num_known, "count": counts, "mean": mean, "std": std}
-
-
-def _join(
-    moments: NDArray[np.float64],  # [3, K]
-    count: NDArray[np.int64],  # [K] of further rows
-    mean: NDArray[np.float64],  # [K]
-    square: NDArray[np.float64],  # [K]
-) -> NDArray[np.float64]:  # [3, K]
-    both = moments[0] + count
-    share = count / np.maximum(both, 1)
-    distance = mean - moments[1]
-    square = moments[2] + square + moments[0] * share * distance**2
-    return np.stack([both, moments[1] + share * distance, square])
 
 
 def known(column: ColumnInfo, values: NDArray[Any]) -> NDArray[np.bool_]:  # [N, size] -> [N]

@@ -127,13 +127,17 @@ def test_the_file_is_as_the_format_says(path: Path) -> None:
 
 
 def test_numbers_far_from_zero_keep_their_deviation(tmp_path: Path) -> None:
-    """Dates in seconds, in parts of two and three rows, one of which has an unknown number."""
+    """Dates, one of which has an unknown number; in which parts they come does not matter."""
     column = ColumnInfo(name="date", kind="numbers", names=("year", "second"), size=2)
     dates = np.array([[2e7, 0.5], [2e7 + 2, np.nan], [2e7 + 4, 1.5], [2e7, 3.0], [2e7 + 2, 0.0]])
     rows = np.zeros(5, rows_dtype((column,)))
     rows["date"] = dates
-    info = write_columns(tmp_path / "train.columns", (column,), [rows[:2], rows[2:]])
-    assert info.count["date"] == (5, 4)
+    found = [
+        write_columns(tmp_path / "train.columns", (column,), parts)
+        for parts in ([rows[:2], rows[2:]], [rows], [rows[:0], rows[:1], rows[1:4], rows[4:]])
+    ]
+    info = found[0]
+    assert found == [info] * 3 and info.count["date"] == (5, 4)
     np.testing.assert_allclose(info.mean["date"], np.nanmean(dates, 0), rtol=1e-12)
     np.testing.assert_allclose(info.std["date"], np.nanstd(dates, 0), rtol=1e-12)
 
