@@ -174,7 +174,7 @@ def _passes(counts: StepCounts, stride: int) -> dict[str, ModuleCall]:
         if term.target == "caption_tokens":
             images = counts.num_images
             passes[f"captioner of {term.name}"] = ModuleCall(images, counts.num_caption_tokens)
-            passes[f"cells read by {term.name}"] = ModuleCall(images, counts.num_own)
+            passes[f"cells read by {term.name}"] = ModuleCall(images, counts.num_tokens)
         if term.predictor == "decoder":
             asked, queries = counts.num_asked(term.asked), counts.num_queries(term)
             local = counts.num_local if term.view == "other" else 0

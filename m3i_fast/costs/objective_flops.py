@@ -199,7 +199,7 @@ def add_caption_tokens(term: Term, counts: StepCounts, parts: Parts) -> None:
         cfg,
         num_images=images,
         num_tokens=tokens,
-        num_cells=counts.num_own,
+        num_cells=counts.num_tokens,
         input_dim=counts.vision.dim,
         input_grad=counts.encoder_grad,
     )

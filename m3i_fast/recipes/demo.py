@@ -61,7 +61,6 @@ def demo(*, data: Path = Path("data/openmoji"), seed: int = 0) -> TrainConfig:
             decoder=DecoderConfig(dim=96, depth=2, num_heads=4),
             projector=ProjectorConfig(hidden_dim=256, output_dim=128, predictor_hidden_dim=64),
             head_hidden_dim=256,
-            snapshot_every=100,  # of a thousand steps, as 10,000 of a million
             num_prototypes=256,
             queue_length=1024,
         ),
@@ -109,6 +108,8 @@ def demo_method(name: str, *, data: Path = Path("data/openmoji"), seed: int = 0)
         local_views=cfg.data.local_views if method.local_views else None,
     )
     objective = replace(cfg.objective, terms=method.terms, mixing=mixing, captioner=captioner)
+    if objective.uses(encoder="snapshot"):  # of a thousand steps, as 10,000 of a million
+        objective = replace(objective, snapshot_every=100)
     return replace(cfg, data=loader, objective=objective)
 
 
