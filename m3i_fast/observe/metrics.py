@@ -71,7 +71,8 @@ class TensorBoardSink:
 
     def __init__(self, directory: Path, *, start_step: int = 0) -> None:
         make_directories(directory)
-        name = f"{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}.{next(_NUMBERS)}"
+        # TensorBoard reads files in the order of their names.
+        name = f"{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}.{next(_NUMBERS):06}"
         self._file = (directory / f"events.out.tfevents.{name}").open("xb", buffering=0)
         self._records = RecordWriter(self._file)
         self._write(file_version="brain.Event:2")

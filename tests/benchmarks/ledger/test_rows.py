@@ -167,7 +167,7 @@ def test_ledger_of_an_installed_package_is_below_the_current_folder(
 def test_settings_tell_what_was_measured_from_what_was_found() -> None:
     rows = list(read_rows("dcnv3"))
     keys = {json.dumps(ledger.settings_of(row), sort_keys=True) for row in rows}
-    assert len(keys) == 16  # four layers, two dtypes, two passes
+    assert len(keys) == 24  # four layers, three dtypes, two passes
     wanted = {"height": 56, "dtype": "float32", "pass": "forward"}
     alike = [row for row in rows if wanted.items() <= ledger.settings_of(row).items()]
     newest = ledger.newest(rows, **wanted)

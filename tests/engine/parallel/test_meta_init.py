@@ -75,7 +75,7 @@ def _by_meta(cfg: TrainConfig) -> MutualInformation:
     objective = build_objective(cfg, on_meta=True)
     assert is_on_meta(objective) and held(objective) == 0
     assert not any(map(is_on_meta, objective.teachers.values()))
-    copies = [average for average, _ in objective.momentum_pairs()]
+    copies = [copy for copy, _ in objective.copies()]
     initialise(objective, blocks_of(objective), CPU, copies=copies)
     return objective
 
@@ -95,7 +95,7 @@ def test_it_is_the_direct_build_bit_for_bit(name: str) -> None:
     assert not _different(dict(values(ours)), dict(values(direct)))
     trained = [[n for n, p in m.named_parameters() if p.requires_grad] for m in (ours, direct)]
     assert trained[0] == trained[1]
-    for average, online in ours.momentum_pairs():
+    for average, online in ours.copies():
         assert not _different(dict(values(average)), dict(values(online)))
     assert ours.state_dict().keys() == direct.state_dict().keys()
     assert not any("reset_parameters" in vars(module) for module in ours.modules())
