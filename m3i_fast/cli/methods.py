@@ -121,7 +121,7 @@ def explain(name: str) -> list[str]:
         lines += [
             "",
             f"L_{term.name} = {formula}",
-            f"  z: {target(term)}",
+            f"  z: {target(term)}; {term.kind.help}",
         ]
         if term.predictor != "none":
             lines.append(f"  z_hat: {_predictor(term)} of the input's tokens")

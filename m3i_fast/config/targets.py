@@ -1,4 +1,4 @@
-"""What terms may predict: one row a kind of target.
+"""What terms may predict: one row a target.
 
 A row says what z is of, which predictors and encoders go with it, which module computes the term
 and what counts its operations. A target of your own is one more row, which its file puts here
@@ -18,10 +18,10 @@ from typing import Any, Literal
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Target:
-    """Describe a kind of target: what it is of, what goes with it, what builds and counts it."""
+    """Describe a target z: its predictors and encoders, the term's module and its FLOPs."""
 
     help: str
-    """What z is, in a few words."""
+    """What z is, in a few words, as `m3i-fast methods --explain` tells it."""
     of: Literal["annotation", "cells", "view"]
     """What z is of: an annotation of the picture, which some pictures lack; single cells of a view;
     or a view as a whole."""

@@ -101,6 +101,10 @@ cell_prototypes = partial(
     likelihood="boltzmann",
     regulariser="centring",
 )
+IBOT = (
+    prototypes(name="prototypes", symmetric=True),
+    cell_prototypes(name="cells", symmetric=True),
+)
 KOLEO = Term(
     name="spread",
     target="summary",
@@ -409,10 +413,7 @@ METHODS: dict[str, Method] = {
         title="iBOT",
         paper="arXiv 2111.07832",
         family="several targets",
-        terms=(
-            prototypes(name="prototypes", symmetric=True),
-            cell_prototypes(name="cells", symmetric=True),
-        ),
+        terms=IBOT,
         differs=f"{MASKS} Pictures and cells have a head each; the teacher's temperature is 0.04 "
         "from the start; the centre of cells is that of the hidden ones.",
     ),
@@ -421,8 +422,7 @@ METHODS: dict[str, Method] = {
         paper="arXiv 2304.07193",
         family="several targets",
         terms=(
-            prototypes(name="prototypes", symmetric=True),
-            cell_prototypes(name="cells", symmetric=True),
+            *IBOT,
             KOLEO,
         ),
         differs=f"{MASKS} Targets are centred, as in its authors' configuration for ImageNet-1k; "
@@ -457,8 +457,7 @@ METHODS: dict[str, Method] = {
         family="several targets",
         terms=(
             CAPTION,
-            prototypes(name="prototypes", symmetric=True),
-            cell_prototypes(name="cells", symmetric=True),
+            *IBOT,
         ),
         differs=f"{MASKS} One caption a picture, where the paper has a noisy and a synthetic one, "
         "each with a token of its own. Both global views predict each other; small views are "
@@ -471,8 +470,7 @@ METHODS: dict[str, Method] = {
         terms=(
             SIGMOID,
             CAPTION_TOKENS,
-            prototypes(name="prototypes", symmetric=True),
-            cell_prototypes(name="cells", symmetric=True),
+            *IBOT,
         ),
         differs=f"{MASKS} Whole captions are written, no boxes and no regions (LocCa); assignments "
         "are learnt from the first step, not in the last fifth of the run; small views are matched "

@@ -10,6 +10,7 @@ import torch
 from m3i_fast.config.objective import ObjectiveConfig, Term
 from m3i_fast.engine.teacher import Teacher
 from m3i_fast.models.transformer.vit import ViT
+from m3i_fast.objectives.methods import METHODS
 from m3i_fast.objectives.objective import MutualInformation
 from tests.shared.small_objective import (
     NUM_CLASSES,
@@ -21,19 +22,10 @@ from tests.shared.small_objective import (
     make_config,
 )
 
-CELLS = Term(
-    name="cells",
-    target="features",
-    encoder="frozen",
-    predictor="linear",
-    likelihood="gaussian",
-    regulariser="stop_gradient",
-)
-PICTURE = Term(
+CELLS = replace(METHODS["dense_distillation"].terms[0], name="cells")
+PICTURE = replace(
+    METHODS["global_distillation"].terms[0],
     name="picture",
-    target="embedding",
-    encoder="frozen",
-    predictor="projector",
     likelihood="gaussian",
     regulariser="stop_gradient",
 )
