@@ -6,6 +6,7 @@
     m3i-fast bench methods --annotations        with 1 % and 3 % of the classes and captions
     m3i-fast bench methods --growth             four methods with 30, 90, 270 and 810 s
     m3i-fast bench methods --pilot --seeds 0,1,2   the pilot and its power calculation
+    m3i-fast bench methods --targets --seeds 0,1,2,3,4   what iBOT's terms and a captioner are worth
     m3i-fast bench methods --pilot --calibrate  times a step of each of its arms, once for all
     m3i-fast bench methods --dataset openmoji-tune ...   to choose settings by, see --help
     m3i-fast bench methods --table-only
@@ -13,7 +14,7 @@
 One ledger row a run. What has a row is not run again, and a run that was stopped or killed goes on
 from its checkpoint with the number of steps it had. A time is made steps of by a calibration of
 each method before anything is trained; a method that has a row for any time, seed or share takes
-the speed of that. The pilot's arms take theirs from a committed file (step_times.py), the same on
+the speed of that. The arms of --pilot and --targets take theirs from a committed file, the same on
 all machines. A method that sees no class and no caption is trained once for all shares of them. A
 row keeps every held-out item's hit, so that the table's differences carry paired
 intervals. Methods with a frozen encoder take that of the supervised run of the same seed, data and
@@ -153,7 +154,7 @@ def _write_picture(cfg: Config, name: str, svg: str) -> None:
 
 
 def time_steps(cfg: Config) -> None:
-    """Time a step of each of the pilot's arms in turn, `jobs` at a time as they will be trained."""
+    """Time a step of each of the plan's arms in turn, `jobs` at a time as they will be trained."""
     _pack(cfg, 1.0, 1.0)
     [group] = cfg.groups
     _pack(cfg, *group.shares)
@@ -168,10 +169,10 @@ def time_steps(cfg: Config) -> None:
         rounds: dict[str, list[float]] = {name: [] for name in runs}
         for name, job in bar.track(jobs, description="steps of each arm"):
             rounds[name].append(job.result())
-    step_times.write_step_times(
-        rounds, num_threads=cfg.num_threads, jobs=cfg.jobs, dataset=cfg.dataset
+    path = step_times.write_step_times(
+        cfg.plan, rounds, num_threads=cfg.num_threads, jobs=cfg.jobs, dataset=cfg.dataset
     )
-    console.print(f"wrote {step_times.FILE}", highlight=False, soft_wrap=True)
+    console.print(f"wrote {path}", highlight=False, soft_wrap=True)
 
 
 def run_missing(cfg: Config) -> dict[Run, str]:
@@ -297,9 +298,9 @@ def _planned(cfg: Config) -> Iterator[Run]:
 
 def _fixed_steps(cfg: Config) -> dict[str, int]:
     """Arm -> its number of steps, where that follows from committed times and not from a budget."""
-    if not cfg.pilot or cfg.calibrate or cfg.num_steps is not None:
+    if cfg.plan not in plan.PACED or cfg.calibrate or cfg.num_steps is not None:
         return {}
-    return step_times.step_counts(cfg.arms, cfg.seconds)
+    return step_times.step_counts(cfg.plan, cfg.arms, cfg.seconds)
 
 
 def _train_config(cfg: Config, run: Run) -> TrainConfig:

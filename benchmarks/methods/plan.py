@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from m3i_fast.benchmarks.methods.growth_plot import GROWTH
 from m3i_fast.benchmarks.methods.table import OURS, TITLES, UNTRAINED
-from m3i_fast.benchmarks.methods.variants import AS_BEFORE, AS_IT_WAS, VARIANTS
+from m3i_fast.benchmarks.methods.variants import AS_BEFORE, AS_IT_WAS, VARIANTS, WITH_TARGETS
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.convert import to_tree
 from m3i_fast.objectives.methods import METHODS
@@ -24,23 +24,26 @@ TEACHER = "supervised"
 GROWING = (OURS, TEACHER, "clip", "category + caption")
 LABEL_FREE = ("siameseim", "mae", "simclr")
 PILOT = (TEACHER, "clip", "siameseim", "category + caption", OURS, "m3i: each alone")
+TARGETS = (OURS, *WITH_TARGETS, "siameseim", "ibot", "dinov2", "tips", "siglip2")
 # The data that rows were measured on which do not say it: the digest of `data/openmoji`.
 FIRST_DATA = "69a82804"
 
 NO_STEPS: Mapping[str, int] = {}
 Pace = tuple[str, str, str, str]
-Plan = Literal["methods", "ablations", "annotations", "growth", "pilot"]
+Plan = Literal["methods", "ablations", "annotations", "growth", "pilot", "targets"]
 Dataset = Literal["openmoji", "openmoji-tune", "styles"]
-PLANS: tuple[Plan, ...] = ("ablations", "annotations", "growth", "pilot")  # a flag each
+PLANS: tuple[Plan, ...] = ("ablations", "annotations", "growth", "pilot", "targets")  # a flag each
+PACED: tuple[Plan, ...] = ("pilot", "targets")
+"""Plans whose arms take as many steps as their committed step times say."""
 # Of a plan, where not all training concepts are annotated: class and caption, drawn apart.
-SHARES: dict[Plan, str] = {"annotations": "0.01,0.03", "pilot": "0.03:0.3"}
+SHARES: dict[Plan, str] = {"annotations": "0.01,0.03", **dict.fromkeys(PACED, "0.03:0.3")}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
     seconds: float = 90.0
     """Training time of a run on its share of the cores; a short calibration makes steps of it, or
-    with --pilot the committed time of a step."""
+    with --pilot and --targets the committed time of a step."""
     num_steps: int | None = None
     """Steps of every run, instead of a time."""
     ablations: bool = False
@@ -52,12 +55,16 @@ class Config:
     pilot: bool = False
     """Run the pilot's arms, each with the number of steps that its committed step time gives, and
     print how many clusters and seeds a difference needs."""
+    targets: bool = False
+    """Run M3I, M3I with iBOT's terms and with a captioner, and the methods whose targets these are,
+    each with the number of steps that its committed step time gives."""
     calibrate: bool = False
-    """Time a step of each of the pilot's arms, write that file of step times, and run nothing."""
+    """Time a step of each arm of --pilot or --targets, write that plan's file of step times, and
+    run nothing."""
     shares: str = ""
     """Shares of the training concepts with a class and with a caption, a table each: 0.01,0.03:0.3
     is 1 % of both, then 3 % and 30 %. Unless given 0.01,0.03 for --annotations, 0.03:0.3 for
-    --pilot, else 1."""
+    --pilot and --targets, else 1."""
     dataset: Dataset = "openmoji"
     """Data set of all runs, a folder below --data. openmoji-tune leaves a fifth of the training
     concepts out and measures by these: settings are chosen there, and not by held-out concepts."""
@@ -93,10 +100,11 @@ class Config:
             raise ValueError(f"seeds: expected numbers as 0,1,2, got {self.seeds!r}")
         if len(asked := [name for name in PLANS if getattr(self, name)]) > 1:
             raise ValueError(f"{', '.join(asked)}: expected one of them at most, got all of these")
-        for name in ("calibrate", "holm"):
-            if getattr(self, name) and not self.pilot:
+        for name, plans in (("calibrate", PACED), ("holm", ("pilot",))):
+            if getattr(self, name) and self.plan not in plans:
+                flags = " or ".join(f"--{plan}" for plan in plans)
                 raise ValueError(
-                    f"{name}: expected --pilot with it, got none; type --pilot --{name}"
+                    f"{name}: expected {flags} with it, got none; type --{plans[0]} --{name}"
                 )
         _ = self.annotated
         for field, known, named in (
@@ -118,7 +126,7 @@ class Config:
         """Return the budget of a run in words, which rows share if they are compared."""
         if self.num_steps is not None:
             return f"{max(round(self.num_steps * times), 1)} steps"
-        if self.pilot:
+        if self.plan in PACED:
             return f"{self.seconds:g} s at the committed pace"
         threads = f"{self.num_threads} thread{'s' * (self.num_threads > 1)}"
         return f"{self.seconds * times:g} s on {threads}"
@@ -148,6 +156,7 @@ class Config:
             "annotations": (*ours, "category + caption", TEACHER, "clip", *LABEL_FREE),
             "growth": GROWING,
             "pilot": PILOT,
+            "targets": TARGETS,
         }[self.plan]
 
     @property

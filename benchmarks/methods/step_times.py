@@ -1,7 +1,8 @@
-"""The time of a step of each of the pilot's arms: measured once, committed, the same for everybody.
+"""The time of a step of each arm of a plan: measured once, committed, the same for everybody.
 
-`m3i-fast bench methods --pilot --calibrate` on a machine that does nothing else writes it. All
-machines then train an arm for the same number of steps, so that their rows can be put together.
+`m3i-fast bench methods --pilot --calibrate` on a machine that does nothing else writes that of the
+pilot. All machines then train an arm for the same number of steps, so that their rows can be put
+together.
 """
 
 from __future__ import annotations
@@ -15,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from m3i_fast.benchmarks.ledger.rows import make_row
-from m3i_fast.benchmarks.methods.plan import follows_recipe, recipe_trees
+from m3i_fast.benchmarks.methods.plan import Plan, follows_recipe, recipe_trees
 from m3i_fast.durable_files import write_atomically
 from m3i_fast.json_files import read_json
 
-FILE = Path(__file__).with_name("step_times.json")
-COMMAND = "m3i-fast bench methods --pilot --calibrate"
+FOLDER = Path(__file__).parent
 ROUNDS = 3  # of all arms in turn, so that a busy neighbour meets all alike; the median counts
 
 _ARM = {"recipes": {str: dict}, "step_ms": float, "rounds_ms": [float]}
@@ -34,38 +34,49 @@ class StepTime:
     step_ms: float
 
 
-def read_step_times() -> dict[str, StepTime]:
+def step_times_file(plan: Plan) -> Path:
+    """Return where the step times of a plan's arms are committed."""
+    return FOLDER / f"step_times_{plan}.json"
+
+
+def read_step_times(plan: Plan) -> dict[str, StepTime]:
     """Return each arm's committed time of a step. Raises ValueError for a damaged file."""
-    if not FILE.is_file():
+    path = step_times_file(plan)
+    if not path.is_file():
         return {}
-    arms = read_json(FILE, _SHAPE)["figures"]["arms"]
+    arms = read_json(path, _SHAPE)["figures"]["arms"]
     return {name: StepTime(arm["recipes"], arm["step_ms"]) for name, arm in arms.items()}
 
 
-def step_counts(arms: Sequence[str], seconds: float) -> dict[str, int]:
+def step_counts(plan: Plan, arms: Sequence[str], seconds: float) -> dict[str, int]:
     """Return how many steps of each arm take so many seconds by the committed times.
 
     Raises ValueError where an arm was not timed, or with another recipe than today's.
     """
-    times = read_step_times()
+    times = read_step_times(plan)
     for name in arms:
         if name not in times or not follows_recipe(name, times[name].recipes):
             got = "that of another recipe" if name in times else "none"
             raise ValueError(
-                f"{FILE}: expected the time of a step of {name} with today's recipe, got {got}; on "
-                f"a machine that does nothing else type {COMMAND}"
+                f"{step_times_file(plan)}: expected the time of a step of {name} with today's "
+                f"recipe, got {got}; on a machine that does nothing else type "
+                f"m3i-fast bench methods --{plan} --calibrate"
             )
     return {name: max(round(1000 * seconds / times[name].step_ms), 1) for name in arms}
 
 
 def write_step_times(
+    plan: Plan,
     rounds: Mapping[str, Sequence[float]],  # arm -> seconds of a step, one a round
     *,
     num_threads: int,
     jobs: int,
     dataset: str,
-) -> None:
-    """Replace the file; beside the times stand the machine, its load, the commit, the command."""
+) -> Path:
+    """Replace the plan's file, and return its path.
+
+    Beside the times stand the machine, its load, the commit and the command.
+    """
     arms = {
         name: {
             "recipes": recipe_trees(name),
@@ -82,4 +93,6 @@ def write_step_times(
         "arms": arms,
     }
     row = make_row("methods_step_times", figures)
-    write_atomically(FILE, (json.dumps(row, indent=2) + "\n").encode())
+    path = step_times_file(plan)
+    write_atomically(path, (json.dumps(row, indent=2) + "\n").encode())
+    return path

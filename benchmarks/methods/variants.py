@@ -7,8 +7,10 @@ from dataclasses import replace
 from typing import Literal
 
 from m3i_fast.config import TrainConfig
+from m3i_fast.config.heads import CaptionerConfig
 from m3i_fast.config.mixing import MixingConfig
 from m3i_fast.config.objective import Term
+from m3i_fast.objectives.methods import CAPTION_TOKENS, cell_prototypes, prototypes
 
 Change = Callable[[TrainConfig], TrainConfig]
 AS_IT_WAS = " as before"  # a method's variant of this ending is a function of that method's demo
@@ -123,6 +125,22 @@ def _with_mixing(cfg: TrainConfig, mixing: MixingConfig) -> TrainConfig:
     return replace(cfg, objective=replace(cfg.objective, mixing=mixing))
 
 
+def and_terms(*more: Term) -> Change:
+    """Return a change that adds terms, and gives a captioner the size of the text encoder."""
+
+    def change(cfg: TrainConfig) -> TrainConfig:
+        text = cfg.text
+        captioner = CaptionerConfig(dim=text.dim, depth=text.depth, num_heads=text.num_heads)
+        objective = replace(cfg.objective, terms=cfg.objective.terms + more, captioner=captioner)
+        return replace(cfg, objective=objective)
+
+    return change
+
+
+# iBOT's terms in M3I: the decoder, which has mask tokens, assigns each of the input view's cells;
+# the view as a whole and the local ones are assigned as the other view is.
+OF_VIEW = prototypes(name="prototypes")
+OF_CELLS = cell_prototypes(name="cells", predictor="decoder")
 raw_targets = of_dense(standardise="none", regulariser="decorrelation")
 
 # M3I itself has four terms, two images an input and fixed weights.
@@ -149,11 +167,15 @@ VARIANTS: dict[str, Change] = {
     "m3i - mixing": unmixed,
     "m3i: 1 image": one_image,
     "m3i: 3 images": of_images(3),
+    "m3i + ibot": and_terms(OF_VIEW, OF_CELLS),
+    "m3i + ibot + captioner": and_terms(OF_VIEW, OF_CELLS, CAPTION_TOKENS),
     "m3i: gradient norm": balanced("gradient_norm"),
     "m3i: uncertainty": balanced("uncertainty"),
 }
 # What was before a repair: arms of the table of few annotations.
 AS_BEFORE = tuple(name for name in VARIANTS if name.endswith(AS_IT_WAS))
+# M3I with more targets: arms of the table of what these are worth.
+WITH_TARGETS = tuple(name for name in VARIANTS if name.startswith("m3i + "))
 NOTE = (
     "m3i - X: without the term X; category + caption: without the two others; as before: label "
     "terms are means over the rows that have one, dense targets raw, of weight 0.3 and asked of "
@@ -162,5 +184,6 @@ NOTE = (
     "targets by batch, second moment, projector: other ways to standardise and decorrelate; blank "
     "cells: these are asked too; m3i - mixing: each input is one whole image; 1 image: one image "
     "with half of its cells hidden, where two of m3i share the cells; gradient norm, uncertainty: "
-    "how the terms are weighted, where m3i has fixed weights"
+    "how the terms are weighted, where m3i has fixed weights; + ibot: with prototypes of the view "
+    "and of its cells; + captioner: and the caption's tokens, one after another"
 )

@@ -480,8 +480,10 @@ def test_there_is_a_table_a_share(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_one_plan_at_a_time() -> None:
     with pytest.raises(ValueError, match="ablations, growth: expected one of them at most"):
         Config(ablations=True, growth=True)
-    with pytest.raises(ValueError, match="calibrate: expected --pilot with it"):
+    with pytest.raises(ValueError, match="calibrate: expected --pilot or --targets with it"):
         Config(calibrate=True)
+    with pytest.raises(ValueError, match="holm: expected --pilot with it.*type --pilot --holm"):
+        Config(targets=True, holm=True)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The pilot's arms take as many steps as their committed times say, on every machine."""
+"""The arms of --pilot and --targets take as many steps as their committed times say, anywhere."""
 
 import json
 from collections.abc import Iterator
@@ -13,29 +13,36 @@ import pytest
 from m3i_fast.benchmarks.methods import main as methods
 from m3i_fast.benchmarks.methods import step_times as methods_pace
 from m3i_fast.benchmarks.methods.main import main
-from m3i_fast.benchmarks.methods.plan import PILOT, Config, follows_recipe
+from m3i_fast.benchmarks.methods.plan import (
+    PACED,
+    PILOT,
+    TARGETS,
+    Config,
+    Plan,
+    follows_recipe,
+)
 from m3i_fast.benchmarks.methods.step_times import read_step_times, step_counts, write_step_times
 from m3i_fast.config import TrainConfig
 
-COMMITTED = methods_pace.FILE
+COMMITTED = methods_pace.FOLDER
+ARMS: dict[Plan, tuple[str, ...]] = {"pilot": PILOT, "targets": TARGETS}
 
 
 @pytest.fixture(autouse=True)
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file of step times that is not there yet."""
-    path = tmp_path / "methods_step_times.json"
-    monkeypatch.setattr(methods_pace, "FILE", path)
-    return path
+    """The pilot's file of step times, which is not there yet."""
+    monkeypatch.setattr(methods_pace, "FOLDER", tmp_path)
+    return methods_pace.step_times_file("pilot")
 
 
 def _write(**rounds: list[float]) -> None:
-    write_step_times(rounds, num_threads=1, jobs=2, dataset="openmoji")
+    write_step_times("pilot", rounds, num_threads=1, jobs=2, dataset="openmoji")
 
 
 def test_steps_follow_from_the_medians(file: Path) -> None:
     _write(supervised=[0.25, 9.0, 0.2], clip=[0.1, 0.3, 0.3])
-    assert step_counts(["supervised", "clip"], 90) == {"supervised": 360, "clip": 300}
-    assert step_counts(["clip"], 0.1) == {"clip": 1}
+    assert step_counts("pilot", ["supervised", "clip"], 90) == {"supervised": 360, "clip": 300}
+    assert step_counts("pilot", ["clip"], 0.1) == {"clip": 1}
     told = json.loads(file.read_text())
     assert told["figures"]["arms"]["supervised"]["rounds_ms"] == [250.0, 9000.0, 200.0]
     assert told["figures"]["load"] >= 0 and told["machine"]["cpu"] and told["command"]
@@ -45,24 +52,25 @@ def test_times_of_another_recipe_are_refused(file: Path) -> None:
     with pytest.raises(
         ValueError, match="of clip with today's recipe, got none; .* --pilot --calibrate"
     ):
-        step_counts(["clip"], 90)
+        step_counts("pilot", ["clip"], 90)
     _write(clip=[0.1, 0.1, 0.1])
     told = json.loads(file.read_text())
     told["figures"]["arms"]["clip"]["recipes"]["clip"]["optim"]["lr"] /= 2
     file.write_text(json.dumps(told))
     with pytest.raises(ValueError, match="of clip with today's recipe, got that of another"):
-        step_counts(["clip"], 90)
+        step_counts("pilot", ["clip"], 90)
     file.write_text(file.read_text().replace("step_ms", "step_us"))
-    with pytest.raises(ValueError, match="methods_step_times.json: damaged: .*step_ms"):
-        read_step_times()
+    with pytest.raises(ValueError, match="step_times_pilot.json: damaged: .*step_ms"):
+        read_step_times("pilot")
 
 
-def test_committed_times_are_of_todays_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("plan", PACED)
+def test_committed_times_are_of_todays_recipes(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else `m3i-fast bench methods --pilot --calibrate` is to be typed again."""
-    monkeypatch.setattr(methods_pace, "FILE", COMMITTED)
-    times = read_step_times()
-    assert times.keys() == set(PILOT)
-    assert [name for name in PILOT if not follows_recipe(name, times[name].recipes)] == []
+    monkeypatch.setattr(methods_pace, "FOLDER", COMMITTED)
+    times = read_step_times(plan)
+    assert times.keys() == set(ARMS[plan])
+    assert [name for name in ARMS[plan] if not follows_recipe(name, times[name].recipes)] == []
 
 
 def test_each_arm_of_the_pilot_has_its_own_number_of_steps(tmp_path: Path) -> None:
@@ -104,7 +112,7 @@ def test_calibrating_times_all_arms_in_turn_and_writes_the_file(
     assert asked == asked[: len(PILOT)] * methods_pace.ROUNDS
     # The median of three rounds is the middle one's, which comes after all arms' first.
     times = {name: 10.0 + len(PILOT) + index for index, name in enumerate(PILOT)}
-    assert {name: t.step_ms for name, t in read_step_times().items()} == {
+    assert {name: t.step_ms for name, t in read_step_times("pilot").items()} == {
         name: 1000 * seconds for name, seconds in times.items()
     }
     assert json.loads(file.read_text())["figures"]["jobs"] == 1
