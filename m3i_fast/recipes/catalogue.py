@@ -10,7 +10,15 @@ from pathlib import Path
 from m3i_fast.config.train import TrainConfig
 from m3i_fast.did_you_mean import nearest
 from m3i_fast.objectives.methods import METHODS
-from m3i_fast.recipes import dinov2_vit, from_weights, m3i_internimage, m3i_vit, own_data
+from m3i_fast.recipes import (
+    dinov2_vit,
+    dinov3_vit,
+    from_weights,
+    m3i_internimage,
+    m3i_vit,
+    own_data,
+    text_and_prototypes_vit,
+)
 from m3i_fast.recipes.demo import demo, demo_internimage, demo_method
 
 Make = Callable[[], TrainConfig]
@@ -28,8 +36,18 @@ GROUPS: dict[str, tuple[Make, ...]] = {
         *(m3i_vit.m3i_vit_l, m3i_vit.m3i_vit_l_a100, m3i_vit.m3i_vit_l_h100),
         *(m3i_vit.m3i_vit_h, m3i_vit.m3i_vit_h_a100, m3i_vit.m3i_vit_h_h100),
     ),
-    "DINOv2 from random weights": (
+    "other methods over prototypes, from random weights": (
         *(dinov2_vit.dinov2_vit_s, dinov2_vit.dinov2_vit_b, dinov2_vit.dinov2_vit_l),
+        *(dinov3_vit.dinov3_vit_s, dinov3_vit.dinov3_vit_b, dinov3_vit.dinov3_vit_l),
+        dinov3_vit.dinov3_vit_s_gram,
+        dinov3_vit.dinov3_vit_b_gram,
+        dinov3_vit.dinov3_vit_l_gram,
+        text_and_prototypes_vit.siglip2_vit_s,
+        text_and_prototypes_vit.siglip2_vit_b,
+        text_and_prototypes_vit.siglip2_vit_l,
+        text_and_prototypes_vit.tips_vit_s,
+        text_and_prototypes_vit.tips_vit_b,
+        text_and_prototypes_vit.tips_vit_l,
     ),
     "M3I with an InternImage": (
         m3i_internimage.m3i_internimage_t,

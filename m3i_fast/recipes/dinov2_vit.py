@@ -31,7 +31,7 @@ def dinov2_vit_s() -> TrainConfig:
 
     Needs: pictures; 32 cards of 24 GB; 64 pictures a card.
     """
-    return _dinov2(vit_s(drop_path_rate=0.1))
+    return for_imagenet(vit_s(drop_path_rate=0.1))
 
 
 def dinov2_vit_b() -> TrainConfig:
@@ -39,7 +39,7 @@ def dinov2_vit_b() -> TrainConfig:
 
     Needs: pictures; 32 cards of 40 GB; 64 pictures a card.
     """
-    return _dinov2(vit_b(drop_path_rate=0.1))
+    return for_imagenet(vit_b(drop_path_rate=0.1))
 
 
 def dinov2_vit_l() -> TrainConfig:
@@ -47,10 +47,13 @@ def dinov2_vit_l() -> TrainConfig:
 
     Needs: pictures; 32 cards of 80 GB; 64 pictures a card.
     """
-    return _dinov2(vit_l(drop_path_rate=0.3))  # [DINOv2]
+    return for_imagenet(vit_l(drop_path_rate=0.3))  # [DINOv2]
 
 
-def _dinov2(vision: ViTConfig) -> TrainConfig:
+def for_imagenet(
+    vision: ViTConfig, terms: tuple[Term, ...] = METHODS["dinov2"].terms
+) -> TrainConfig:
+    """Make the 100 epochs that DINOv2's and DINOv3's configurations for ImageNet-1k share."""
     method = METHODS["dinov2"]
     views = ViewConfig(
         scale=(0.32, 1.0),  # [DINOv2]
@@ -75,7 +78,7 @@ def _dinov2(vision: ViTConfig) -> TrainConfig:
         ),
         vision=replace(vision, layer_scale_init=1e-5, drop_path_mode="subset"),  # [DINOv2]
         objective=ObjectiveConfig(
-            terms=tuple(_warmed_up(term) for term in method.terms),
+            terms=tuple(_warmed_up(term) for term in terms),
             mixing=MixingConfig(
                 mode=method.mode,
                 hidden=method.hidden,
