@@ -4,7 +4,8 @@ Marked [DINOv3]: their configuration of ViT-L/16 on ImageNet-1k (vitl_im1k_lin83
 64 pictures, 125,000 steps), which is DINOv2's with rotary positions and balanced targets, and that
 of the second stage of their 7B model (dinov3_vit7b16_gram_anchor.yaml). They distilled ViT-S and
 ViT-B; what those have of their own, and the length and rate of the second stage at these sizes, are
-chosen here, and not yet measured. `m3i-fast methods --explain dinov3` says where the method
+chosen here, and not yet measured. --init takes the encoder of the first stage's average, so that
+the second draws its prototypes anew. `m3i-fast methods --explain dinov3` says where the method
 differs; what else is not theirs, recipes/dinov2_vit.py says.
 """
 
