@@ -15,8 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from m3i_fast.cli import console
-from m3i_fast.terminal import progress_bar
 from m3i_fast.config.data import CACHE_DIR, MAX_PIXELS
+from m3i_fast.terminal import progress_bar
 
 if TYPE_CHECKING:
     from m3i_fast.pipelines.indexing.build import Indexed

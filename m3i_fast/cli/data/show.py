@@ -10,8 +10,8 @@ from typing import Annotated
 import tyro
 
 from m3i_fast.cli import console
-from m3i_fast.terminal import progress_bar
 from m3i_fast.config.data import LoaderConfig
+from m3i_fast.terminal import progress_bar
 
 
 @dataclass(frozen=True, kw_only=True)
