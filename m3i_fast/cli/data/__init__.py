@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from m3i_fast.cli.data.drawings import OpenMoji, Styles, Synthetic
+from m3i_fast.cli.data.drawings import Earth, OpenMoji, Styles, Synthetic
 from m3i_fast.cli.data.index import Index
 from m3i_fast.cli.data.pack import Pack
 from m3i_fast.cli.data.push import Push
@@ -17,11 +17,11 @@ from m3i_fast.cli.data.show import Show
 from m3i_fast.cli.data.stats import Stats
 from m3i_fast.cli.data.verify import Verify
 
-
 Command = (
     Annotated[Pack, tyro.conf.subcommand("pack")]
     | Annotated[OpenMoji, tyro.conf.subcommand("openmoji")]
     | Annotated[Styles, tyro.conf.subcommand("styles")]
+    | Annotated[Earth, tyro.conf.subcommand("earth")]
     | Annotated[Synthetic, tyro.conf.subcommand("synthetic")]
     | Annotated[Index, tyro.conf.subcommand("index")]
     | Annotated[Stats, tyro.conf.subcommand("stats")]

