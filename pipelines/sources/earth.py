@@ -265,7 +265,7 @@ def build(
                 annotation_of=annotation_of,
             )
         first_id += len(land)
-    settings = {**shares, "tile": tile, "stride": stride, "block_degrees": BLOCK}
+    settings: dict[str, Any] = {**shares, "tile": tile, "stride": stride, "block_degrees": BLOCK}
     if countries is not None:
         settings["versions"] = versions()
     info = _info(tokenizer, settings)
