@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from m3i_fast.config.data import LoaderConfig
@@ -23,8 +22,11 @@ class PackedLoader(BatchesOfRun[PackedBatch]):
     `scale` is (1, 1) a picture whose aspect is within them is taken whole. `cfg.batch_size` and the
     views' sizes are not read.
 
+    Its batches are equal for both backends on a CPU; with a `device_id` that GPU decodes, cuts and
+    holds them.
+
     Raises as `Loader`, and ValueError for data in object storage, whose lanes are dealt to ranks
-    sample by sample, and for the DALI backend, whose operator cuts views of one size.
+    sample by sample.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class PackedLoader(BatchesOfRun[PackedBatch]):
         rank: int = 0,
         num_ranks: int = 1,
         accumulate: int = 1,
+        device_id: int | None = None,
         skipped_file: Path | None = None,
         opened: OpenSplit | None = None,
     ) -> None:
@@ -45,13 +48,8 @@ class PackedLoader(BatchesOfRun[PackedBatch]):
 
         patch_size: pixels along a side of a patch. global_sides, local_sides: least and most
         patches along a side of the square of which a view has the area; local_sides where the
-        config has local views. skipped_file, opened: as of `Loader`.
+        config has local views. device_id, skipped_file, opened: as of `Loader`.
         """
-        if cfg.backend == "dali":
-            raise ValueError(
-                "data.backend: expected torch or auto for views of any size, got dali, whose "
-                "operator cuts views of one size"
-            )
         if patch_size < 1:
             raise ValueError(f"patch_size: expected at least 1, got {patch_size}")
         if (local_sides is None) != (cfg.local_views is None):
@@ -71,11 +69,11 @@ class PackedLoader(BatchesOfRun[PackedBatch]):
         )
         self._patch_size = patch_size
         super().__init__(
-            replace(cfg, backend="torch"),
+            cfg,
             self._budget,
             rank=rank,
             num_ranks=num_ranks,
-            device_id=None,
+            device_id=device_id,
             skipped_file=skipped_file,
             opened=opened,
         )
@@ -93,9 +91,10 @@ class PackedLoader(BatchesOfRun[PackedBatch]):
     def _to_batch(self, made: MadeBatch) -> PackedBatch:
         expect_allowed(made.rows, self._open)
         assert made.grids is not None
-        return PackedBatch(
+        batch = PackedBatch(
             patches=made.views,
             grids=made.grids,
             num_global=self.cfg.global_views.count,
             **fields_beside_views(made),
         )
+        return batch if self._device_id is None else batch.to(f"cuda:{self._device_id}")

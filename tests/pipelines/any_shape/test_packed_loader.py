@@ -175,8 +175,6 @@ def test_named_columns_are_those_of_the_squares_loader(tmp_path: Path) -> None:
 
 
 def test_what_it_cannot_do_is_refused(cfg: LoaderConfig) -> None:
-    with pytest.raises(ValueError, match="data.backend: expected torch or auto for views of any"):
-        loader(replace(cfg, backend="dali"))
     with pytest.raises(ValueError, match="local_sides: expected two numbers, .* got None"):
         loader(cfg, local_sides=None)
     with pytest.raises(ValueError, match="token_budget: expected at least 99 tokens"):
