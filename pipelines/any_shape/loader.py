@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from m3i_fast.config.data import LoaderConfig
 from m3i_fast.pipelines.any_shape.batch import PackedBatch
 from m3i_fast.pipelines.loader import BatchesOfRun, expect_allowed, fields_beside_views
-from m3i_fast.pipelines.open_data import OpenSplit
+from m3i_fast.pipelines.open_data import OpenSplit, in_object_storage
 from m3i_fast.pipelines.sample_order.token_budget import TokenBudget, ViewSides
 from m3i_fast.pipelines.samples_to_views import MadeBatch, PatchSides
 
@@ -20,13 +21,13 @@ class PackedLoader(BatchesOfRun[PackedBatch]):
     ranks and after any resume. Each view is cut to a grid of patches of the aspect of its box,
     which is drawn as for `Loader`: wider `ratio`s of the views make for other aspects, and where
     `scale` is (1, 1) a picture whose aspect is within them is taken whole. `cfg.batch_size` and the
-    views' sizes are not read.
+    views' sizes are not read. Where data lie in object storage, samples are dealt to the batches of
+    a step one by one, so that each lane of a bucket is of one rank.
 
     Its batches are equal for both backends on a CPU; with a `device_id` that GPU decodes, cuts and
     holds them.
 
-    Raises as `Loader`, and ValueError for data in object storage, whose lanes are dealt to ranks
-    sample by sample.
+    Raises as `Loader`.
     """
 
     def __init__(
@@ -66,10 +67,11 @@ class PackedLoader(BatchesOfRun[PackedBatch]):
             seed=cfg.seed,
             num_ranks=num_ranks,
             accumulate=accumulate,
+            dealt=in_object_storage(cfg) if opened is None else bool(opened.lanes),
         )
         self._patch_size = patch_size
         super().__init__(
-            cfg,
+            replace(cfg, batch_size=self._budget.mean_samples),  # what is fetched and kept
             self._budget,
             rank=rank,
             num_ranks=num_ranks,
@@ -77,12 +79,6 @@ class PackedLoader(BatchesOfRun[PackedBatch]):
             skipped_file=skipped_file,
             opened=opened,
         )
-        if self._open.lanes:
-            self.close()
-            raise ValueError(
-                "data.path: expected a folder for views of any size, got object storage, whose "
-                "samples are dealt to ranks by number: copy it first"
-            )
 
     @property
     def _sides(self) -> PatchSides:
