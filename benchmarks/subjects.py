@@ -42,6 +42,10 @@ SUBJECTS = {
         "loader.main",
         "our loader beside torchvision and webdataset, and beside decoding alone",
     ),
+    "packed_loader": (
+        "loader.packed",
+        "our loader of views of any size beside that of squares, in one run",
+    ),
     "checkpoint": (
         "training.checkpoint",
         "how long a checkpoint keeps a step waiting, at once and in the background",

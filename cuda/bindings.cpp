@@ -115,6 +115,13 @@ STABLE_TORCH_LIBRARY(m3i, library) {
       "make_views(Tensor pixels, Tensor offset, Tensor image_size, Tensor params, int[] geometry, "
       "int num_threads)"
       " -> Tensor");
+  // grids: rows and columns of patches of each view, and the patches of the same view of samples
+  // before (ViewGrid); filters: blur_kernel_size and 1 for bicubic of each view; lengths: patches
+  // of each view of all samples. Those of view 0 come first, then view 1's.
+  library.def(
+      "make_patches(Tensor pixels, Tensor offset, Tensor image_size, Tensor params, Tensor grids, "
+      "int[] filters, int patch_size, int[] lengths, int num_threads)"
+      " -> Tensor patches");
 }
 
 M3I_PYTHON_MODULE(_C, nullptr)

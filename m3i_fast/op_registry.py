@@ -319,7 +319,7 @@ OPS: tuple[OpSpec, ...] = (
         measures="crops, resized and changed in colour: ours beside torchvision's transforms",
         gpu=GpuBenchmark(worth=6, limit_s=60, small=("--num-samples", "2", "--batch-size", "4")),
         sanitizer="tests/ops/views/test_cuda.py::test_cuda_gives_the_bits_of_the_cpu",
-        kernels=r"draw_views$|make_views$",
+        kernels=r"draw_views$|make_(views|patches)$",
     ),
     OpSpec(
         name="add_layer_norm",

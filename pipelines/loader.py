@@ -186,8 +186,7 @@ class BatchesOfRun(ABC, Generic[AnyBatch]):
         }
 
     def _begin(self) -> tuple[TrainingRows, Backend]:
-        most = self._layout.most_samples
-        ahead = -(-self.cfg.fetch_ahead // most) if self._open.lanes else 0
+        ahead = -(-self.cfg.fetch_ahead // self.cfg.batch_size) if self._open.lanes else 0
         rows = TrainingRows(
             self._open.table,
             self._open.shards,

@@ -68,6 +68,14 @@ class OpenSplit:
         return f"{ORDER_VERSION}, {self.lanes[0].identity}" if self.lanes else ORDER_VERSION
 
 
+def in_object_storage(cfg: LoaderConfig) -> bool:
+    """Return whether any of the data lie in object storage, where lanes take the samples in turn.
+
+    Raises as `shards_url`.
+    """
+    return any(shards_url(each.path) is not None for each in cfg.members or (cfg,))
+
+
 def open_data(
     cfg: LoaderConfig,
     *,

@@ -101,7 +101,7 @@ class MakeViews : public dali::Operator<dali::CPUBackend> {
     const NvtxRange range("data.views", i);
     const auto* params =
         reinterpret_cast<const ViewParams*>(ws.Input<dali::CPUBackend>(0).tensor<float>(i));
-    const std::vector<ViewImage> images = view_images<dali::CPUBackend>(ws, i, geometry_);
+    const std::vector<ViewImage> images = view_images<dali::CPUBackend>(ws, i, geometry_.size());
     std::vector<uint8_t*> out;
     for (size_t v = 0; v < geometry_.size(); ++v) {
       out.push_back(ws.Output<dali::CPUBackend>(static_cast<int>(v)).mutable_tensor<uint8_t>(i));

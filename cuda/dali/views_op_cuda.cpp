@@ -18,9 +18,9 @@ class MakeViewsOnGpu : public dali::Operator<dali::GPUBackend> {
                  "geometry: expected up to " + std::to_string(kViewsMostOnCuda) +
                      " views of a sample on a GPU, got " + std::to_string(geometry_.size()));
     for (const ViewGeometry& view : geometry_) {
-      DALI_ENFORCE(view.height == view.width, "geometry: expected square views on a GPU, got " +
-                                                  std::to_string(view.height) + " x " +
-                                                  std::to_string(view.width));
+      DALI_ENFORCE(view.height == view.width,
+                   "geometry: expected square views on a GPU, got " + std::to_string(view.height) +
+                       " x " + std::to_string(view.width) + "; m3i_patches cuts any");
     }
   }
 
@@ -38,7 +38,7 @@ class MakeViewsOnGpu : public dali::Operator<dali::GPUBackend> {
     std::vector<ViewImage> images;
     std::vector<ViewParams> params;
     for (int i = 0; i < batch; ++i) {
-      for (const ViewImage& image : view_images<dali::GPUBackend>(ws, i, geometry_)) {
+      for (const ViewImage& image : view_images<dali::GPUBackend>(ws, i, geometry_.size())) {
         images.push_back(image);
       }
       const auto* row = reinterpret_cast<const ViewParams*>(rows.tensor<float>(i));

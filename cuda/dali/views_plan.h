@@ -47,22 +47,29 @@ inline std::vector<ViewGeometry> view_geometry(const std::vector<int>& geometry)
   return views;
 }
 
-// Checks the inputs of fn.m3i_views, parameters and one or two pictures of a sample, and describes
-// its outputs.
+// Checks the parameters, input 0, and one or two pictures of a sample, from input `first_image` on.
+// Returns the samples.
+template <typename Backend>
+int check_view_inputs(const dali::Workspace& ws, size_t num_views, int first_image) {
+  const auto& params = ws.Input<dali::CPUBackend>(0);
+  const int batch = params.num_samples();
+  const dali::TensorShape<2> rows(static_cast<int64_t>(num_views), kViewColumns);
+  DALI_ENFORCE(
+      params.type() == DALI_FLOAT && params.shape() == dali::uniform_list_shape(batch, rows),
+      "views: expected parameters [V, 13] float32");
+  for (int m = first_image; m < ws.NumInput(); ++m) {
+    const auto& images = ws.Input<Backend>(m);
+    DALI_ENFORCE(images.type() == DALI_UINT8 && images.sample_dim() == 3,
+                 "views: expected images [H, W, 3] uint8");
+  }
+  return batch;
+}
+
+// Checks the inputs of fn.m3i_views, and describes its outputs.
 template <typename Backend>
 void describe_views(std::vector<dali::OutputDesc>& out, const dali::Workspace& ws,
                     const std::vector<ViewGeometry>& geometry) {
-  const auto& params = ws.Input<dali::CPUBackend>(0);
-  const int batch = params.num_samples();
-  const dali::TensorShape<2> rows(static_cast<int64_t>(geometry.size()), kViewColumns);
-  DALI_ENFORCE(
-      params.type() == DALI_FLOAT && params.shape() == dali::uniform_list_shape(batch, rows),
-      "m3i_views: expected parameters [V, 13] float32");
-  for (int m = 1; m < ws.NumInput(); ++m) {
-    const auto& images = ws.Input<Backend>(m);
-    DALI_ENFORCE(images.type() == DALI_UINT8 && images.sample_dim() == 3,
-                 "m3i_views: expected images [H, W, 3] uint8");
-  }
+  const int batch = check_view_inputs<Backend>(ws, geometry.size(), 1);
   out.resize(geometry.size());
   for (size_t v = 0; v < geometry.size(); ++v) {
     const dali::TensorShape<3> shape(kViewChannels, static_cast<int64_t>(geometry[v].height),
@@ -71,25 +78,26 @@ void describe_views(std::vector<dali::OutputDesc>& out, const dali::Workspace& w
   }
 }
 
-// Pictures of sample i, where the backend has them. Throws where its parameters are not for them.
+// Pictures of sample i, where the backend has them, from input `first_image` on. Throws where its
+// parameters are not for them.
 template <typename Backend>
-std::vector<ViewImage> view_images(const dali::Workspace& ws, int i,
-                                   const std::vector<ViewGeometry>& geometry) {
+std::vector<ViewImage> view_images(const dali::Workspace& ws, int i, size_t num_views,
+                                   int first_image = 1) {
   std::vector<ViewImage> images;
-  for (int m = 1; m < ws.NumInput(); ++m) {
+  for (int m = first_image; m < ws.NumInput(); ++m) {
     const auto& list = ws.Input<Backend>(m);
     const auto shape = list.tensor_shape_span(i);
-    DALI_ENFORCE(shape[2] == kViewChannels, "m3i_views: expected images of three channels");
+    DALI_ENFORCE(shape[2] == kViewChannels, "views: expected images of three channels");
     images.push_back({list.template tensor<uint8_t>(i), static_cast<int32_t>(shape[0]),
                       static_cast<int32_t>(shape[1]), kViewChannels * shape[1]});
   }
   const auto* params =
       reinterpret_cast<const ViewParams*>(ws.Input<dali::CPUBackend>(0).tensor<float>(i));
-  for (size_t v = 0; v < geometry.size(); ++v) {
+  for (size_t v = 0; v < num_views; ++v) {
     const ViewImage& image =
         images[view_source(static_cast<int>(v), static_cast<int>(images.size()))];
     const char* wrong = wrong_view_param(params[v], image.height, image.width);
-    DALI_ENFORCE(!wrong, dali::make_string("m3i_views: view ", v, ": ", wrong ? wrong : "",
+    DALI_ENFORCE(!wrong, dali::make_string("views: view ", v, ": ", wrong ? wrong : "",
                                            ": expected a value for a picture of ", image.height,
                                            " x ", image.width));
   }

@@ -13,13 +13,13 @@ inline constexpr int kViewsMostOnCuda = 128;
 inline constexpr int64_t kViewsPage = 4096;
 inline constexpr uint32_t kViewsNoScratch = 0xffffffffu;
 
-// Where one view of every sample goes.
+// Where one view of every sample goes: squares of S pixels, or grids of patches of P, T in all.
 struct ViewTarget {
-  uint8_t* out;  // [B, 3, S, S]
-  int32_t size;  // S
+  uint8_t* out;  // [B, 3, S, S] or [T, 3, P, P]
+  int32_t size;  // S or T
   int16_t blur_kernel_size;
   int16_t cubic;
-  uint32_t scratch_page;  // first page of its [B, 3, S, S] bytes, or kViewsNoScratch
+  uint32_t scratch_page;  // first page of as many bytes as `out` has, or kViewsNoScratch
 };
 
 // All arrays are on the device. Pictures are given in one of two ways: each by itself, as DALI's
@@ -31,10 +31,12 @@ struct ViewsCudaParams {
   const int64_t* image_size;  // [B, M, 2] height and width
   int64_t num_bytes;
   const ViewParams* params;  // [B, V]
-  uint8_t* scratch;          // as many bytes as plan_views said, or null for none
+  const ViewGrid* grids;     // [B, V] of patches; null where views are squares
+  uint8_t* scratch;          // as many bytes as the plan said, or null for none
   int32_t num_samples;       // B
   int32_t num_pictures;      // M, 1 or 2: see view_source
   int32_t num_views;         // V, up to kViewsMostOnCuda
+  int32_t patch_size;        // P
   int32_t shared_bytes;      // of a block
   ViewTarget targets[kViewsMostOnCuda];
 };

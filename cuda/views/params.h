@@ -47,13 +47,31 @@ static_assert(sizeof(ViewParams) == kViewColumns * sizeof(float), "a row of draw
 
 // What a view's parameters do not say.
 struct ViewGeometry {
-  int32_t height, width;     // of the view in pixels; equal on a GPU
+  int32_t height, width;     // of the view in pixels
   int32_t blur_kernel_size;  // odd, of which half is less than either
   int32_t cubic;             // 1: bicubic, 0: bilinear
 };
 
 // Numbers of a view's geometry in the arguments of the operators, in this order.
 inline constexpr int kViewGeometry = 4;
+
+// A view that is cut to a grid of patches of P pixels along a side, row by row: where its
+// [rows * columns, 3, P, P] is among the patches of the same view of all samples.
+struct ViewGrid {
+  int64_t rows, columns;  // of patches
+  int64_t first;          // patches before its own
+};
+
+// What its parameters do not say: `filter` has the kernel of a blur, which is cut short where the
+// view's reflections allow no longer one, and whether the resize is bicubic.
+M3I_HOST_DEVICE inline ViewGeometry geometry_of(const ViewGrid& grid, int patch_size,
+                                                const ViewGeometry& filter) {
+  const auto height = static_cast<int32_t>(grid.rows * patch_size);
+  const auto width = static_cast<int32_t>(grid.columns * patch_size);
+  const int32_t longest = 2 * (height < width ? height : width) - 1;
+  const int32_t blur = filter.blur_kernel_size < longest ? filter.blur_kernel_size : longest;
+  return {height, width, blur, filter.cubic};
+}
 
 // A decoded picture: [height, width, 3] uint8, pixels of a row one after the other.
 struct ViewImage {

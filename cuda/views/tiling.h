@@ -50,14 +50,15 @@ M3I_HOST_DEVICE constexpr int64_t resize_bytes(const ResizeTiling& tiling, int t
 
 // All columns where they fit with the weights of fewer rows of the view, or fewer rows of the crop
 // at once; else half of them, and so on. Fewer than four rows, which leave warps without work, only
-// once columns are no more than a warp's lanes. `taps`: the most that a column or a row has.
-M3I_HOST_DEVICE constexpr ResizeTiling resize_tiling(int size, int width, int taps_across,
-                                                     int taps_down) {
-  for (int columns = size;; columns = (columns + 1) / 2) {
-    const int64_t segment = segment_bytes(columns, size, width, taps_across);
+// once columns are no more than a warp's lanes. width: of the crop. `taps`: the most that a column
+// or a row has.
+M3I_HOST_DEVICE constexpr ResizeTiling resize_tiling(int view_height, int view_width, int width,
+                                                     int taps_across, int taps_down) {
+  for (int columns = view_width;; columns = (columns + 1) / 2) {
+    const int64_t segment = segment_bytes(columns, view_width, width, taps_across);
     const int fewest = columns > 32 ? kWarps / 2 : 1;
     for (int rows = kWarps; segment <= kSharedBytes && rows >= fewest; rows /= 2) {
-      for (int panel = size;; panel = (panel + 1) / 2) {
+      for (int panel = view_height;; panel = (panel + 1) / 2) {
         const ResizeTiling tiling{columns, panel, rows, static_cast<int32_t>(segment),
                                   taps_down + rows};
         if (resize_bytes(tiling, taps_across, taps_down) <= kSharedBytes) return tiling;
@@ -94,8 +95,8 @@ M3I_HOST_DEVICE constexpr int64_t blur_bytes(int columns, int planes, int half, 
          4 * planes * (kRun * row + (2 * radius + kRun) * static_cast<int64_t>(columns));
 }
 
-M3I_HOST_DEVICE constexpr BlurTiling blur_tiling(int size, int half, int radius, int64_t bytes) {
-  for (int columns = whole_runs(size);; columns = whole_runs(columns / 2)) {
+M3I_HOST_DEVICE constexpr BlurTiling blur_tiling(int width, int half, int radius, int64_t bytes) {
+  for (int columns = whole_runs(width);; columns = whole_runs(columns / 2)) {
     if (blur_bytes(columns, 3, half, radius) <= bytes) return {columns, 3};
     if (blur_bytes(columns, 1, half, radius) <= bytes) return {columns, 1};
     if (columns == kRun) return {};
@@ -114,6 +115,12 @@ M3I_HOST_DEVICE constexpr int64_t shared_bytes(int size, int half) {
   return needed <= kSharedBytes       ? kSharedBytes
          : needed <= kMostSharedBytes ? needed
                                       : kMostSharedBytes;
+}
+
+// Of a launch that blurs views out of scratch memory, of any sizes: a run of columns has to fit.
+M3I_HOST_DEVICE constexpr int64_t shared_bytes_of_runs(int half) {
+  const int64_t needed = blur_bytes(kRun, 1, half, half);
+  return needed <= kSharedBytes ? kSharedBytes : needed;
 }
 
 }  // namespace m3i::views

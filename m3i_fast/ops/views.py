@@ -35,6 +35,11 @@ class ViewSpec:
     distribution: tuple[float, ...]
     """How its parameters are drawn: the 15 numbers of ViewDistribution in cuda/views/params.h."""
 
+    @property
+    def filter(self) -> tuple[int, int]:
+        """Return the blur kernel and 1 for bicubic, as the operator of patches takes them."""
+        return self.blur_kernel_size, int(self.cubic)
+
     def geometry(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
         """Return height, width, blur kernel and 1 for bicubic, as operators take them.
 
@@ -70,6 +75,7 @@ def view_specs(*groups: ViewConfig | None) -> tuple[ViewSpec, ...]:
 
 NUM_DISTRIBUTION = 15  # numbers of a view's distribution
 NUM_GEOMETRY = 4  # of its geometry
+MAX_SIDE = 16384  # pixels of a view
 
 
 def _check(name: str, tensor: Tensor, dtype: torch.dtype, *shape: int | None) -> None:
@@ -129,6 +135,28 @@ def _fake_make(
     _check("params", params, torch.float32, offset.shape[0], num_views, len(VIEW_PARAMS))
     sides = zip(geometry[::NUM_GEOMETRY], geometry[1::NUM_GEOMETRY], strict=True)
     return pixels.new_empty(offset.shape[0] * 3 * sum(height * width for height, width in sides))
+
+
+@torch.library.register_fake("m3i::make_patches")
+def _fake_patches(
+    pixels: Tensor,  # [bytes] uint8
+    offset: Tensor,  # [B, M] int64
+    image_size: Tensor,  # [B, M, 2] int64
+    params: Tensor,  # [B, V, 13] float32
+    grids: Tensor,  # [B, V, 3] int64
+    filters: Sequence[int],  # [V * 2]
+    patch_size: int,
+    lengths: Sequence[int],  # [V]
+    num_threads: int,
+) -> Tensor:  # [T of all views, 3 P P] uint8
+    num_views = len(lengths)
+    _check("pixels", pixels, torch.uint8, None)
+    _check("offset", offset, torch.int64, None, None)
+    _check_pictures("offset", offset.shape[1], num_views)
+    _check("image_size", image_size, torch.int64, *offset.shape, 2)
+    _check("params", params, torch.float32, offset.shape[0], num_views, len(VIEW_PARAMS))
+    _check("grids", grids, torch.int64, offset.shape[0], num_views, 3)
+    return pixels.new_empty(sum(lengths), 3 * patch_size**2)
 
 
 def draw_views(
@@ -237,7 +265,7 @@ def make_patches(
     offset: Tensor,  # [B, M] int64
     image_size: Tensor,  # [B, M, 2] int64
     params: Tensor,  # [B, V, 13] float32
-    grids: Tensor,  # [B, V, 2] int64
+    grids: Tensor,  # [B, V, 2] int64, on the CPU
     *,
     views: Sequence[ViewSpec],
     patch_size: int,
@@ -246,42 +274,54 @@ def make_patches(
     """Cut views of any sides out of decoded pictures, as patches behind one another.
 
     Each is the view that `make_views` cuts of these parameters, of other sides than `size`; sigma
-    stays in pixels of the view, whose blur kernel is no longer than its reflections allow. On the
-    CPU alone: a GPU's kernel cuts squares.
+    stays in pixels of the view, whose blur kernel is no longer than its reflections allow. On CUDA
+    one launch cuts all views of all samples; nothing is waited for.
 
     Args:
         pixels, offset, image_size, params, num_threads: as of `make_views`.
-        grids: rows and columns of patches of each view, at least 1.
+        grids: rows and columns of patches of each view, at least 1; on the CPU, since the shapes of
+            what is returned depend on them.
         views: what `view_specs` returns; of each the filter and the blur kernel are read.
         patch_size: P, pixels along a side of a patch.
 
     Returns:
-        The patches of each view, those of sample 0 first, row by row, as `cut_patches` has them.
+        The patches of each view, those of sample 0 first, row by row, as `cut_patches` has them;
+        they are parts of one buffer.
 
     Raises:
         RuntimeError: as `make_views`.
-        ValueError: grids are of another shape.
+        ValueError: grids are of another shape, or on another device than the CPU.
     """
     if grids.shape != (len(offset), len(views), 2):
         raise ValueError(
             f"grids: expected [{len(offset)}, {len(views)}, 2], got {list(grids.shape)}"
         )
-    made: list[list[Tensor]] = [[] for _ in views]
-    for b, sides in enumerate((grids * patch_size).tolist()):
-        own = slice(b, b + 1)
-        geometry = [
-            number
-            for view, side in zip(views, sides, strict=True)
-            for number in view.geometry(*side)
-        ]
-        flat = m3i.make_views.default(
-            pixels, offset[own], image_size[own], params[own], geometry, num_threads
+    if grids.device.type != "cpu":
+        raise ValueError(f"grids: expected a tensor on the CPU, got one on {grids.device}")
+    _check_sides(grids * patch_size)
+    patches = grids.prod(2)
+    before = patches.cumsum(0) - patches
+    placed = torch.cat([grids, before[..., None]], 2)  # [B, V, 3]
+    if pixels.is_cuda:
+        placed = placed.pin_memory().to(pixels.device, non_blocking=True)
+    lengths = patches.sum(0).tolist()
+    flat = m3i.make_patches.default(
+        *(pixels, offset, image_size, params, placed),
+        [number for view in views for number in view.filter],
+        *(patch_size, lengths, num_threads),
+    )
+    return flat.split(lengths)
+
+
+def _check_sides(sides: Tensor) -> None:  # [B, V, 2] int64
+    """Check that each view has pixels, and no more than the kernels index."""
+    wrong = ((sides < 1) | (sides > MAX_SIDE)).nonzero()
+    if len(wrong):
+        sample, view, side = wrong[0].tolist()
+        raise RuntimeError(
+            f"grids: view {view}: expected a size of 1 to {MAX_SIDE} pixels, got "
+            f"{int(sides[sample, view, side])} of sample {sample}"
         )
-        parts = flat.split([3 * height * width for height, width in sides])
-        for of_view, part, side in zip(made, parts, sides, strict=True):
-            of_view.append(cut_patches(part.view(3, *side), patch_size))
-    empty = pixels.new_empty(0, 3 * patch_size**2)
-    return tuple(torch.cat(of_view) if of_view else empty for of_view in made)
 
 
 def cut_patches(images: Tensor, size: int) -> Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 from m3i_fast.config.data import LoaderConfig
 from m3i_fast.pipelines.any_shape.batch import PackedBatch
 from m3i_fast.pipelines.loader import BatchesOfRun, expect_allowed, fields_beside_views
-from m3i_fast.pipelines.open_data import OpenSplit
+from m3i_fast.pipelines.open_data import OpenSplit, in_object_storage
 from m3i_fast.pipelines.sample_order.token_budget import TokenBudget, ViewSides
 from m3i_fast.pipelines.samples_to_views import MadeBatch, PatchSides
 
@@ -21,10 +21,13 @@ class PackedLoader(BatchesOfRun[PackedBatch]):
     ranks and after any resume. Each view is cut to a grid of patches of the aspect of its box,
     which is drawn as for `Loader`: wider `ratio`s of the views make for other aspects, and where
     `scale` is (1, 1) a picture whose aspect is within them is taken whole. `cfg.batch_size` and the
-    views' sizes are not read.
+    views' sizes are not read. Where data lie in object storage, samples are dealt to the batches of
+    a step one by one, so that each lane of a bucket is of one rank.
 
-    Raises as `Loader`, and ValueError for data in object storage, whose lanes are dealt to ranks
-    sample by sample, and for the DALI backend, whose operator cuts views of one size.
+    Its batches are equal for both backends on a CPU; with a `device_id` that GPU decodes, cuts and
+    holds them.
+
+    Raises as `Loader`.
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class PackedLoader(BatchesOfRun[PackedBatch]):
         rank: int = 0,
         num_ranks: int = 1,
         accumulate: int = 1,
+        device_id: int | None = None,
         skipped_file: Path | None = None,
         opened: OpenSplit | None = None,
     ) -> None:
@@ -45,13 +49,8 @@ class PackedLoader(BatchesOfRun[PackedBatch]):
 
         patch_size: pixels along a side of a patch. global_sides, local_sides: least and most
         patches along a side of the square of which a view has the area; local_sides where the
-        config has local views. skipped_file, opened: as of `Loader`.
+        config has local views. device_id, skipped_file, opened: as of `Loader`.
         """
-        if cfg.backend == "dali":
-            raise ValueError(
-                "data.backend: expected torch or auto for views of any size, got dali, whose "
-                "operator cuts views of one size"
-            )
         if patch_size < 1:
             raise ValueError(f"patch_size: expected at least 1, got {patch_size}")
         if (local_sides is None) != (cfg.local_views is None):
@@ -68,23 +67,18 @@ class PackedLoader(BatchesOfRun[PackedBatch]):
             seed=cfg.seed,
             num_ranks=num_ranks,
             accumulate=accumulate,
+            dealt=in_object_storage(cfg) if opened is None else bool(opened.lanes),
         )
         self._patch_size = patch_size
         super().__init__(
-            replace(cfg, backend="torch"),
+            replace(cfg, batch_size=self._budget.mean_samples),  # what is fetched and kept
             self._budget,
             rank=rank,
             num_ranks=num_ranks,
-            device_id=None,
+            device_id=device_id,
             skipped_file=skipped_file,
             opened=opened,
         )
-        if self._open.lanes:
-            self.close()
-            raise ValueError(
-                "data.path: expected a folder for views of any size, got object storage, whose "
-                "samples are dealt to ranks by number: copy it first"
-            )
 
     @property
     def _sides(self) -> PatchSides:
@@ -93,9 +87,10 @@ class PackedLoader(BatchesOfRun[PackedBatch]):
     def _to_batch(self, made: MadeBatch) -> PackedBatch:
         expect_allowed(made.rows, self._open)
         assert made.grids is not None
-        return PackedBatch(
+        batch = PackedBatch(
             patches=made.views,
             grids=made.grids,
             num_global=self.cfg.global_views.count,
             **fields_beside_views(made),
         )
+        return batch if self._device_id is None else batch.to(f"cuda:{self._device_id}")

@@ -33,7 +33,7 @@ _BUILD = (
 
 @cache
 def load_operators() -> None:
-    """Load fn.m3i_read, fn.m3i_draw_views and fn.m3i_views.
+    """Load the operators of cuda/dali: fn.m3i_read, fn.m3i_draw_views and those of views.
 
     Raises ImportError, with the command that builds them, where they are not there for this DALI
     or do not load.

@@ -3,6 +3,8 @@
     rows of a batch -> m3i_read -> decoders.image -> m3i_views        operators of cuda/dali/
                                    m3i_draw_views ->
 
+Views of any size are cut by m3i_patches in the place of m3i_views, to the grids of m3i_view_grids.
+
 Python gives rows alone (`batch_rows`), so that order, draws and pixels are those of the backend
 without DALI.
 """
@@ -12,6 +14,7 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -50,10 +53,10 @@ class DaliBackend:
         self._work = work
         self._rows: deque[BatchRows] = deque()  # given to the pipeline, and not yet returned
 
-        def give() -> tuple[NDArray[Any], NDArray[Any]]:
+        def give() -> tuple[NDArray[Any], ...]:
             rows = next(source)
             self._rows.append(rows)
-            return rows.rows, rows.paths
+            return _given(rows, work)
 
         self._pipeline: Pipeline | None = _graph(
             give,
@@ -74,15 +77,20 @@ class DaliBackend:
         if self._work.caption_member != TOKENS:
             *outputs, stored = outputs
             texts = partial(_texts, stored)
-        *views, params, size, token_ids, num_tokens = self._as_tensors(outputs)
+        num_views = len(self._work.views)
+        views, grids = outputs[:num_views], None
+        params, size, token_ids, num_tokens, *others = self._as_tensors(outputs[num_views:])
+        if self._work.sides is not None:
+            (grids,) = others
         return MadeBatch(
             rows=self._rows.popleft(),
-            views=tuple(views),
+            views=self._as_tensors(views, grids),
             params=params,
             image_size=size,
             token_ids=token_ids,
             num_tokens=num_tokens,
             texts=texts,
+            grids=grids,
         )
 
     def close(self) -> None:
@@ -99,12 +107,20 @@ class DaliBackend:
         except RuntimeError as error:
             raise self._named(error) from error
 
-    def _as_tensors(self, outputs: list[Any]) -> tuple[Tensor, ...]:
-        device_id = self._work.device_id
-        if device_id is None:
-            return tuple(torch.from_dlpack(output.as_tensor()) for output in outputs)
-        with torch.cuda.device(device_id):
-            return tuple(torch.from_dlpack(output.as_tensor()) for output in outputs)
+    def _as_tensors(self, outputs: list[Any], grids: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Return outputs of one shape a sample; with grids those of patches, behind each other."""
+        device_id, sides = self._work.device_id, self._work.sides
+        if grids is None or sides is None:
+            dense = [output.as_tensor() for output in outputs]
+        else:
+            size = 3 * sides.patch_size**2
+            lengths = grids.prod(2).sum(0).tolist()
+            dense = [
+                output.as_reshaped_tensor([length, size])
+                for output, length in zip(outputs, lengths, strict=True)
+            ]
+        with nullcontext() if device_id is None else torch.cuda.device(device_id):
+            return tuple(map(torch.from_dlpack, dense))
 
     def _named(self, error: RuntimeError) -> RuntimeError:
         """Return an error that names the sample which stopped the pipeline, if one did.
@@ -166,9 +182,9 @@ def _first_refused(
     """Make samples of a batch one by one; returns the first that fails, and DALI's error."""
     given = iter(indices)
 
-    def give() -> tuple[NDArray[Any], NDArray[Any]]:
+    def give() -> tuple[NDArray[Any], ...]:
         index = next(given)
-        return rows.rows[index : index + 1], rows.paths[index : index + 1]
+        return tuple(of_all[index : index + 1] for of_all in _given(rows, work))
 
     pipeline = _graph(
         give,
@@ -187,11 +203,20 @@ def _first_refused(
     return None
 
 
+def _given(rows: BatchRows, work: SampleWork) -> tuple[NDArray[Any], ...]:
+    """Return what the graph is given of a batch: rows, paths and, of any size, most patches."""
+    most = () if work.sides is None else (work.sides.most_tokens(rows.positions),)
+    return rows.rows, rows.paths, *most
+
+
 @pipeline_def
 def _graph(give: Any, work: SampleWork) -> tuple[DataNode, ...]:
-    """Build the graph: views, parameters, size, token ids and their number, texts if there are."""
-    on_gpu = work.device_id is not None
-    rows, paths = fn.external_source(source=give, num_outputs=2, batch=True)
+    """Build the graph: views, parameters, size, token ids and their number.
+
+    Then grids of views of any size, and texts, if there are.
+    """
+    on_gpu, num_given = work.device_id is not None, 2 if work.sides is None else 3
+    rows, paths, *most = fn.external_source(source=give, num_outputs=num_given, batch=True)
     encoded, token_ids, num_tokens, *others = fn.m3i_read(
         rows,
         paths,
@@ -221,10 +246,14 @@ def _graph(give: Any, work: SampleWork) -> tuple[DataNode, ...]:
         )
         for picture in pictures
     ]
-    views = fn.m3i_views(
-        params,
-        *images,
-        geometry=[number for view in work.views for number in view.geometry()],
-    )
+    if work.sides is None:
+        grids = []
+        geometry = [number for view in work.views for number in view.geometry()]
+        views = fn.m3i_views(params, *images, geometry=geometry)
+    else:
+        grids = [fn.m3i_view_grids(params, *most)]
+        filters = [number for view in work.views for number in view.filter]
+        patch_size = work.sides.patch_size
+        views = fn.m3i_patches(params, *grids, *images, filters=filters, patch_size=patch_size)
     views = views if isinstance(views, (list, tuple)) else [views]
-    return (*views, params, sizes[0], token_ids, num_tokens, *others)
+    return (*views, params, sizes[0], token_ids, num_tokens, *grids, *others)

@@ -71,9 +71,14 @@ class TokenBudget:
     """Say which positions of a run a step takes, and which of its batches each is in.
 
     A batch takes the next samples while all that their views may have fits into the budget. A step
-    takes `num_ranks * accumulate` batches one after the other; number m is the rank's m mod
+    takes M = `num_ranks * accumulate` batches one after the other; number m is the rank's m mod
     num_ranks, so that one rank with four accumulated batches trains on the same batches as four
     ranks.
+
+    Dealt, the samples of a step go to its M batches in turn, as many to each as fit into all:
+    number m has the positions p of which p mod M is m. So those of a lane of object storage, which
+    are dealt to ranks by p mod num_ranks, are all of one rank. Batches are less full, as the
+    fullest of a step ends all.
 
     Raises ValueError for a count below 1, without views, and where a sample may not fit.
     """
@@ -86,6 +91,8 @@ class TokenBudget:
     num_ranks: int = 1
     accumulate: int = 1
     """Batches of a rank in one step."""
+    dealt: bool = False
+    """Whether samples are dealt to the batches of a step one by one."""
 
     def __post_init__(self) -> None:
         for name in ("num_ranks", "accumulate"):
@@ -113,6 +120,12 @@ class TokenBudget:
         """Return the samples that a batch has at most."""
         return self.tokens // sum(view.least**2 for view in self.views)
 
+    @property
+    def mean_samples(self) -> int:
+        """Return about how many samples a batch has, at least 1."""
+        squares = [np.mean(np.arange(of.least, of.most + 1) ** 2) for of in self.views]
+        return max(round(self.tokens / sum(squares)), 1)
+
     def most_tokens(self, positions: Integers) -> Integers:  # [N] -> [N, V]
         """Return how many patches each view of the sample at each position may have."""
         purpose = Purpose.VIEW_TOKENS
@@ -120,15 +133,19 @@ class TokenBudget:
         views = [of.most_tokens(drawn[:, v]) for v, of in enumerate(self.views)]
         return np.stack(views, 1)
 
+    @property
+    def _num_batches(self) -> int:  # M
+        return self.num_ranks * self.accumulate
+
     def ends(self, start: int) -> Integers:  # [M + 1]
         """Return the first position of each batch of the step that begins at a position.
 
-        The last is the position at which the next step begins. Raises ValueError for a negative
-        start.
+        The last is the position at which the next step begins. Of batches that are not dealt.
+        Raises ValueError for a negative start.
         """
         if start < 0:
             raise ValueError(f"start: expected 0 or more, got {start}")
-        num_batches = self.num_ranks * self.accumulate
+        num_batches = self._num_batches
         asked = np.arange(start, start + num_batches * self.most_samples + 1)
         before = np.concatenate([[0], self.most_tokens(asked).sum(1).cumsum()])
         ends = [0]
@@ -138,13 +155,23 @@ class TokenBudget:
         return start + np.array(ends, np.int64)
 
     def next_start(self, start: int) -> int:
-        """Return the position at which the step after the one that begins at a position begins."""
-        return int(self.ends(start)[-1])
+        """Return the position at which the step after the one that begins at a position begins.
+
+        Raises ValueError for a negative start.
+        """
+        if not self.dealt:
+            return int(self.ends(start)[-1])
+        if start < 0:
+            raise ValueError(f"start: expected 0 or more, got {start}")
+        asked = np.arange(start, start + self._num_batches * self.most_samples)
+        tokens = self.most_tokens(asked).sum(1).reshape(-1, self._num_batches)
+        fits = (tokens.cumsum(0) <= self.tokens).all(1)
+        return start + self._num_batches * int(fits.sum())
 
     def positions(self, start: int, rank: int, batch: int = 0) -> Integers:
         """Return the positions of a rank's batch in the step that begins at a position, ascending.
 
-        start: samples that all ranks took before: 0, or the last of another step's `ends`. batch:
+        start: samples that all ranks took before: 0, or another step's `next_start`. batch:
         number of the accumulated batch. Raises ValueError for a rank or batch out of range.
         """
         for name, value, limit in (
@@ -153,5 +180,9 @@ class TokenBudget:
         ):
             if not 0 <= value < limit:
                 raise ValueError(f"{name}: expected 0 to {limit - 1}, got {value}")
-        ends, number = self.ends(start), batch * self.num_ranks + rank
+        number = batch * self.num_ranks + rank
+        if self.dealt:
+            first = start + (number - start) % self._num_batches
+            return np.arange(first, self.next_start(start), self._num_batches)
+        ends = self.ends(start)
         return np.arange(ends[number], ends[number + 1])

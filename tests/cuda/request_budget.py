@@ -22,7 +22,7 @@ from torch import Tensor
 
 from m3i_fast import ops
 from m3i_fast.config.data import ViewConfig
-from m3i_fast.ops.views import draw_views, make_views, view_specs
+from m3i_fast.ops.views import draw_views, make_patches, make_views, view_specs
 from tests.shared.cuda.emulator import CUDA, emulated
 from tests.shared.cuda.requests import counted_requests, read_requests
 
@@ -92,13 +92,16 @@ def _boltzmann_rows(soft: bool) -> None:
     value.backward(retain_graph=True)
 
 
-def _views() -> None:
+def _views(grids: Tensor | None = None) -> None:
     specs = view_specs(ViewConfig(count=2, size=32, hue=0.1, blur_probability=1.0))
     size = torch.tensor([[[60, 80]], [[64, 48]]])
     pixels = (waves(60 * 80 * 3 + 64 * 48 * 3, scale=127) + 128).to(torch.uint8)
     params = draw_views(size, torch.arange(2), seed=7, views=specs)
     offset = torch.tensor([[0], [60 * 80 * 3]])
-    make_views(pixels, offset, size, params, views=specs, num_threads=1)
+    if grids is None:
+        make_views(pixels, offset, size, params, views=specs)
+    else:
+        make_patches(pixels, offset, size, params, grids, views=specs, patch_size=4)
 
 
 CASES = (
@@ -112,6 +115,11 @@ CASES = (
     Case("boltzmann", "32 x 130 of 64, classes, fp32", lambda: _boltzmann_rows(False)),
     Case("boltzmann", "32 x 130 of 64, soft targets, fp32", lambda: _boltzmann_rows(True)),
     Case("views", "2 x 2 of 32, blurred", _views),
+    Case(
+        "views",
+        "2 x 2 of 32 x 32 in patches of 4, blurred",
+        lambda: _views(torch.full((2, 2, 2), 8)),
+    ),
 )
 
 

@@ -56,14 +56,15 @@ def test_host_code_compiles_without_warning(source: Path, tmp_path: Path) -> Non
     run_nvcc(*compile_options(), "-c", source, "-o", tmp_path / "host.o")
 
 
-def test_dalis_operator_on_a_gpu_compiles_without_warning(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["patches_op_cuda", "views_op_cuda"])
+def test_dalis_operators_on_a_gpu_compile_without_warning(name: str, tmp_path: Path) -> None:
     """A build with CUDA has it in _dali."""
     dali = importlib.util.find_spec("nvidia.dali")
     if dali is None or not dali.submodule_search_locations:
         pytest.skip("DALI is not installed")
     headers = f"{dali.submodule_search_locations[0]}/include"
     options = [option for option in compile_options() if option != "-std=c++17"]
-    source = CUDA / "dali" / "views_op_cuda.cpp"
+    source = CUDA / "dali" / f"{name}.cpp"
     # g++ 12 takes DALI's vectors of a few elements for freed ones.
     options += ["-isystem", headers, "-Xcompiler=-Wno-free-nonheap-object"]
     run_nvcc("-std=c++20", *options, "-c", source, "-o", tmp_path / "host.o")

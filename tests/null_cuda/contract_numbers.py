@@ -70,7 +70,7 @@ DCNV3 = {"dcnv3_nine_kernel"}
 OTHER_CALLS = {"dcnv3_kernel"}  # of no model's layer: not nine points, or other groups
 WINDOWED = {"dcnv3_bwd_window_kernel"}  # all gradients; those by offset and mask alone have none
 ROUNDED = {"dcnv3_round_kernel"}  # in bf16 gradients are summed in float32
-VIEWS = {"views_kernel"}  # of the loader, not of a step
+VIEWS = {"views_kernel", "views_patches_kernel"}  # of the loader, not of a step
 DETERMINISTIC = {f"dcnv3_{name}_kernel" for name in ("largest", "scatter", "sums", "bwd")}
 
 
@@ -226,30 +226,35 @@ import sys
 from pathlib import Path
 import torch
 from m3i_fast.benchmarks.launches.on_host import ComputeOnHost
-from m3i_fast.ops.views import make_views
+from m3i_fast.ops.views import make_patches, make_views
 from tests.null_cuda.emulated_run import held_operators
 from tests.shared.cuda import emulator
 from tests.shared.ops.views_cases import CASES, make
 
 case = CASES[sys.argv[2]]
 inputs = make(case)
-expected = make_views(*inputs, views=case.specs)
+grids = torch.randint(1, 9, (*inputs[-1].shape[:2], 2))
+
+def views(*inputs):
+    patches = make_patches(*inputs, grids, views=case.specs, patch_size=4)
+    return [*make_views(*inputs, views=case.specs), *patches]
+
+expected = views(*inputs)
 major, minor = torch.cuda.get_device_capability()
 held = held_operators(["views"], emulator.CUDA, 10 * major + minor)
 log = Path(sys.argv[1]) / "emulated.jsonl"
 with emulator.logged_launches(log), ComputeOnHost(held):
-    made = make_views(*(tensor.cuda() for tensor in inputs), views=case.specs)
+    made = views(*(tensor.cuda() for tensor in inputs))
     assert all(view.is_cuda for view in made)
     on_host = [view.cpu() for view in made]
 assert all(map(torch.equal, on_host, expected))
-(operator,) = held.values()
-print(operator.calls)
+print(*(operator.calls for operator in held.values()))
 """
 
 
 @pytest.mark.parametrize("card", ["h100", "a100"])
 @pytest.mark.parametrize("case", ["two sizes, every step", "blurred out of scratch memory"])
-def test_views_are_one_launch_with_the_bits_of_the_cpu(
+def test_views_and_patches_are_one_launch_each_with_the_bits_of_the_cpu(
     tmp_path: Path, case: str, card: str
 ) -> None:
     done = subprocess.run(
@@ -257,13 +262,13 @@ def test_views_are_one_launch_with_the_bits_of_the_cpu(
         env=environment(LIBRARIES, trace=tmp_path / "trace.jsonl", root=ROOT, card=card),
         cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
-    assert done.returncode == 0 and done.stdout.split()[-1] == "1", done.stderr[-3000:]
+    assert done.returncode == 0 and done.stdout.split()[-2:] == ["1", "1"], done.stderr[-3000:]
     records = read_trace(tmp_path / "trace.jsonl")
     asked = [launch_of(r) for r in records if r["kind"] == "launch" and "m3i::" in r["name"]]
     lines = (tmp_path / "emulated.jsonl").read_text().splitlines()
     assert asked == [launch_of(json.loads(line)) for line in lines]
-    (launch,) = asked
-    assert {launch[0].split("<")[0].rsplit("::", 1)[-1]} == VIEWS
+    assert len(asked) == 2
+    assert {launch[0].split("<")[0].rsplit("::", 1)[-1] for launch in asked} == VIEWS
 
 
 # ---- Too long for CI -----------------------------------------------------------------------------

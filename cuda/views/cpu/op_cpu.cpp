@@ -3,6 +3,7 @@
 // Threads take views one after the other, each written by one thread: any number gives the same
 // bits. They are the call's own, not torch's, whose number a loader does not choose.
 #include "views/args.h"
+#include "views/cpu/patches.h"
 #include "views/draw.h"
 
 #include <torch/csrc/stable/library.h>
@@ -131,11 +132,11 @@ ViewsInput check_values(const ViewsCall& call, const Tensor& pixels, const Tenso
 }
 
 // body(item, scratch) for items in [0, count), on num_threads threads at most.
-template <class Body>
+template <class Scratch, class Body>
 void on_threads(int64_t count, int64_t num_threads, const Body& body) {
   std::atomic<int64_t> next{0};
   const auto work = [&] {
-    ViewScratch scratch;
+    Scratch scratch;
     for (int64_t item = next++; item < count; item = next++) body(item, scratch);
   };
   std::vector<std::thread> others;
@@ -151,7 +152,7 @@ Tensor make_views_cpu(const Tensor& pixels, const Tensor& offset, const Tensor& 
   const ViewsInput input = check_values(call, pixels, offset, image_size, params);
   uint8_t* out = call.out.mutable_data_ptr<uint8_t>();
   const ViewsCpuKernels& kernels = fastest_views_kernels();
-  on_threads(
+  on_threads<ViewScratch>(
       call.num_samples * call.num_views, num_threads, [&](int64_t item, ViewScratch& scratch) {
         const int64_t b = item / call.num_views, v = item % call.num_views;
         const ViewImage& image = input.images[b * call.num_pictures +
@@ -163,9 +164,51 @@ Tensor make_views_cpu(const Tensor& pixels, const Tensor& offset, const Tensor& 
   return call.out;
 }
 
+// Grids of a call, checked.
+const ViewGrid* check_grids(const ViewsCall& call, const Tensor& grids, int64_t patch_size,
+                            const std::vector<int64_t>& lengths) {
+  const auto* grid = static_cast<const ViewGrid*>(grids.const_data_ptr());
+  const int64_t most = kViewMaxSide / patch_size;
+  for (int64_t b = 0; b < call.num_samples; ++b) {
+    for (int64_t v = 0; v < call.num_views; ++v) {
+      const ViewGrid& of = grid[b * call.num_views + v];
+      STD_TORCH_CHECK(of.rows >= 1 && of.rows <= most && of.columns >= 1 && of.columns <= most,
+                      "grids[", b, ", ", v, "]: expected 1 to ", most, " rows and columns, got ",
+                      of.rows, " x ", of.columns);
+      STD_TORCH_CHECK(of.first >= 0 && of.first <= lengths[v] - of.rows * of.columns, "grids[", b,
+                      ", ", v, "]: expected ", of.rows, " x ", of.columns, " patches in the ",
+                      lengths[v], " of the view, got them from ", of.first);
+    }
+  }
+  return grid;
+}
+
+Tensor make_patches_cpu(const Tensor& pixels, const Tensor& offset, const Tensor& image_size,
+                        const Tensor& params, const Tensor& grids, std::vector<int64_t> filters,
+                        int64_t patch_size, std::vector<int64_t> lengths, int64_t num_threads) {
+  const ViewsCall call =
+      prepare_make_patches(pixels, offset, image_size, params, grids, filters, patch_size, lengths);
+  STD_TORCH_CHECK(num_threads >= 1, "num_threads: expected at least 1, got ", num_threads);
+  const ViewsInput input = check_values(call, pixels, offset, image_size, params);
+  const ViewGrid* grid = check_grids(call, grids, patch_size, lengths);
+  uint8_t* out = call.out.mutable_data_ptr<uint8_t>();
+  const int64_t patch_bytes = kViewChannels * patch_size * patch_size;
+  on_threads<PatchScratch>(
+      call.num_samples * call.num_views, num_threads, [&](int64_t item, PatchScratch& scratch) {
+        const int64_t b = item / call.num_views, v = item % call.num_views;
+        const ViewImage& image = input.images[b * call.num_pictures +
+                                              view_source(static_cast<int>(v), call.num_pictures)];
+        make_patches(image, call.geometry[v], input.params[item], grid[item],
+                     static_cast<int>(patch_size),
+                     out + call.begin[v] + grid[item].first * patch_bytes, scratch);
+      });
+  return call.out;
+}
+
 STABLE_TORCH_LIBRARY_IMPL(m3i, CPU, library) {
   library.impl("draw_views", TORCH_BOX(&draw_views_cpu));
   library.impl("make_views", TORCH_BOX(&make_views_cpu));
+  library.impl("make_patches", TORCH_BOX(&make_patches_cpu));
 }
 
 }  // namespace

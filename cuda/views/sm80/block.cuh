@@ -3,6 +3,7 @@
 
 #include "m3i/numbers/vec.cuh"
 #include "views/arithmetic.h"
+#include "views/params.h"
 #include "views/tiling.h"
 
 namespace m3i::views {
@@ -38,6 +39,44 @@ struct Ring {
     const int at = first_slot + row - first;
     return at < slots ? at : at - slots;
   }
+};
+
+// ---- Layouts ------------------------------------------------------------------------------------
+// Where the pixels of a view stand, in bytes from its first one: row(channel, y) + column(x). The
+// pixels of a channel are also numbered, by address: pixel(i) is that of number i.
+
+// [3, S, S].
+struct Square {
+  int size, area;  // S, S^2
+
+  __device__ int height() const { return size; }
+  __device__ int width() const { return size; }
+  __device__ int pixels() const { return area; }
+  __device__ int channel() const { return area; }  // from a channel to the next
+  __device__ int row(int channel, int y) const { return (channel * size + y) * size; }
+  __device__ int column(int x) const { return x; }
+  __device__ int below(int) const { return size; }  // from a pixel of row y to the one below
+  __device__ int pixel(int i) const { return i; }
+};
+
+// [rows * columns, 3, P, P]: patches row by row.
+struct Patches {
+  int size, area;  // P, P^2
+  int rows, columns;
+
+  __device__ int patch() const { return kViewChannels * area; }
+  __device__ int height() const { return rows * size; }
+  __device__ int width() const { return columns * size; }
+  __device__ int pixels() const { return rows * columns * area; }
+  __device__ int channel() const { return area; }
+  __device__ int row(int channel, int y) const {
+    return y / size * columns * patch() + channel * area + y % size * size;
+  }
+  __device__ int column(int x) const { return x / size * patch() + x % size; }
+  __device__ int below(int y) const {
+    return (y + 1) % size ? size : columns * patch() - (size - 1) * size;
+  }
+  __device__ int pixel(int i) const { return i / area * patch() + i % area; }
 };
 
 // kPixels neighbours of a plane, which this kernel may have written: not through the read-only

@@ -16,10 +16,11 @@ namespace m3i::views {
 
 // What the block blurs, in shared memory: it is the same for all threads, and registers are few.
 // The rest is at places of the dynamic shared memory.
+template <class Layout>
 struct Blur {
-  const uint8_t* from;  // [3, S, S]
-  uint8_t* to;          // [3, S, S]; `from` itself where blurs_in_place
-  int size;             // S
+  const uint8_t* from;
+  uint8_t* to;    // `from` itself where blurs_in_place
+  Layout layout;  // of both
   bool solarizes;
   float sigma;
   int half;          // of the kernel
@@ -45,7 +46,8 @@ struct Blur {
 
 // Fills what depends on sigma: blur_weights of arithmetic.h, bit for bit, by the block, and the
 // tiling for their radius. The rest is there already. Begins and ends with a barrier.
-__device__ inline void plan_blur(Blur& of) {
+template <class Layout>
+__device__ inline void plan_blur(Blur<Layout>& of) {
   __syncthreads();
   const double width = of.sigma;
   const double rate = div_rn(-0.5, mul_rn(width, width));
@@ -67,7 +69,7 @@ __device__ inline void plan_blur(Blur& of) {
   }
   radius = over_block(radius, [](int a, int b) { return max(a, b); });
   if (thread == 0) {
-    const BlurTiling tiling = blur_tiling(of.size, of.half, radius, of.shared_bytes);
+    const BlurTiling tiling = blur_tiling(of.layout.width(), of.half, radius, of.shared_bytes);
     of.radius = radius;
     of.tiling.columns = tiling.columns;
     of.tiling.planes = tiling.planes;
@@ -80,8 +82,8 @@ __device__ inline void plan_blur(Blur& of) {
 }
 
 // Sums of kRun neighbours; at(k) is the value k places after the first of them.
-template <class At>
-__device__ inline void blur_run(const Blur& of, float* sums, const At& at) {
+template <class Layout, class At>
+__device__ inline void blur_run(const Blur<Layout>& of, float* sums, const At& at) {
   const float* weights = of.weights();
   float left[kRun], right[kRun];
 #pragma unroll
@@ -110,18 +112,22 @@ __device__ inline int inside(int at, int size, int last) {
 }
 
 // The kRun rows from `done` on, of which those past the last one repeat it: nobody reads them.
-__device__ inline void load_rows(const Blur& of, int channel, int x, int done) {
+template <class Layout>
+__device__ inline void load_rows(const Blur<Layout>& of, int channel, int x, int done) {
+  const Layout& layout = of.layout;
   const int rows = of.tiling.planes * kRun, pitch = of.loaded_pitch;
   for (int row = warp_index(); row < rows; row += kWarps) {
-    const int line = (channel + row / kRun) * of.size + min(done + row % kRun, of.size - 1);
-    const uint8_t* from = of.from + line * of.size;
+    const int y = min(done + row % kRun, layout.height() - 1);
+    const uint8_t* from = of.from + layout.row(channel + row / kRun, y);
     for (int i = lane_index(); i < pitch; i += 32) {
-      of.loaded()[row * pitch + i] = from[inside(x - of.radius + i, of.size, of.size - 1)];
+      const int column = inside(x - of.radius + i, layout.width(), layout.width() - 1);
+      of.loaded()[row * pitch + i] = from[layout.column(column)];
     }
   }
 }
 
-__device__ inline void blur_across(const Blur& of, int done) {
+template <class Layout>
+__device__ inline void blur_across(const Blur<Layout>& of, int done) {
   const int columns = of.tiling.columns, runs = columns / kRun;
   const Ring held(of.slots, max(done + kRun - of.slots, 0));
   for (int i = static_cast<int>(threadIdx.x); i < of.tiling.planes * kRun * runs; i += kThreads) {
@@ -138,22 +144,26 @@ __device__ inline void blur_across(const Blur& of, int done) {
 
 // Rows [begin, end) of the view, of which the ring has all neighbours: it holds kRun rows from
 // `done` on, and those before.
-__device__ inline void blur_down(const Blur& of, int channel, int x, int done, int begin, int end) {
+template <class Layout>
+__device__ inline void blur_down(const Blur<Layout>& of, int channel, int x, int done, int begin,
+                                 int end) {
+  const Layout& layout = of.layout;
   const int columns = of.tiling.columns, runs = (end - begin + kRun - 1) / kRun;
   const Ring held(of.slots, max(done + kRun - of.slots, 0));
-  const int last = min(done + kRun, of.size) - 1;
+  const int last = min(done + kRun, layout.height()) - 1;
   for (int i = static_cast<int>(threadIdx.x); i < of.tiling.planes * runs * columns;
        i += kThreads) {
     const int column = i % columns, first = begin + i / columns % runs * kRun;
     const int plane = i / columns / runs;
-    if (x + column >= of.size) continue;
+    if (x + column >= layout.width()) continue;
     const float* values = of.ring() + plane * of.slots * columns + column;
     float sums[kRun];
-    blur_run(of, sums,
-             [&](int k) { return values[held.slot(inside(first + k, of.size, last)) * columns]; });
-    uint8_t* to = of.to + ((channel + plane) * of.size + first) * of.size + x + column;
+    blur_run(of, sums, [&](int k) {
+      return values[held.slot(inside(first + k, layout.height(), last)) * columns];
+    });
+    uint8_t* to = of.to + layout.row(channel + plane, first) + layout.column(x + column);
 #pragma unroll
-    for (int k = 0; k < kRun; ++k, to += of.size) {
+    for (int k = 0; k < kRun; to += layout.below(first + k), ++k) {
       if (first + k >= end) break;
       const float value = clamped(even_of(sums[k]), 255.0f);
       *to = static_cast<uint8_t>(of.solarizes ? solarized(value) : value);
@@ -161,17 +171,19 @@ __device__ inline void blur_down(const Blur& of, int channel, int x, int done, i
   }
 }
 
-__device__ inline void blur(const Blur& of) {
+template <class Layout>
+__device__ inline void blur(const Blur<Layout>& of) {
   for (int channel = 0; channel < kViewChannels; channel += of.tiling.planes) {
-    for (int x = 0; x < of.size; x += of.tiling.columns) {
+    for (int x = 0; x < of.layout.width(); x += of.tiling.columns) {
       int written = 0;  // rows of the view
-      for (int done = 0; done < of.size; done += kRun) {
+      for (int done = 0; done < of.layout.height(); done += kRun) {
         load_rows(of, channel, x, done);
         __syncthreads();
         blur_across(of, done);
         __syncthreads();
         const int next = done + kRun;
-        const int end = next >= of.size ? of.size : max(next - of.radius, 0);
+        const int height = of.layout.height();
+        const int end = next >= height ? height : max(next - of.radius, 0);
         blur_down(of, channel, x, done, written, end);
         written = end;
       }

@@ -64,10 +64,14 @@ __device__ inline Pixel with_steps(Pixel pixel, const ColourPlan& plan, int begi
   return pixel;
 }
 
-// Contrast and the steps after it, of a view that stands at `view`, [3, plane].
-template <int kPixels>
-__device__ inline void colour_again(uint8_t* view, int plane, const ColourPlan& plan, float mean) {
-  for (int at = static_cast<int>(threadIdx.x) * kPixels; at < plane; at += kThreads * kPixels) {
+// Contrast and the steps after it, of a view that stands at `view`.
+template <int kPixels, class Layout>
+__device__ inline void colour_again(uint8_t* view, const Layout& layout, const ColourPlan& plan,
+                                    float mean) {
+  const int plane = layout.channel();
+  for (int i = static_cast<int>(threadIdx.x) * kPixels; i < layout.pixels();
+       i += kThreads * kPixels) {
+    const int at = layout.pixel(i);
     Vec<uint8_t, kPixels> levels[kViewChannels];
 #pragma unroll
     for (int c = 0; c < kViewChannels; ++c) {
@@ -91,18 +95,44 @@ __device__ inline void colour_again(uint8_t* view, int plane, const ColourPlan& 
 // ---- Kernel -------------------------------------------------------------------------------------
 
 // What is the same for all threads of the block, in shared memory: registers are few.
+template <class Layout>
 struct View {
   ColourPlan plan;
   Resize resized;
-  Blur blurred;
-  uint8_t* out;  // [3, S, S]
-  uint8_t* at;   // [3, S, S] until a blur writes it to `out`
-  int size, plane;
+  Blur<Layout> blurred;
+  uint8_t* out;
+  uint8_t* at;  // until a blur writes it to `out`
+  Layout layout;
   bool flips, blurs;
 };
 
+// Fills in how a view lies; returns its first byte among those of its view of all samples.
+__device__ inline int64_t lay_out(const ViewsCudaParams&, const ViewTarget& target, int64_t sample,
+                                  int, Square& to) {
+  to.size = target.size;
+  to.area = target.size * target.size;
+  const int64_t begin = sample * kViewChannels * to.area;
+  return begin;
+}
+
+__device__ inline int64_t lay_out(const ViewsCudaParams& params, const ViewTarget& target,
+                                  int64_t sample, int view, Patches& to) {
+  const ViewGrid grid = params.grids[sample * params.num_views + view];
+  const int most = kViewMaxSide / params.patch_size;
+  if (grid.rows < 1 || grid.columns < 1 || grid.rows > most || grid.columns > most ||
+      grid.first < 0 || grid.first > target.size - grid.rows * grid.columns) {
+    __trap();
+  }
+  to.size = params.patch_size;
+  to.area = params.patch_size * params.patch_size;
+  to.rows = static_cast<int>(grid.rows);
+  to.columns = static_cast<int>(grid.columns);
+  return grid.first * to.patch();
+}
+
 // By the whole block; ends with a barrier.
-__device__ inline void plan_view(const ViewsCudaParams& params, View& to) {
+template <class Layout>
+__device__ inline void plan_view(const ViewsCudaParams& params, View<Layout>& to) {
   const int view = static_cast<int>(blockIdx.x % params.num_views);
   const int64_t sample = blockIdx.x / params.num_views;
   const ViewTarget& target = params.targets[view];
@@ -110,23 +140,22 @@ __device__ inline void plan_view(const ViewsCudaParams& params, View& to) {
   if (threadIdx.x == 0) {
     const int source = view_source(view, params.num_pictures);
     const ViewImage image = image_of(params, sample * params.num_pictures + source);
-    start_resize(crop_of(image, of), target.size, target.cubic, to.resized);
+    const int64_t begin = lay_out(params, target, sample, view, to.layout);
+    const int height = to.layout.height(), width = to.layout.width();
+    start_resize(crop_of(image, of), height, width, target.cubic, to.resized);
     if (!(of.order >= 0 && of.order < kViewOrders)) __trap();
     to.plan = colour_plan(of);
-    to.size = target.size;
-    to.plane = target.size * target.size;
     to.flips = of.flip != 0;
     to.blurs = of.sigma != 0;
-    const int64_t begin = sample * kViewChannels * to.plane;
     to.out = to.at = target.out + begin;
     if (to.blurs && target.scratch_page != kViewsNoScratch) {
       to.at = params.scratch + kViewsPage * target.scratch_page + begin;
     }
     to.blurred.from = to.at;
     to.blurred.to = to.out;
-    to.blurred.size = target.size;
+    to.blurred.layout = to.layout;
     to.blurred.solarizes = of.solarize != 0;
-    to.blurred.half = target.blur_kernel_size / 2;
+    to.blurred.half = min(target.blur_kernel_size / 2, min(height, width) - 1);
     to.blurred.sigma = of.sigma;
     to.blurred.shared_bytes = params.shared_bytes;
   }
@@ -135,19 +164,24 @@ __device__ inline void plan_view(const ViewsCudaParams& params, View& to) {
 }
 
 // Takes a pixel of the resize through the steps before contrast to its place, and returns its gray.
-__device__ inline uint32_t put_pixel(const View& view, int row, int column, const int* levels) {
+template <class Layout>
+__device__ inline uint32_t put_pixel(const View<Layout>& view, int row, int column,
+                                     const int* levels) {
   const Pixel pixel = with_steps(
       {static_cast<float>(levels[0]), static_cast<float>(levels[1]), static_cast<float>(levels[2])},
       view.plan, 0, view.plan.contrast_at, 0);
-  uint8_t* at = view.at + row * view.size + (view.flips ? view.size - 1 - column : column);
+  const Layout& layout = view.layout;
+  const int x = view.flips ? layout.width() - 1 - column : column;
+  uint8_t* at = view.at + layout.row(0, row) + layout.column(x);
   at[0] = static_cast<uint8_t>(pixel.r);
-  at[view.plane] = static_cast<uint8_t>(pixel.g);
-  at[2 * view.plane] = static_cast<uint8_t>(pixel.b);
+  at[layout.channel()] = static_cast<uint8_t>(pixel.g);
+  at[2 * layout.channel()] = static_cast<uint8_t>(pixel.b);
   return static_cast<uint32_t>(gray_of(pixel));
 }
 
 // A call, since it is rare and its registers are not.
-__device__ inline __attribute__((noinline)) uint32_t put_by_pixels(const View& view) {
+template <class Layout>
+__device__ inline __attribute__((noinline)) uint32_t put_by_pixels(const View<Layout>& view) {
   uint32_t gray = 0;
   resize_by_pixels(view.resized, [&](int row, int column, const int* levels) {
     gray += put_pixel(view, row, column, levels);
@@ -155,12 +189,10 @@ __device__ inline __attribute__((noinline)) uint32_t put_by_pixels(const View& v
   return gray;
 }
 
-// Grid: x over samples and, faster, views: those of one picture run side by side, so that it comes
-// from memory once.
-template <int kThreads_>
-__global__ void __launch_bounds__(kThreads_, kMinBlocks)
-    views_kernel(const __grid_constant__ ViewsCudaParams params) {
-  __shared__ View view;
+// By the whole block, which makes one view.
+template <class Layout>
+__device__ inline void make_view(const ViewsCudaParams& params) {
+  __shared__ View<Layout> view;
   plan_view(params, view);
   uint32_t gray = 0;  // of this thread's pixels, of which there are 2^20 at most
   if (view.resized.tiling.columns > 0) {
@@ -173,17 +205,33 @@ __global__ void __launch_bounds__(kThreads_, kMinBlocks)
   if (view.plan.contrast_at < view.plan.count) {
     const int64_t sum =
         over_block(static_cast<int64_t>(gray), [](int64_t a, int64_t b) { return a + b; });
-    const float mean = gray_mean(sum, view.plane);
-    if (view.plane % 4 == 0 && reinterpret_cast<uint64_t>(view.at) % 4 == 0) {
-      colour_again<4>(view.at, view.plane, view.plan, mean);
+    const float mean = gray_mean(sum, view.layout.pixels());
+    if (view.layout.channel() % 4 == 0 && reinterpret_cast<uint64_t>(view.at) % 4 == 0) {
+      colour_again<4>(view.at, view.layout, view.plan, mean);
     } else {
-      colour_again<1>(view.at, view.plane, view.plan, mean);
+      colour_again<1>(view.at, view.layout, view.plan, mean);
     }
   }
   if (view.blurs) {
     plan_blur(view.blurred);
     blur(view.blurred);
   }
+}
+
+// Grid: x over samples and, faster, views: those of one picture run side by side, so that it comes
+// from memory once.
+template <int kThreads_>
+__global__ void __launch_bounds__(kThreads_, kMinBlocks)
+    views_kernel(const __grid_constant__ ViewsCudaParams params) {
+  make_view<Square>(params);
+}
+
+// The same of views of any sides, as patches. A kernel of its own, since a pixel's place among
+// patches takes two divisions, and squares none.
+template <int kThreads_>
+__global__ void __launch_bounds__(kThreads_, kMinBlocks)
+    views_patches_kernel(const __grid_constant__ ViewsCudaParams params) {
+  make_view<Patches>(params);
 }
 
 }  // namespace m3i::views

@@ -131,12 +131,13 @@ struct Resize {
 };
 
 // By one thread. The precisions are made by plan_precisions, by the whole block, after a barrier.
-__device__ inline void start_resize(const Crop& crop, int size, int cubic, Resize& to) {
+__device__ inline void start_resize(const Crop& crop, int height, int width, int cubic,
+                                    Resize& to) {
   to.crop = crop;
-  to.across = resize_axis(crop.width, size, cubic);
-  to.down = resize_axis(crop.height, size, cubic);
+  to.across = resize_axis(crop.width, width, cubic);
+  to.down = resize_axis(crop.height, height, cubic);
   const int taps_across = to.across.max_taps, taps_down = to.down.max_taps;
-  const ResizeTiling tiling = resize_tiling(size, crop.width, taps_across, taps_down);
+  const ResizeTiling tiling = resize_tiling(height, width, crop.width, taps_across, taps_down);
   to.tiling = tiling;
   to.columns = {0, tiling.columns};
   to.rows = {static_cast<int32_t>(weight_bytes(tiling.columns, taps_across)), tiling.panel};
@@ -191,14 +192,13 @@ template <class Put>
 __device__ inline void resize(const Resize& of, const Put& put) {
   const Weights& rows = of.rows;
   const ResizeTiling& tiling = of.tiling;
-  const int size = of.down.output;
-  for (int x = 0; x < size; x += tiling.columns) {
-    const int count = min(tiling.columns, size - x);
+  for (int x = 0; x < of.across.output; x += tiling.columns) {
+    const int count = min(tiling.columns, of.across.output - x);
     __syncthreads();  // the columns before have been written
     make_weights(of.across, of.precision_across, x, count, of.columns);
     int done = 0;  // rows of the crop that have been resized across
-    for (int panel = 0; panel < size; panel += tiling.panel) {
-      const int panel_rows = min(tiling.panel, size - panel);
+    for (int panel = 0; panel < of.down.output; panel += tiling.panel) {
+      const int panel_rows = min(tiling.panel, of.down.output - panel);
       __syncthreads();  // the panel before has been summed down
       make_weights(of.down, of.precision_down, panel, panel_rows, rows);
       __syncthreads();
@@ -253,15 +253,15 @@ __device__ inline __attribute__((noinline)) void resize_pixel(const Resize& of, 
 // for each: slow, and right.
 template <class Put>
 __device__ inline void resize_by_pixels(const Resize& of, const Put& put) {
-  const int size = of.down.output;
-  for (int at = 0; at < size * size; ++at) {
-    const ResizeTaps taps = resize_taps(of.down, at / size);
+  const int width = of.across.output;
+  for (int at = 0; at < of.down.output * width; ++at) {
+    const ResizeTaps taps = resize_taps(of.down, at / width);
     const double sum = filter_values(of.down, taps).sum;
     int sums[kViewChannels] = {0, 0, 0};
 #pragma unroll 1
     for (int t = static_cast<int>(threadIdx.x); t < taps.count; t += kThreads) {
       int levels[kViewChannels];
-      resize_pixel(of, taps.first + t, at % size, levels);
+      resize_pixel(of, taps.first + t, at % width, levels);
       const double weight = div_rn(resize_value(of.down, taps, t), sum);
       const int whole = resize_weight(weight, of.precision_down);
 #pragma unroll
@@ -273,7 +273,7 @@ __device__ inline void resize_by_pixels(const Resize& of, const Put& put) {
       const int start = (1 << of.precision_down) >> 1;
       sums[c] = resize_rounded(start + total, of.precision_down);
     }
-    if (threadIdx.x == 0) put(at / size, at % size, sums);
+    if (threadIdx.x == 0) put(at / width, at % width, sums);
   }
 }
 

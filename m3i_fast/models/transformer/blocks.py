@@ -164,6 +164,8 @@ class BlockLayers:
     linear: Callable[[int, int], nn.Module]  # in_features, out_features
     layernorm_mlp: Callable[[int, int, Mlp, float], nn.Module]  # dim, hidden_dim, activation, eps
     checkpoint: Callable[[Recompute], Checkpoint | None] = torch_checkpoint
+    row_multiple: int = 1
+    """What the rows of a product, the tokens of all sequences, have to be a multiple of."""
 
 
 TORCH_LAYERS = BlockLayers(

@@ -76,4 +76,5 @@ FLOAT8_LAYERS = BlockLayers(
     attention=Attention,
     linear=partial(Linear, matmul=float8_linear),
     layernorm_mlp=partial(LayerNormMLP, matmul=float8_linear),
+    row_multiple=16,
 )

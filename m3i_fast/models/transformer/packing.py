@@ -44,11 +44,13 @@ class Packed:
     """The sequence that each token is of, for stochastic depth; None: there is none."""
     ends: Tensor | None = None  # [N + 1] int32
     """Tokens up to each sequence, from 0 on, for attention in one kernel; None: a call a group."""
+    num_padding: int = 0
+    """Tokens of the last group, one sequence of padding that nobody reads; 0: there is none."""
 
     @property
     def num_sequences(self) -> int:
-        """Return the sequences of all groups."""
-        return sum(group.batch_size for group in self.groups)
+        """Return the sequences of all groups, without padding."""
+        return sum(group.batch_size for group in self.groups) - (self.num_padding > 0)
 
     @property
     def asks_last(self) -> bool:
@@ -96,18 +98,24 @@ class SortedByLength:
 
     packed: Packed
     by_length: Tensor  # [N] int64: the sequence as it was given at each place
-    order: Tensor  # [N R + T] int64: the row as it was given at each packed row
+    order: Tensor  # [N R + T + padding] int64: the row as it was given at each packed row
     back: Tensor  # [N R + T] int64: the packed row of each row as it was given
 
 
 def sort_by_length(
-    lengths: Sequence[int], *, num_prefix: int = 0, device: torch.device | str = "cpu"
+    lengths: Sequence[int],
+    *,
+    num_prefix: int = 0,
+    multiple: int = 1,
+    device: torch.device | str = "cpu",
 ) -> SortedByLength:
     """Say how sequences of any lengths are packed behind one another, shortest first.
 
-    lengths: tokens of each sequence, at least 1, without its prefix. Made on the CPU and copied to
-    the device without waiting for it. Raises ValueError without sequences, and for a length below
-    1.
+    lengths: tokens of each sequence, at least 1, without its prefix. multiple: the packed rows are
+    filled up to a multiple of it by a last sequence of padding, copies of the first row given, of
+    which none comes back: no other sequence attends to it, and its gradients are 0. Made on the CPU
+    and copied to the device without waiting for it. Raises ValueError without sequences, and for a
+    length below 1.
     """
     if not lengths or min(lengths) < 1:
         raise ValueError(f"lengths: expected at least 1 token a sequence, got {list(lengths)}")
@@ -126,8 +134,13 @@ def sort_by_length(
     ends = torch.cat([start, start[-1:] + whole[-1:]]).int()
     found, counts = whole.unique_consecutive(return_counts=True)
     groups = tuple(map(Sequences, counts.tolist(), found.tolist()))
+    if num_padding := -len(order) % multiple:
+        groups += (Sequences(1, num_padding),)
+        order = torch.cat([order, order.new_zeros(num_padding)])
+        sequence = torch.cat([sequence, sequence[-1:].expand(num_padding)])
+        ends = torch.cat([ends, ends[-1:] + num_padding])
     moved = [to_device(each, device) for each in (by_length, order, back, sequence, ends)]
-    packed = Packed(groups, sequence=moved[3], ends=moved[4])
+    packed = Packed(groups, sequence=moved[3], ends=moved[4], num_padding=num_padding)
     return SortedByLength(packed, *moved[:3])
 
 

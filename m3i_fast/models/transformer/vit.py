@@ -73,6 +73,7 @@ class ViT(ImageEncoder):
         super().__init__()
         self.cfg = cfg
         self.dim, self.summary_dim = cfg.dim, cfg.summary_dim
+        self._row_multiple = layers.row_multiple
         self.patch_embed = nn.Conv2d(3, cfg.dim, cfg.patch_size, stride=cfg.patch_size)
         self.blocks = nn.ModuleList(
             Block(
@@ -285,14 +286,17 @@ class ViT(ImageEncoder):
     ) -> PackedTokens:
         """Run the blocks on any patch tokens of pictures, each attending to its own alone.
 
-        lengths: tokens of each picture, T in all. centres, priority: as in `encode`. Raises
-        ValueError as `encode`, with stochastic depth by subset, which is of whole batches, and with
+        lengths: tokens of each picture, T in all. centres, priority: as in `encode`. Where products
+        are in FP8, the rows of all pictures are filled up to a multiple of 16. Raises ValueError as
+        `encode`, with stochastic depth by subset, which is of whole batches, and with
         another library's attention.
         """
         self._expect_centres(centres, "[T, 2]")
         self._expect_packable()
         num_prefix, count = self.num_prefix, len(lengths)
-        packing = sort_by_length(lengths, num_prefix=num_prefix, device=tokens.device)
+        packing = sort_by_length(
+            lengths, num_prefix=num_prefix, multiple=self._row_multiple, device=tokens.device
+        )
         prefix = tuple(p for p in (self.class_token, self.register_tokens) if p is not None)
         if prefix:
             of_all = torch.cat(prefix, 1).expand(count, -1, -1).flatten(0, 1)

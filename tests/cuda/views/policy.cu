@@ -13,8 +13,13 @@ constexpr int taps_of(int input, int output, int half) {
   return 2 * support + 1;
 }
 
+constexpr ResizeTiling cubic_of(int view_height, int view_width, int width, int height) {
+  return resize_tiling(view_height, view_width, width, taps_of(width, view_width, 2),
+                       taps_of(height, view_height, 2));
+}
+
 constexpr ResizeTiling cubic(int size, int width, int height) {
-  return resize_tiling(size, width, taps_of(width, size, 2), taps_of(height, size, 2));
+  return cubic_of(size, size, width, height);
 }
 
 // The usual case: all columns at once, eight rows of the crop at once.
@@ -33,12 +38,14 @@ static_assert(cubic(90, 3000, 2).columns == 45 && cubic(90, 3000, 2).rows == 4);
 static_assert(!blurs_in_place(90, 89) && blur_tiling(90, 89, 89, kMostSharedBytes).columns == 49);
 static_assert(cubic(8192, 16384, 16384).columns >= 32);
 
-constexpr bool fits(int size, int width, int height) {
-  const ResizeTiling tiling = cubic(size, width, height);
-  return tiling.columns >= 1 && tiling.columns <= size && tiling.rows <= kWarps &&
-         tiling.ring >= taps_of(height, size, 2) + tiling.rows && tiling.segment % 16 == 0 &&
-         resize_bytes(tiling, taps_of(width, size, 2), taps_of(height, size, 2)) <= kSharedBytes;
+constexpr bool fits_of(int view_height, int view_width, int width, int height) {
+  const ResizeTiling tiling = cubic_of(view_height, view_width, width, height);
+  const int across = taps_of(width, view_width, 2), down = taps_of(height, view_height, 2);
+  return tiling.columns >= 1 && tiling.columns <= view_width && tiling.panel <= view_height &&
+         tiling.rows <= kWarps && tiling.ring >= down + tiling.rows && tiling.segment % 16 == 0 &&
+         resize_bytes(tiling, across, down) <= kSharedBytes;
 }
+constexpr bool fits(int size, int width, int height) { return fits_of(size, size, width, height); }
 constexpr bool every_size_fits() {
   for (const int size : {1, 7, 32, 96, 224, 384, 1024}) {
     for (const int times : {1, 2, 3, 9, 40, 300}) {
@@ -51,6 +58,26 @@ constexpr bool every_size_fits() {
   return true;
 }
 static_assert(every_size_fits(), "of crops up to 300 times the side");
+
+// Rectangles: columns are of the width, a panel of rows of the height.
+static_assert(cubic_of(64, 224, 400, 120).columns == 224 &&
+              cubic_of(64, 224, 400, 120).panel == 64);
+static_assert(cubic_of(448, 112, 200, 800).columns == 112);
+constexpr bool every_rectangle_fits() {
+  for (const int height : {1, 16, 112, 448, 1024}) {
+    for (const int width : {1, 16, 112, 448, 1024}) {
+      for (const int times : {1, 3, 40}) {
+        if (!fits_of(height, width, width * times, height * times) ||
+            !fits_of(height, width, width, height * times) ||
+            !fits_of(height, width, (width + 1) / 2, 1)) {
+          return false;
+        }
+      }
+    }
+  }
+  return true;
+}
+static_assert(every_rectangle_fits());
 
 // A segment has room for its pixels at any address.
 constexpr bool segments_hold_their_pixels() {
@@ -83,6 +110,20 @@ constexpr bool whole_width_in_place() {
   return true;
 }
 static_assert(whole_width_in_place());
+// Out of scratch memory a run of columns fits, whatever the radius and the width.
+constexpr bool runs_fit() {
+  for (const int half : {0, 1, 11, 19, 100, kViewMaxBlur / 2}) {
+    const int64_t bytes = shared_bytes_of_runs(half);
+    for (const int width : {half + 1, half + 300, kViewMaxSide}) {
+      if (bytes > kMostSharedBytes || blur_tiling(width, half, half, bytes).columns < kRun) {
+        return false;
+      }
+    }
+  }
+  return true;
+}
+static_assert(runs_fit());
+static_assert(shared_bytes_of_runs(11) == kSharedBytes);
 static_assert(
     blur_tiling(kViewMaxSide, kViewMaxBlur / 2, kViewMaxBlur / 2, kMostSharedBytes).columns >= kRun,
     "the longest kernel");

@@ -43,8 +43,8 @@ FAULTS = {
     ),
     "views that overlap": Fault(
         "sm80/kernels.cuh",
-        "const int64_t begin = sample * kViewChannels * to.plane;",
-        "const int64_t begin = sample / 2 * kViewChannels * to.plane;",
+        "const int64_t begin = sample * kViewChannels * to.area;",
+        "const int64_t begin = sample / 2 * kViewChannels * to.area;",
         "views",
         r"data race: write .* which a thread of another block of this launch wrote",
     ),

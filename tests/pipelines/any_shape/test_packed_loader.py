@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from m3i_fast.config.data import LoaderConfig, ViewConfig
 from m3i_fast.ops.views import cut_patches
@@ -21,6 +20,7 @@ from m3i_fast.pipelines.dataset.pack import write_dataset
 from m3i_fast.pipelines.loader import Loader
 from m3i_fast.pipelines.sample_order.token_budget import grid_of
 from tests.shared.pipelines.data import encode_image, info, pack, sample, smooth_picture, take
+from tests.shared.pipelines.packed_batches import by_position, same
 
 PATCH = 4
 SIDES: dict[str, Any] = {"patch_size": PATCH, "global_sides": (2, 6), "local_sides": (1, 3)}
@@ -28,27 +28,6 @@ SIDES: dict[str, Any] = {"patch_size": PATCH, "global_sides": (2, 6), "local_sid
 
 def loader(cfg: LoaderConfig, **changed: Any) -> PackedLoader:
     return PackedLoader(cfg, **{"token_budget": 400, **SIDES, **changed})
-
-
-def by_position(batches: list[PackedBatch]) -> dict[int, list[Tensor]]:
-    """All that a batch says of each sample, by its position in the run."""
-    found = {}
-    for batch in batches:
-        rows = zip(
-            *(patches.split(batch.lengths(v)) for v, patches in enumerate(batch.patches)),
-            *(batch.grids, batch.boxes, batch.token_ids, batch.label, batch.sample_id),
-            strict=True,
-        )
-        for position, row in zip(batch.position.tolist(), rows, strict=True):
-            assert position not in found
-            found[position] = list(row)
-    return found
-
-
-def same(ours: dict[int, list[Tensor]], theirs: dict[int, list[Tensor]]) -> bool:
-    return ours.keys() == theirs.keys() and all(
-        all(map(torch.equal, ours[position], theirs[position])) for position in ours
-    )
 
 
 def test_a_batch_is_what_its_shapes_say(cfg: LoaderConfig) -> None:
@@ -175,8 +154,6 @@ def test_named_columns_are_those_of_the_squares_loader(tmp_path: Path) -> None:
 
 
 def test_what_it_cannot_do_is_refused(cfg: LoaderConfig) -> None:
-    with pytest.raises(ValueError, match="data.backend: expected torch or auto for views of any"):
-        loader(replace(cfg, backend="dali"))
     with pytest.raises(ValueError, match="local_sides: expected two numbers, .* got None"):
         loader(cfg, local_sides=None)
     with pytest.raises(ValueError, match="token_budget: expected at least 99 tokens"):

@@ -98,6 +98,61 @@ def test_draws_are_of_positions() -> None:
     assert np.array_equal(found[[0, 1, 3]], of_all[[9, 2, 2]])
 
 
+# ---- Dealt one by one, as lanes of object storage are --------------------------------------------
+
+
+def dealt(**changed: object) -> TokenBudget:
+    return budget(dealt=True, **changed)
+
+
+def test_dealt_batches_have_a_residue_each_and_no_position_is_left() -> None:
+    layout, start = dealt(num_ranks=3, accumulate=2), 0
+    for _ in range(20):
+        end = layout.next_start(start)
+        batches = [layout.positions(start, m % 3, m // 3) for m in range(6)]
+        assert len({len(batch) for batch in batches}) == 1
+        for m, batch in enumerate(batches):
+            assert (batch % 6 == m).all() and (batch % 3 == m % 3).all()
+        assert np.array_equal(np.sort(np.concatenate(batches)), np.arange(start, end))
+        start = end
+
+
+def test_a_dealt_step_ends_with_the_first_batch_that_is_full() -> None:
+    layout, start, held = dealt(num_ranks=4, accumulate=2), 0, []
+    for _ in range(50):
+        end = layout.next_start(start)
+        positions = [layout.positions(start, m % 4, m // 4) for m in range(8)]
+        tokens = [int(layout.most_tokens(batch).sum()) for batch in positions]
+        following = layout.most_tokens(np.arange(end, end + 8)).sum(1)
+        assert max(tokens) <= 4096
+        more = [own + following[(m - end) % 8] for m, own in enumerate(tokens)]
+        assert max(more) > 4096
+        held += tokens
+        start = end
+    assert np.mean(held) > 0.8 * 4096
+
+
+@pytest.mark.parametrize("ranks, accumulate", [(1, 8), (2, 4), (8, 1)])
+def test_dealt_batches_are_the_same_on_any_ranks(ranks: int, accumulate: int) -> None:
+    """After any start, though it is no multiple of the batches of a step."""
+    one, split = dealt(accumulate=8), dealt(num_ranks=ranks, accumulate=accumulate)
+    for start in (0, 17, 10**12):
+        assert one.next_start(start) == split.next_start(start)
+        for m in range(8):
+            ours = split.positions(start, m % ranks, m // ranks)
+            assert np.array_equal(ours, one.positions(start, 0, m))
+
+
+def test_one_dealt_batch_a_step_is_as_full_as_it_gets() -> None:
+    for start in (0, 5, 10**9):
+        assert np.array_equal(dealt().positions(start, 0), budget().positions(start, 0))
+
+
+def test_the_mean_of_samples_is_that_of_batches() -> None:
+    sizes = [len(step) for step in run(budget(), 300)]
+    assert budget().mean_samples == pytest.approx(np.mean(sizes), rel=0.05)
+
+
 # ---- Grids ---------------------------------------------------------------------------------------
 
 
@@ -141,5 +196,7 @@ def test_what_fits_nothing_is_refused() -> None:
         budget().positions(0, 1)
     with pytest.raises(ValueError, match="start: expected 0 or more, got -1"):
         budget().ends(-1)
+    with pytest.raises(ValueError, match="start: expected 0 or more, got -1"):
+        dealt().positions(-1, 0)
     with pytest.raises(ValueError, match="expected a height and width above 0"):
         grid_of(0, 5, 16)
