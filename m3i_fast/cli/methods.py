@@ -10,7 +10,7 @@ from rich.table import Table
 
 from m3i_fast.cli import refuse
 from m3i_fast.config.losses import LOSSES
-from m3i_fast.config.objective import Term
+from m3i_fast.config.objective import ObjectiveConfig, Term
 from m3i_fast.did_you_mean import nearest
 from m3i_fast.objectives.methods import METHODS, Method
 from m3i_fast.terminal import make_console
@@ -131,6 +131,10 @@ def explain(name: str) -> list[str]:
             lines.append(f"  predicted from the picture alone: {method.parallel_captions:.0%}")
         if term.column:
             lines.append(f"  column of the data: {term.column}")
+        if term.regulariser == "sigreg":
+            sizes = ObjectiveConfig()
+            weight = f"w = {sizes.sigreg_weight:g}, " if term.likelihood != "none" else ""
+            lines.append(f"  {weight}{sizes.num_slices} directions a, drawn anew at each step")
         if term.is_annotation:
             lines.append(f"  mean over {MEANS[term.mean]}")
         if term.likelihood == "boltzmann" and not term.is_annotation:

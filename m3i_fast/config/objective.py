@@ -35,7 +35,8 @@ class Term(Checked):
     of many the picture has; numbers: of the picture; pixels: of a patch, normalised; features: of a
     patch; gram: the cosines of all pairs of patches; embedding: one of the view; prototypes: the
     view's assignment to them; cell_prototypes: that of a cell; summary: the encoder's own mean of
-    the view, which nothing predicts."""
+    the view, which nothing predicts; mean_embedding: the mean over both global views of their
+    embeddings."""
     view: Literal["same", "other"] = "same"
     """View of the target: the input's, or another one of the same picture."""
     asked: Literal["first", "last", "all"] = "all"
@@ -283,6 +284,11 @@ class ObjectiveConfig(Checked):
     """Prototypes of each term over prototypes (DINO, iBOT, MSN, SwAV)."""
     queue_length: Annotated[int, SOME_ROWS] = 65536
     """Embeddings of earlier batches that MoCo's queue holds."""
+    num_slices: Annotated[int, SOME_ROWS] = 1024
+    """Random directions by which sigreg tests embeddings, drawn anew at each step."""
+    sigreg_weight: float = 0.05
+    """Weight of sigreg beside the prediction of mean_embedding, whose own is one less it: LeJEPA's
+    only hyper-parameter."""
 
     def place(self) -> str:
         return "objective."
@@ -297,7 +303,11 @@ class ObjectiveConfig(Checked):
         if not any(term.weight > 0 for term in self.terms):
             yield "terms", "expected a weight > 0, got none"
         least = 1 / MAX_SCALE
-        yield from unmet(self, temperature=(self.temperature >= least, f">= {least}"))
+        yield from unmet(
+            self,
+            temperature=(self.temperature >= least, f">= {least}"),
+            sigreg_weight=(0 <= self.sigreg_weight <= 1, "a share in [0, 1]"),
+        )
         if self.uses(encoder="snapshot") and not self.uses(encoder="momentum"):
             yield (
                 "terms",

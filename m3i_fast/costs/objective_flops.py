@@ -350,6 +350,16 @@ def add_summary(term: Term, counts: StepCounts, parts: Parts) -> None:
     parts[LIKELIHOODS] += _loss(term, counts, rows=rows, dim=dim, calls=counts.num_views)
 
 
+def add_mean_embedding(term: Term, counts: StepCounts, parts: Parts) -> None:
+    """Add the embeddings of all views of a picture."""
+    sized = counts.objective.projector
+    hidden = [sized.hidden_dim] * (sized.num_layers - 1)
+    rows = counts.num_images * counts.num_views + counts.num_local * counts.batch_size
+    dims = counts.vision.summary_dim, *hidden, sized.output_dim
+    parts[HEADS] += mlp(rows, *dims, input_grad=counts.encoder_grad)
+    parts[LIKELIHOODS] += _loss(term, counts, rows=rows, dim=sized.output_dim)
+
+
 def _loss(
     term: Term,
     counts: StepCounts,
@@ -376,5 +386,6 @@ def _loss(
         cells=counts.num_cells if term.is_dense else 0,
         cell_dim=vision.dim if term.is_dense else 0,
         decorrelates=cfg.decorrelation_weight != 0,
+        slices=cfg.num_slices,
     )
     return loss.flops(sizes) * calls + loss.flops_once(sizes)

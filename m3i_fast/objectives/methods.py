@@ -476,6 +476,25 @@ METHODS: dict[str, Method] = {
         "are learnt from the first step, not in the last fifth of the run; small views are matched "
         "with the caption, too; terms weigh alike.",
     ),
+    "lejepa": Method(
+        title="LeJEPA",
+        paper="arXiv 2511.08544",
+        family="inter-view",
+        terms=(
+            Term(
+                name="views",
+                target="mean_embedding",
+                view="other",
+                encoder="shared",
+                predictor="projector",
+                likelihood="gaussian",
+                regulariser="sigreg",
+                output_norm=False,
+            ),
+        ),
+        local_views=True,
+        differs="Mean of the tokens in place of the class token.",
+    ),
     "slip": Method(
         title="SLIP",
         paper="arXiv 2112.12750",

@@ -17,6 +17,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from m3i_fast.objectives.losses import distillation, regularisers
+from m3i_fast.objectives.losses.sigreg import draw_directions, sigreg
 from m3i_fast.ops import SoftTargets
 
 D = 6
@@ -24,12 +25,15 @@ ROWS = {2: (7, 9), 3: (5, 0, 11), 4: (4, 6, 0, 6)}  # unequal, and a rank withou
 
 AXES = torch.eye(D, dtype=torch.float64)  # prototypes, so that features are logits
 
+SLICES = draw_directions(torch.tensor(5), D, 9)
+
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "barlow_twins": regularisers.barlow_twins,
     "vicreg": regularisers.vicreg,
     "variance_hinge": lambda a, b, **group: regularisers.variance_hinge(a - b, std=20, **group),
     "covariance": lambda a, b, **group: regularisers.covariance(a * b, **group),
     "coding_rate": lambda a, b, **group: regularisers.coding_rate(a + b, **group),
+    "sigreg": lambda a, b, **group: sigreg(torch.stack([a, a * b]), SLICES, **group),
     "mean_entropy": lambda a, b, **group: distillation.mean_entropy(
         a * b, AXES, temperature=0.5, **group
     ),

@@ -20,6 +20,7 @@ from open_clip.loss import ClipLoss, CoCaLoss, SigLipLoss
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
+from m3i_fast.objectives.losses.sigreg import draw_directions
 from m3i_fast.objectives.objective import MutualInformation
 from tests.objectives.methods.steps import BATCH, GRID, PATCH, Step
 from tests.shared.torch_decoder import hidden_of
@@ -316,6 +317,17 @@ def densecl(model: MutualInformation) -> Run:
         return {"embedding": of_images / 2, "cells": of_cells / 2}
 
     return run
+
+
+def lejepa(step: Step) -> Parts:
+    """lightly's loss of both global views and the local ones, by the directions of the step."""
+    term, local = step.model.terms["views"], [t[step.mix.sample] for t in step.local]
+    means = [tokens.mean(1) for tokens in (*step.tokens, *local)]
+    z = term.projector(torch.cat(means)).double().unflatten(0, (len(means), -1))
+    criterion = lightly.LeJEPALoss()
+    drawn = draw_directions(step.mix.slice_key, z.shape[-1], step.model.cfg.num_slices).double()
+    criterion.sigreg._generate_unit_vectors = lambda *_, **__: drawn
+    return {"views": criterion(global_proj=z[:2], local_proj=z[2:])}
 
 
 # ---- Prototypes ----------------------------------------------------------------------------------

@@ -87,6 +87,7 @@ ORACLES: dict[str, MethodOracle] = {
         "torch binary_cross_entropy, open_clip CoCaLoss, lightly DINOLoss + IBOTPatchLoss",
         losses.siglip2,
     ),
+    "lejepa": MethodOracle("lightly LeJEPALoss", losses.each_step(losses.lejepa)),
     "slip": MethodOracle("open_clip ClipLoss + lightly NTXentLoss", losses.each_step(losses.slip)),
     "m3i": MethodOracle(
         "M3I's formulas in fp64, torch cross_entropy, scikit-learn StandardScaler", losses.m3i
