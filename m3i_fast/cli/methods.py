@@ -24,6 +24,7 @@ INPUTS = {
 STANDARDISED = {
     "running": "by running mean and variance",
     "batch": "by mean and variance of the step's rows",
+    "phi_s": "by one scale, in a basis in which they have one variance, in place of LN",
 }
 MEANS = {
     "batch": "all rows, 0 for one without a target",

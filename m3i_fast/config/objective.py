@@ -78,11 +78,15 @@ class Term(Checked):
     batch: all rows of all ranks, those without a target as 0, so that the term is an expectation
     over samples and one labelled picture weighs the same in any batch; members: the rows that have
     a target, so that the only one of a batch weighs as much as a whole batch."""
-    standardise: Literal["none", "running", "batch"] = "none"
+    standardise: Literal["none", "running", "batch", "phi_s"] = "none"
     """Statistics by which each channel of a Gaussian's features is standardised before their layer
     norm, so that what all cells have in common is no target. running: by running mean and variance
     over steps and ranks, as DINO's centre, which leaves rows independent; batch: by those of the
-    step's rows."""
+    step's rows; phi_s: a frozen teacher's features, by one scale for all channels in a basis in
+    which all have the same variance (PHI-S), in the place of the layer norm."""
+    statistics: str | None = None
+    """File with the mean and covariance of phi_s, which `objectives.phi_s.write_statistics` writes.
+    None: those of the first `objective.phi_s_steps` steps."""
     symmetric: bool = False
     """Whether each of both views also predicts the other: the mean of both directions. With the
     predictor mask_token: whether both views predict their own hidden cells."""
@@ -156,7 +160,18 @@ class Term(Checked):
                 f"none for {self.target} under {self.likelihood} (it is for features under "
                 "gaussian or cosine_smooth_l1)",
             ),
+            statistics=(
+                self.statistics is None or self.standardise == "phi_s",
+                f"none with standardise {self.standardise} (it is for phi_s)",
+            ),
         )
+        is_fixed = (self.encoder, self.regulariser) == ("frozen", "stop_gradient")
+        if self.standardise == "phi_s" and not is_fixed:
+            yield (
+                "standardise",
+                "expected phi_s with encoder frozen and regulariser stop_gradient, got it with "
+                f"{self.encoder} and {self.regulariser}; running is for features that move",
+            )
         if self.column and not self.kind.column:
             yield "column", f"expected none for {self.target}, got {self.column!r}"
         yield from self._encoder_conflicts()
@@ -207,6 +222,11 @@ class Term(Checked):
     def target_encoder(self) -> str:
         """Return the name of the target's encoder, of which each frozen one has its own."""
         return f"frozen:{self.teacher}" if self.teacher is not None else self.encoder
+
+    @property
+    def layer_norms(self) -> bool:
+        """Return whether a Gaussian's targets go through a layer norm, which would undo PHI-S."""
+        return self.target == "features" and self.standardise != "phi_s"
 
     @property
     def is_dense(self) -> bool:
@@ -284,6 +304,9 @@ class ObjectiveConfig(Checked):
     """Prototypes of each term over prototypes (DINO, iBOT, MSN, SwAV)."""
     queue_length: Annotated[int, SOME_ROWS] = 65536
     """Embeddings of earlier batches that MoCo's queue holds."""
+    phi_s_steps: Annotated[int, SOME_ROWS] = 3000
+    """Steps of which phi_s takes mean and covariance where no file has them; its basis follows them
+    after 1, 2, 4, 8 steps and so on, and stays as it is after the last one."""
     num_slices: Annotated[int, SOME_ROWS] = 1024
     """Random directions by which sigreg tests embeddings, drawn anew at each step."""
     sigreg_weight: float = 0.05

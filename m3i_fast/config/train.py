@@ -274,6 +274,11 @@ class TrainConfig(Checked):
         measures_always = balance.mode == "gradient_norm" and balance.every == 1
         wanted = self._of_any_graph() | {
             "optim.name": (optim.name == "adamw", "adamw", optim.name),
+            "objective.terms": (
+                not self.objective.uses(standardise="phi_s", statistics=None),
+                "a file of statistics for phi_s",
+                "none",
+            ),
             "optim.impl": (optim.used_impl == "torch", "auto or torch", optim.impl),
             "log_every": (self.log_every > 1, "2 or more, as monitored steps have no graph,", 1),
             "objective.balance.every": (

@@ -228,6 +228,9 @@ def add_dense(term: Term, counts: StepCounts, parts: Parts) -> None:
         parts[HEADS] += linear(count * asked, vision.dim, dim, input_grad=counts.encoder_grad)
     else:
         _add_decoder(term, counts, parts, dims=(encoded, dim), projects=projects)
+    if term.standardise == "phi_s":
+        collects = term.statistics is None and counts.collects
+        parts[HEADS] += Flops(2 * count * asked * dim**2 * (1 + collects))
     parts[LIKELIHOODS] += _loss(term, counts, rows=count * asked, dim=dim, calls=1 + local)
 
 

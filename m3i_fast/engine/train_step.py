@@ -146,6 +146,7 @@ class TrainStep:
         self._seed_generator()
         self._set_schedules(step)
         self._renew_snapshot(step)
+        self.objective.renew_bases(step)
         measure = self.objective.balance.due(step)
         if self.graph is None or monitor or measure:
             mixes = map(self.draw_mix, batches)

@@ -29,6 +29,7 @@ from m3i_fast.models.transformer.vit import Masking, ViT
 from m3i_fast.objectives.balance import Balance
 from m3i_fast.objectives.heads import DenseDecoder
 from m3i_fast.objectives.mixing import Mix
+from m3i_fast.objectives.phi_s import PhiStandardise
 from m3i_fast.objectives.monitors import target_monitors
 from m3i_fast.objectives.step_context import (
     Encoded,
@@ -189,6 +190,22 @@ class MutualInformation(nn.Module):
         for dense in self.terms_of(Dense):
             if dense.standardise is not None:
                 dense.standardise.fold()
+
+    @torch.no_grad()
+    def renew_bases(self, step: int) -> None:
+        """Let the bases of PHI-S follow their statistics, where the step of this index is one to.
+
+        To be called before each step, on every rank, and outside of a captured graph: it waits for
+        the device after 1, 2, 4, 8 steps and so on, up to `phi_s_steps`, which end the collecting.
+        """
+        last = self.cfg.phi_s_steps
+        for dense in self.terms_of(Dense):
+            of_term = dense.standardise
+            if not isinstance(of_term, PhiStandardise) or of_term.known is not None:
+                continue
+            of_term.collects = step < last
+            if step == last or (0 < step < last and step.bit_count() == 1):
+                of_term.renew()
 
     def copies(self) -> Iterator[tuple[nn.Module, nn.Module]]:
         """Yield (copy, online) of each module that begins as a copy of another and is not trained.

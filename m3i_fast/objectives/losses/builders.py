@@ -98,7 +98,7 @@ def dense_gaussian(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> 
     return partial(
         gaussian,
         sigma=cfg.sigma,
-        normalise=term.target == "features",  # pixels are normalised by their own statistics
+        normalise=term.layer_norms,  # pixels are normalised by their own statistics
         process_group=group,
         decorrelation_weight=cfg.decorrelation_weight if term.decorrelates else 0.0,
         centred=term.regulariser == "covariance",
