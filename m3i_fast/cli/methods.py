@@ -136,6 +136,9 @@ def explain(name: str) -> list[str]:
             sizes = ObjectiveConfig()
             weight = f"w = {sizes.sigreg_weight:g}, " if term.likelihood != "none" else ""
             lines.append(f"  {weight}{sizes.num_slices} directions a, drawn anew at each step")
+        if term.reversal:
+            rise = f", rising over {term.reversal_steps} steps" if term.reversal_steps else ""
+            lines.append(f"  gradient of the encoder reversed: times -{term.reversal:g}{rise}")
         if term.is_annotation:
             lines.append(f"  mean over {MEANS[term.mean]}")
         if term.likelihood == "boltzmann" and not term.is_annotation:

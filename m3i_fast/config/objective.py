@@ -73,6 +73,13 @@ class Term(Checked):
     column: str = ""
     """Named column of the data that holds an annotation; empty: the data set's class, or its
     captions."""
+    reversal: float = 0.0
+    """Factor of the gradient that the encoder gets with the opposite sign, so that it forgets the
+    class, labels or numbers that the term's head learns to tell: a scanner, a hospital, a camera
+    (gradient reversal, DANN's lambda). 0: the gradient as it is."""
+    reversal_steps: Annotated[int, NUMBERS] = 0
+    """Steps in which that factor rises from 0, as DANN's 2 / (1 + exp(-10 p)) - 1 of their share p;
+    0: it is there from the first step."""
     mean: Literal["batch", "members"] = "batch"
     """Rows that a term of an annotation is the mean over, where not every picture has a target.
     batch: all rows of all ranks, those without a target as 0, so that the term is an expectation
@@ -147,6 +154,12 @@ class Term(Checked):
                 self.mean == "batch" or self.is_annotation,
                 f"batch for {self.target}, which every picture has (members is for annotations)",
             ),
+            reversal=(
+                self.reversal == 0
+                or (self.reversal > 0 and self.is_annotation and self.kind.column != "text"),
+                f">= 0, and 0 for {self.target} (it is for category, labels and numbers)",
+            ),
+            reversal_steps=(not self.reversal_steps or self.reversal > 0, "0 without reversal"),
             teacher=(
                 self.teacher is None or self.encoder == "frozen",
                 f"none with encoder {self.encoder} (it is for frozen)",

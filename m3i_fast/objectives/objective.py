@@ -29,8 +29,8 @@ from m3i_fast.models.transformer.vit import Masking, ViT
 from m3i_fast.objectives.balance import Balance
 from m3i_fast.objectives.heads import DenseDecoder
 from m3i_fast.objectives.mixing import Mix
-from m3i_fast.objectives.phi_s import PhiStandardise
 from m3i_fast.objectives.monitors import target_monitors
+from m3i_fast.objectives.phi_s import PhiStandardise
 from m3i_fast.objectives.step_context import (
     Encoded,
     Rows,
@@ -181,12 +181,15 @@ class MutualInformation(nn.Module):
 
     @torch.no_grad()
     def finish_step(self) -> None:
-        """Clamp every learnt 1 / tau and update the targets' running statistics, in place.
+        """Clamp every learnt 1 / tau, update the targets' running statistics and count reversals.
 
         To be called once after the optimiser's step, on every rank.
         """
         for label in self._labels():
             label.clamp_temperature()
+        for term in self._every_term():
+            if isinstance(term, Annotation) and term.reversal is not None:
+                term.reversal.advance()
         for dense in self.terms_of(Dense):
             if dense.standardise is not None:
                 dense.standardise.fold()
