@@ -304,6 +304,11 @@ class ObjectiveConfig(Checked):
     in the place of two, as CLIP."""
     teacher: str | None = None
     """Frozen encoder: a run directory, timm:NAME or timm:NAME:FILE."""
+    teacher_cache: str | None = None
+    """Folder that keeps what frozen encoders say of every picture, so that they run once a picture
+    and not at each step: filled before the first step, by all ranks, and read by later runs too. It
+    needs data.augment False, views that are the same at every step. None: frozen encoders run in
+    each step."""
     snapshot_every: Annotated[int, SOME_ROWS] = 10_000
     """Steps after which the snapshot is taken anew from the encoder's EMA: 10,000 in DINOv3."""
     sigma: float = 0.5**0.5

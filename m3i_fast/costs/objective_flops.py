@@ -94,6 +94,8 @@ def mlp(rows: int, *dims: int, input_grad: bool = True) -> Flops:
 
 def _encode_targets(counts: StepCounts, parts: Parts) -> None:
     for (encoder, _), rows in target_rows(counts.objective.active_terms).items():
+        if counts.objective.teacher_cache is not None and encoder.startswith("frozen"):
+            continue  # read from the disk
         vision = replace(counts.encoder_of(encoder), drop_path_rate=0.0)  # in evaluation mode
         count = counts.num_asked(rows)
         parts[TARGET] += _whole(vision, count).forward_only

@@ -245,10 +245,18 @@ class MutualInformation(nn.Module):
 
     @torch.no_grad()
     def encode_targets(self, batch: Batch, mix: Mix) -> Targets:
-        """Encode all target views that a term uses, in one call of each target encoder."""
+        """Encode all target views that a term uses, in one call of each target encoder.
+
+        What the batch has of a frozen encoder is taken from there.
+        """
         tokens: dict[Source, Tensor] = {}
         for name, encoder in self._target_encoders().items():
             sources = [source for source in self._target_rows if source[0] == name]
+            if name in batch.features:
+                for source in sources:
+                    asked = _take(mix, mix.sample, self._target_rows[source])
+                    tokens[source] = batch.features[name][asked]
+                continue
             images = [
                 normalise_views(
                     batch.global_views[view],
