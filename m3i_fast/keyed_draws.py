@@ -43,6 +43,8 @@ class Purpose(IntEnum):
     """The seed of torch's generators in a step, for modules that draw from them."""
     VIEW_TOKENS = 11
     """How many patches each view of a sample may have, where views are of any size."""
+    SLICES = 12
+    """The random directions of a step, on which embeddings are projected."""
 
 
 def uniform(

@@ -39,6 +39,9 @@ class Batch:
     """Named columns, a tensor each: a class [B] int64, -1 for none; labels [B, M] int64, -1 after
     the last one and all -2 where they are not known; numbers [B, K] float32, NaN where one is not
     known; a text [B, T] int32, -1 after its last token id and all -1 for none."""
+    features: Mapping[str, Tensor] = field(default_factory=dict)
+    """Tokens that frozen encoders gave of the global views beforehand, by `Term.target_encoder`:
+    [B, N, C] each. Encoders that are not here run in the step."""
 
     @property
     def batch_size(self) -> int:
@@ -46,7 +49,7 @@ class Batch:
         return self.sample_id.shape[0]
 
     def tensors(self) -> list[Tensor]:
-        """List all tensors: global views, local views, the other fields in their order, columns."""
+        """List all tensors: global views, local views, the other fields in their order."""
         return [
             *self.global_views,
             *self.local_views,
@@ -59,6 +62,7 @@ class Batch:
             self.group_id,
             self.position,
             *self.columns.values(),
+            *self.features.values(),
         ]
 
     def to(self, device: torch.device | str) -> Batch:
@@ -83,6 +87,7 @@ class Batch:
             group_id=moved(self.group_id),
             position=self.position,
             columns={name: moved(values) for name, values in self.columns.items()},
+            features={name: moved(tokens) for name, tokens in self.features.items()},
         )
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import shlex
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -18,8 +19,8 @@ from numpy.typing import NDArray
 from m3i_fast.config.data import MAX_PIXELS, BackendName, LoaderConfig, ViewConfig
 from m3i_fast.ops.views import view_specs
 from m3i_fast.pipelines.backends import start_backend
-from m3i_fast.pipelines.batch import Batch
-from m3i_fast.pipelines.batch_rows import BatchRows, TrainingRows, ordered_rows
+from m3i_fast.pipelines.batch import Batch, copy_to_device
+from m3i_fast.pipelines.batch_rows import BatchRows, TrainingRows, good_rows, ordered_rows
 from m3i_fast.pipelines.dataset.manifest import Manifest
 from m3i_fast.pipelines.dataset.sample_table import SampleTable
 from m3i_fast.pipelines.mixed_table import MixedTable
@@ -47,6 +48,13 @@ logger = logging.getLogger(__name__)
 
 
 AnyBatch = TypeVar("AnyBatch")
+
+
+class Features(Protocol):
+    """What an encoder gave of every row of a table, kept somewhere."""
+
+    def take(self, rows: NDArray[np.int64], /) -> torch.Tensor:  # [B] -> [B, N, C]
+        """Read the tokens of rows, on the CPU."""
 
 
 class BatchesOfRun(ABC, Generic[AnyBatch]):
@@ -91,6 +99,9 @@ class BatchesOfRun(ABC, Generic[AnyBatch]):
         self._skipped = SkippedSamples(skipped_file, rank)
         self._rows: TrainingRows | None = None
         self._backend: Backend | None = None
+        self.features: Mapping[str, Features] = {}
+        """What frozen encoders gave of every row of the table, which each batch is given its part
+        of, by `Batch.features`."""
 
     @property
     def described(self) -> Manifest | MixedData:
@@ -207,12 +218,13 @@ class BatchesOfRun(ABC, Generic[AnyBatch]):
         cfg = self.cfg
         return SampleWork(
             views=view_specs(cfg.global_views, cfg.local_views),
-            centre=False,
+            centre=not cfg.augment,
             seed=cfg.seed,
             tokenizer=self.manifest.tokenizer,
             max_pixels=cfg.max_pixels,
             caption_member=caption_member(self.manifest),
             alternates=cfg.alternates
+            and cfg.augment
             and cfg.global_views.count > 1
             and self._open.split.max_alternates > 0,
             batch_size=self._layout.most_samples,
@@ -332,7 +344,58 @@ class Loader(BatchesOfRun[Batch]):
         )
 
     def _to_batch(self, made: MadeBatch) -> Batch:
-        return _to_batch(made, self._open, self.cfg.global_views.count, self._device_id)
+        batch = _to_batch(made, self._open, self.cfg.global_views.count, self._device_id)
+        if not self.features:
+            return batch
+        of_rows = {name: stored.take(made.rows.samples) for name, stored in self.features.items()}
+        device = batch.sample_id.device
+        moved = {name: copy_to_device(tokens, device) for name, tokens in of_rows.items()}
+        return replace(batch, features=moved)
+
+    @property
+    def num_rows(self) -> int:
+        """Return how many rows the table of samples has, bad ones among them."""
+        return len(self._open.table)
+
+    @property
+    def digest(self) -> str:
+        """Return the digest of the data set."""
+        return self._open.digest
+
+    def fixed_views(self, rows: NDArray[np.int64]) -> Generator[Batch, None, None]:
+        """Iterate once over rows of the table, with the global view that each has at every step.
+
+        Rows that the table marks as bad are left out; a batch's `position` is the row of each
+        sample. To be called before the first batch. Raises ValueError with `data.augment`, and
+        RuntimeError naming a corrupt sample, whose cause is a SampleError.
+        """
+        if self.cfg.augment:
+            raise ValueError("data.augment: expected False for views that are fixed, got True")
+        table = self._open.table
+        assert isinstance(table, SampleTable)  # one data set
+        view = replace(self.cfg.global_views, count=1)
+        work = replace(self._work, views=view_specs(view), batch_size=self.cfg.batch_size)
+        good = np.intersect1d(good_rows(table, representatives_only=False), rows)
+        ordered = ordered_rows(
+            table,
+            self._open.shards,
+            self.cfg.batch_size,
+            representatives_only=False,
+            fetch_ahead=self.cfg.fetch_ahead,
+            rows=good,
+        )
+        if not len(good):
+            return
+        made = with_captions(start_backend(self.cfg.backend, ordered, work), self.manifest)
+        try:
+            for _ in range(0, len(good), self.cfg.batch_size):
+                yield _to_batch(next(made), self._open, 1, self._device_id)
+        except SampleError as error:
+            command = f"m3i-fast data verify --decode {shlex.quote(place_of(self.cfg.path))}"
+            raise RuntimeError(f"{error}; check the files with: {command}") from error
+        finally:
+            made.close()
+            self._open.shards.expect_no_more()
 
 
 def evaluation_batches(

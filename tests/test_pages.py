@@ -113,6 +113,12 @@ assert 0.7 * 1024 < int(batch.grids.prod(2).sum()) <= 1024
 assert images.shape == (sum(batch.lengths(0)), 192) and len(batch.patches) == 2
 assert loss.isfinite() and objective.encoder.patch_embed.weight.grad.abs().sum() > 0
 """,
+    "train/teachers.md": """
+assert list(cfg.objective.teachers.values()) == ["runs/demo", "timm:vit_small_patch16_224.dino"]
+from m3i_fast.objectives.phi_s import read_statistics
+mean, covariance = read_statistics(Path("demo.safetensors"), teacher.dim)
+assert covariance.diagonal().min() > 0
+""",
     "start/use_model.md": """
 assert best in captions and named in model.class_names
 assert vectors.shape == (2, model.num_features) == features.mean(1).shape

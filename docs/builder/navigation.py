@@ -12,7 +12,7 @@ CONTENTS = {
         *("data", "pack", "data_at_scale", "first_hour"),
     ),
     "train": (
-        *("training", "start_from_weights", "watching", "precision", "any_shape"),
+        *("training", "start_from_weights", "watching", "precision", "any_shape", "teachers"),
         *("distributed", "clusters", "buckets"),
     ),
     "measure": (

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from m3i_fast.cli import refuse
 from m3i_fast.config.losses import LOSSES
-from m3i_fast.config.objective import Term
+from m3i_fast.config.objective import ObjectiveConfig, Term
 from m3i_fast.did_you_mean import nearest
 from m3i_fast.objectives.methods import METHODS, Method
 from m3i_fast.terminal import make_console
@@ -24,6 +24,7 @@ INPUTS = {
 STANDARDISED = {
     "running": "by running mean and variance",
     "batch": "by mean and variance of the step's rows",
+    "phi_s": "by one scale, in a basis in which they have one variance, in place of LN",
 }
 MEANS = {
     "batch": "all rows, 0 for one without a target",
@@ -131,6 +132,13 @@ def explain(name: str) -> list[str]:
             lines.append(f"  predicted from the picture alone: {method.parallel_captions:.0%}")
         if term.column:
             lines.append(f"  column of the data: {term.column}")
+        if term.regulariser == "sigreg":
+            sizes = ObjectiveConfig()
+            weight = f"w = {sizes.sigreg_weight:g}, " if term.likelihood != "none" else ""
+            lines.append(f"  {weight}{sizes.num_slices} directions a, drawn anew at each step")
+        if term.reversal:
+            rise = f", rising over {term.reversal_steps} steps" if term.reversal_steps else ""
+            lines.append(f"  gradient of the encoder reversed: times -{term.reversal:g}{rise}")
         if term.is_annotation:
             lines.append(f"  mean over {MEANS[term.mean]}")
         if term.likelihood == "boltzmann" and not term.is_annotation:

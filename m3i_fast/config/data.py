@@ -157,6 +157,9 @@ class LoaderConfig(Checked):
     max_skipped: Annotated[int, range(0, 2**31)] = 100
     """Samples of a rank that may turn out to be corrupt while training: each is named in the run's
     skipped_samples.jsonl, and another sample takes its place. One more ends the run."""
+    augment: bool = True
+    """Cut random crops and change their colours. False: every view is the largest centred square of
+    the picture, at every step the same, whatever the views' scale, mirror and colours say."""
     alternates: bool = True
     """Cut the second global view out of another picture of the same thing, where the data set has
     such (data styles --alternates): one of them, drawn anew at every step."""

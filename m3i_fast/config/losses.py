@@ -38,8 +38,8 @@ class LossSizes:
     rows: int
     """Rows of z_hat. category, caption, labels, numbers: images and local views; caption_tokens:
     tokens but the first one of each image's caption; pixels, features: cells asked; embedding,
-    summary: images; prototypes: pairs of an input view and a target view; cell_prototypes: cells of
-    those pairs."""
+    summary: images; mean_embedding: images of all views; prototypes: pairs of an input view and a
+    target view; cell_prototypes: cells of those pairs."""
     dim: int
     """Features of a row of z_hat and of z; of prototypes, those of one."""
     targets: int
@@ -57,6 +57,8 @@ class LossSizes:
     """Features of the encoder's tokens, by which it finds them."""
     decorrelates: bool = False
     """Whether `objective.decorrelation_weight` is other than 0."""
+    slices: int = 0
+    """Directions that the embeddings are projected on, where the regulariser is sigreg."""
 
 
 FlopsOf = Callable[[LossSizes], Flops]
@@ -196,9 +198,18 @@ def _neighbours(sizes: LossSizes) -> Flops:
     return Flops(2 * sizes.rows**2 * sizes.dim)
 
 
+def _slices(sizes: LossSizes) -> Flops:
+    """Count the projections on random directions, which get no gradient."""
+    product = 2 * sizes.rows * sizes.dim * sizes.slices
+    return Flops(product, product)
+
+
 # ---- The table -----------------------------------------------------------------------------------
 
 SOFTMAX = "-log exp(z_hat . z / tau) / sum_z' exp(z_hat . z' / tau)"
+SLICES = (
+    "mean over random unit a of N int |mean_n exp(i t a . z_n) - exp(-t^2 / 2)|^2 exp(-t^2 / 2) dt"
+)
 _BUILDERS = "m3i_fast.objectives.losses.builders"
 LOSSES: dict[LossKey, Loss] = {
     ("category", "boltzmann", "negatives"): Loss(
@@ -348,6 +359,16 @@ LOSSES: dict[LossKey, Loss] = {
         formula="-mean log |z - nearest other z of the view|, rows of unit length",
         build=f"{_BUILDERS}:nearest_neighbour",
         flops=_neighbours,
+    ),
+    ("summary", "none", "sigreg"): Loss(
+        formula=f"{SLICES}, z of the view",
+        build=f"{_BUILDERS}:gaussian_slices",
+        flops=_slices,
+    ),
+    ("mean_embedding", "gaussian", "sigreg"): Loss(
+        formula=f"(1 - w) |z_hat - z|^2 / E + w ({SLICES}, z_hat of each view)",
+        build=f"{_BUILDERS}:views_and_slices",
+        flops=_slices,
     ),
 }
 LOSSES |= {

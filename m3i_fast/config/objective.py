@@ -35,7 +35,8 @@ class Term(Checked):
     of many the picture has; numbers: of the picture; pixels: of a patch, normalised; features: of a
     patch; gram: the cosines of all pairs of patches; embedding: one of the view; prototypes: the
     view's assignment to them; cell_prototypes: that of a cell; summary: the encoder's own mean of
-    the view, which nothing predicts."""
+    the view, which nothing predicts; mean_embedding: the mean over both global views of their
+    embeddings."""
     view: Literal["same", "other"] = "same"
     """View of the target: the input's, or another one of the same picture."""
     asked: Literal["first", "last", "all"] = "all"
@@ -72,16 +73,27 @@ class Term(Checked):
     column: str = ""
     """Named column of the data that holds an annotation; empty: the data set's class, or its
     captions."""
+    reversal: float = 0.0
+    """Factor of the gradient that the encoder gets with the opposite sign, so that it forgets the
+    class, labels or numbers that the term's head learns to tell: a scanner, a hospital, a camera
+    (gradient reversal, DANN's lambda). 0: the gradient as it is."""
+    reversal_steps: Annotated[int, NUMBERS] = 0
+    """Steps in which that factor rises from 0, as DANN's 2 / (1 + exp(-10 p)) - 1 of their share p;
+    0: it is there from the first step."""
     mean: Literal["batch", "members"] = "batch"
     """Rows that a term of an annotation is the mean over, where not every picture has a target.
     batch: all rows of all ranks, those without a target as 0, so that the term is an expectation
     over samples and one labelled picture weighs the same in any batch; members: the rows that have
     a target, so that the only one of a batch weighs as much as a whole batch."""
-    standardise: Literal["none", "running", "batch"] = "none"
+    standardise: Literal["none", "running", "batch", "phi_s"] = "none"
     """Statistics by which each channel of a Gaussian's features is standardised before their layer
     norm, so that what all cells have in common is no target. running: by running mean and variance
     over steps and ranks, as DINO's centre, which leaves rows independent; batch: by those of the
-    step's rows."""
+    step's rows; phi_s: a frozen teacher's features, by one scale for all channels in a basis in
+    which all have the same variance (PHI-S), in the place of the layer norm."""
+    statistics: str | None = None
+    """File with the mean and covariance of phi_s, which `objectives.phi_s.write_statistics` writes.
+    None: those of the first `objective.phi_s_steps` steps."""
     symmetric: bool = False
     """Whether each of both views also predicts the other: the mean of both directions. With the
     predictor mask_token: whether both views predict their own hidden cells."""
@@ -142,6 +154,12 @@ class Term(Checked):
                 self.mean == "batch" or self.is_annotation,
                 f"batch for {self.target}, which every picture has (members is for annotations)",
             ),
+            reversal=(
+                self.reversal == 0
+                or (self.reversal > 0 and self.is_annotation and self.kind.column != "text"),
+                f">= 0, and 0 for {self.target} (it is for category, labels and numbers)",
+            ),
+            reversal_steps=(not self.reversal_steps or self.reversal > 0, "0 without reversal"),
             teacher=(
                 self.teacher is None or self.encoder == "frozen",
                 f"none with encoder {self.encoder} (it is for frozen)",
@@ -155,7 +173,18 @@ class Term(Checked):
                 f"none for {self.target} under {self.likelihood} (it is for features under "
                 "gaussian or cosine_smooth_l1)",
             ),
+            statistics=(
+                self.statistics is None or self.standardise == "phi_s",
+                f"none with standardise {self.standardise} (it is for phi_s)",
+            ),
         )
+        is_fixed = (self.encoder, self.regulariser) == ("frozen", "stop_gradient")
+        if self.standardise == "phi_s" and not is_fixed:
+            yield (
+                "standardise",
+                "expected phi_s with encoder frozen and regulariser stop_gradient, got it with "
+                f"{self.encoder} and {self.regulariser}; running is for features that move",
+            )
         if self.column and not self.kind.column:
             yield "column", f"expected none for {self.target}, got {self.column!r}"
         yield from self._encoder_conflicts()
@@ -206,6 +235,11 @@ class Term(Checked):
     def target_encoder(self) -> str:
         """Return the name of the target's encoder, of which each frozen one has its own."""
         return f"frozen:{self.teacher}" if self.teacher is not None else self.encoder
+
+    @property
+    def layer_norms(self) -> bool:
+        """Return whether a Gaussian's targets go through a layer norm, which would undo PHI-S."""
+        return self.target == "features" and self.standardise != "phi_s"
 
     @property
     def is_dense(self) -> bool:
@@ -270,6 +304,11 @@ class ObjectiveConfig(Checked):
     in the place of two, as CLIP."""
     teacher: str | None = None
     """Frozen encoder: a run directory, timm:NAME or timm:NAME:FILE."""
+    teacher_cache: str | None = None
+    """Folder that keeps what frozen encoders say of every picture, so that they run once a picture
+    and not at each step: filled before the first step, by all ranks, and read by later runs too. It
+    needs data.augment False, views that are the same at every step. None: frozen encoders run in
+    each step."""
     snapshot_every: Annotated[int, SOME_ROWS] = 10_000
     """Steps after which the snapshot is taken anew from the encoder's EMA: 10,000 in DINOv3."""
     sigma: float = 0.5**0.5
@@ -283,6 +322,14 @@ class ObjectiveConfig(Checked):
     """Prototypes of each term over prototypes (DINO, iBOT, MSN, SwAV)."""
     queue_length: Annotated[int, SOME_ROWS] = 65536
     """Embeddings of earlier batches that MoCo's queue holds."""
+    phi_s_steps: Annotated[int, SOME_ROWS] = 3000
+    """Steps of which phi_s takes mean and covariance where no file has them; its basis follows them
+    after 1, 2, 4, 8 steps and so on, and stays as it is after the last one."""
+    num_slices: Annotated[int, SOME_ROWS] = 1024
+    """Random directions by which sigreg tests embeddings, drawn anew at each step."""
+    sigreg_weight: float = 0.05
+    """Weight of sigreg beside the prediction of mean_embedding, whose own is one less it: LeJEPA's
+    only hyper-parameter."""
 
     def place(self) -> str:
         return "objective."
@@ -297,7 +344,11 @@ class ObjectiveConfig(Checked):
         if not any(term.weight > 0 for term in self.terms):
             yield "terms", "expected a weight > 0, got none"
         least = 1 / MAX_SCALE
-        yield from unmet(self, temperature=(self.temperature >= least, f">= {least}"))
+        yield from unmet(
+            self,
+            temperature=(self.temperature >= least, f">= {least}"),
+            sigreg_weight=(0 <= self.sigreg_weight <= 1, "a share in [0, 1]"),
+        )
         if self.uses(encoder="snapshot") and not self.uses(encoder="momentum"):
             yield (
                 "terms",

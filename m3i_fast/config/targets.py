@@ -160,6 +160,16 @@ TARGETS: dict[str, Target] = {
         count=f"{_COUNTS}:add_prototypes",
         summaries="all",
     ),
+    "mean_embedding": Target(
+        help="mean embedding of the picture's global views, which each view of it predicts",
+        of="view",
+        predictors=("projector",),
+        encoders=("shared",),
+        views=("other",),
+        build=f"{_TERMS}.mean_embedding:MeanEmbedding",
+        count=f"{_COUNTS}:add_mean_embedding",
+        summaries="all",
+    ),
     "cell_prototypes": Target(
         help="a cell's assignment to prototypes",
         of="cells",

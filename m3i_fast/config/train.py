@@ -130,6 +130,8 @@ class TrainConfig(Checked):
         yield from self._projector_conflicts()
         if self.init:
             yield from self._init_conflicts()
+        if self.objective.teacher_cache is not None:
+            yield from self._teacher_cache_conflicts()
         yield from self._evaluate_conflicts()
         if self.optim.freeze_encoder:
             yield from self._frozen_conflicts()
@@ -180,6 +182,27 @@ class TrainConfig(Checked):
                 "a file of a ViT with a ViT" if is_vit else "internimage:FILE with an InternImage"
             )
             yield "init", f"expected run:DIR or {takes}, got {self.init!r}"
+
+    def _teacher_cache_conflicts(self) -> Iterator[Conflict]:
+        """Yield what keeps a teacher's features of a picture from being the same at each step."""
+        if self.data.augment:
+            yield (
+                "data.augment",
+                "expected False with objective.teacher_cache, which holds one view of each "
+                "picture, got True: set --data.no-augment, or --objective.teacher-cache None",
+            )
+        if self.data.mixture:
+            yield (
+                "data.mixture",
+                "expected none with objective.teacher_cache, which is of one data set, got "
+                f"{len(self.data.mixture)}",
+            )
+        if not self.objective.uses(encoder="frozen"):
+            yield (
+                "objective.teacher_cache",
+                "expected none without a term whose encoder is frozen, got "
+                f"{self.objective.teacher_cache}",
+            )
 
     def _evaluate_conflicts(self) -> Iterator[Conflict]:
         """Yield an evaluation without one data set, and a best checkpoint by one that is off."""
@@ -274,6 +297,11 @@ class TrainConfig(Checked):
         measures_always = balance.mode == "gradient_norm" and balance.every == 1
         wanted = self._of_any_graph() | {
             "optim.name": (optim.name == "adamw", "adamw", optim.name),
+            "objective.terms": (
+                not self.objective.uses(standardise="phi_s", statistics=None),
+                "a file of statistics for phi_s",
+                "none",
+            ),
             "optim.impl": (optim.used_impl == "torch", "auto or torch", optim.impl),
             "log_every": (self.log_every > 1, "2 or more, as monitored steps have no graph,", 1),
             "objective.balance.every": (

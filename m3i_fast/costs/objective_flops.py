@@ -94,6 +94,8 @@ def mlp(rows: int, *dims: int, input_grad: bool = True) -> Flops:
 
 def _encode_targets(counts: StepCounts, parts: Parts) -> None:
     for (encoder, _), rows in target_rows(counts.objective.active_terms).items():
+        if counts.objective.teacher_cache is not None and encoder.startswith("frozen"):
+            continue  # read from the disk
         vision = replace(counts.encoder_of(encoder), drop_path_rate=0.0)  # in evaluation mode
         count = counts.num_asked(rows)
         parts[TARGET] += _whole(vision, count).forward_only
@@ -228,6 +230,9 @@ def add_dense(term: Term, counts: StepCounts, parts: Parts) -> None:
         parts[HEADS] += linear(count * asked, vision.dim, dim, input_grad=counts.encoder_grad)
     else:
         _add_decoder(term, counts, parts, dims=(encoded, dim), projects=projects)
+    if term.standardise == "phi_s":
+        collects = term.statistics is None and counts.collects
+        parts[HEADS] += Flops(2 * count * asked * dim**2 * (1 + collects))
     parts[LIKELIHOODS] += _loss(term, counts, rows=count * asked, dim=dim, calls=1 + local)
 
 
@@ -350,6 +355,16 @@ def add_summary(term: Term, counts: StepCounts, parts: Parts) -> None:
     parts[LIKELIHOODS] += _loss(term, counts, rows=rows, dim=dim, calls=counts.num_views)
 
 
+def add_mean_embedding(term: Term, counts: StepCounts, parts: Parts) -> None:
+    """Add the embeddings of all views of a picture."""
+    sized = counts.objective.projector
+    hidden = [sized.hidden_dim] * (sized.num_layers - 1)
+    rows = counts.num_images * counts.num_views + counts.num_local * counts.batch_size
+    dims = counts.vision.summary_dim, *hidden, sized.output_dim
+    parts[HEADS] += mlp(rows, *dims, input_grad=counts.encoder_grad)
+    parts[LIKELIHOODS] += _loss(term, counts, rows=rows, dim=sized.output_dim)
+
+
 def _loss(
     term: Term,
     counts: StepCounts,
@@ -376,5 +391,6 @@ def _loss(
         cells=counts.num_cells if term.is_dense else 0,
         cell_dim=vision.dim if term.is_dense else 0,
         decorrelates=cfg.decorrelation_weight != 0,
+        slices=cfg.num_slices,
     )
     return loss.flops(sizes) * calls + loss.flops_once(sizes)

@@ -39,6 +39,7 @@ def counts_of(
         chunk=cfg.parallel.chunk,
         teachers=teachers,
         progress=progress,
+        collects=progress * cfg.num_steps < cfg.objective.phi_s_steps,
     )
 
 

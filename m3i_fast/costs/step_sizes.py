@@ -40,6 +40,8 @@ class StepCounts:
     """Configs of the frozen encoders, by `Term.target_encoder`."""
     progress: float = 0.0
     """Progress of the run, 0 to 1, by which `masked` shows more or fewer cells."""
+    collects: bool = True
+    """Whether the run is in the steps of which PHI-S takes statistics."""
 
     def encoder_of(self, target_encoder: str) -> VisionConfig:
         """Return the config of a target's encoder: a frozen teacher's or the trained one's."""

@@ -6,6 +6,7 @@ Letters: B images, R prefix tokens (class and registers), N cells of the grid, C
 from __future__ import annotations
 
 import inspect
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from m3i_fast.config.convert import to_tree
 from m3i_fast.config.models.vision import VisionConfig
 from m3i_fast.costs.teacher_config import TIMM, run_vision
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
@@ -27,11 +29,13 @@ _ENCODER = "encoder."  # prefix of the image encoder's weights in the objective
 class Teacher(ImageEncoder):
     """An encoder that is never trained: no gradient, and always in evaluation mode.
 
-    `dim` and `summary_dim` are those of the encoder.
+    `dim` and `summary_dim` are those of the encoder. identity: what the encoder is beside its
+    weights, in a text that another encoder does not have.
     """
 
-    def __init__(self, encoder: ImageEncoder) -> None:
+    def __init__(self, encoder: ImageEncoder, identity: str = "") -> None:
         super().__init__()
+        self.identity = identity
         self.encoder = encoder.requires_grad_(False).eval()
         self.dim, self.summary_dim = encoder.dim, encoder.summary_dim
 
@@ -82,7 +86,7 @@ def _load_run(run: Path, vision: VisionConfig) -> Teacher:
     newest = checkpoint.latest(run / "checkpoints")
     weights = newest.shards("model").read(_ENCODER)
     encoder.load_state_dict({name.removeprefix(_ENCODER): w for name, w in weights.items()})
-    return Teacher(encoder)
+    return Teacher(encoder, json.dumps(to_tree(of_run), sort_keys=True))
 
 
 def _side(cfg: VisionConfig, image_size: int) -> int | None:
@@ -155,7 +159,8 @@ def _load_timm(spec: str, vision: VisionConfig) -> Teacher:
     features = _example(spec, model, vision.image_size)
     num_prefix, side = _patches(spec, model, features, vision.image_size)
     _expect_grid(spec, side, vision)
-    return Teacher(TimmEncoder(model, num_prefix=num_prefix, dim=features.shape[2]))
+    encoder = TimmEncoder(model, num_prefix=num_prefix, dim=features.shape[2])
+    return Teacher(encoder, f"timm:{name} of {vision.image_size} pixels")
 
 
 def _create(spec: str, name: str, file: Path | None, image_size: int) -> Any:

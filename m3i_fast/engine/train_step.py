@@ -41,7 +41,7 @@ from m3i_fast.engine.precision.fp8 import (
 )
 from m3i_fast.engine.step_graph import Recorder, StepGraph, StepResult
 from m3i_fast.keyed_draws import Purpose, words
-from m3i_fast.objectives.mixing import Mix, draw_branch_priority, draw_mix
+from m3i_fast.objectives.mixing import Mix, draw_branch_priority, draw_mix, draw_slice_key
 from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.objectives.step_context import Stage, no_stage
 from m3i_fast.pipelines.batch import Batch
@@ -146,6 +146,7 @@ class TrainStep:
         self._seed_generator()
         self._set_schedules(step)
         self._renew_snapshot(step)
+        self.objective.renew_bases(step)
         measure = self.objective.balance.due(step)
         if self.graph is None or monitor or measure:
             mixes = map(self.draw_mix, batches)
@@ -317,6 +318,8 @@ def draw_step_mix(cfg: TrainConfig, batch: Batch, *, first_position: int, step: 
         step=step,
         num_steps=cfg.num_steps,
     )
+    if cfg.objective.uses(regulariser="sigreg"):
+        mix = replace(mix, slice_key=draw_slice_key(first_position, cfg.seed))
     if not cfg.vision.drop_path_rate:
         return mix
     rows, local = draw_branch_priority(

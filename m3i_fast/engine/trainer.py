@@ -36,6 +36,7 @@ from m3i_fast.engine.run.data_fields import expect_data, take_data_fields
 from m3i_fast.engine.run.data_record import DataRecord, record_data
 from m3i_fast.engine.run.directory import Data, Resume, Run, Stateful
 from m3i_fast.engine.run.log import RunLog
+from m3i_fast.engine.teacher_cache import cache_teachers
 from m3i_fast.engine.train_step import build_train_step
 from m3i_fast.observe.collapse import CollapseError, CollapseWatch
 from m3i_fast.pipelines.batch import Batch
@@ -167,6 +168,10 @@ class Trainer:
         )
         self.objective, self.optimizer = self.train_step.objective, self.train_step.optimizer
         self.guard = self.train_step.guard
+        if cfg.objective.teacher_cache is not None and isinstance(self.loader, Loader):
+            self.loader.features = cache_teachers(
+                cfg, self.objective.teachers, self.loader, self.world, self.arithmetic
+            )
         self.watch = CollapseWatch(first_step=cfg.optim.warmup_steps(cfg.num_steps))
         fresh = saved is None
         self.initial = begin_from_weights(cfg, self.objective, self.world) if fresh else None

@@ -123,6 +123,35 @@ SIMCLR = embedding(
     output_norm=False,
 )
 
+
+def radio(*teachers: str | None) -> tuple[Term, ...]:
+    """Return RADIO's terms for these frozen encoders: each one's picture and its cells.
+
+    teachers: as `Term.teacher`; None is `objective.teacher`. PHI-S balances their cells
+    (arXiv 2410.01680); all terms weigh alike.
+    """
+    terms: list[Term] = []
+    for number, teacher in enumerate(teachers):
+        after = f"_{number + 1}" if len(teachers) > 1 else ""
+        terms += (
+            embedding(
+                name=f"picture{after}",
+                view="same",
+                encoder="frozen",
+                teacher=teacher,
+                output_norm=False,
+            ),
+            features(
+                name=f"cells{after}",
+                encoder="frozen",
+                teacher=teacher,
+                predictor="linear",
+                standardise="phi_s",
+            ),
+        )
+    return tuple(terms)
+
+
 MASKS = (
     "Every view is masked, by one share of its cells and both views of a picture alike; the mean "
     "of the tokens in place of the class token."
@@ -475,6 +504,34 @@ METHODS: dict[str, Method] = {
         differs=f"{MASKS} Whole captions are written, no boxes and no regions (LocCa); assignments "
         "are learnt from the first step, not in the last fifth of the run; small views are matched "
         "with the caption, too; terms weigh alike.",
+    ),
+    "lejepa": Method(
+        title="LeJEPA",
+        paper="arXiv 2511.08544",
+        family="inter-view",
+        terms=(
+            Term(
+                name="views",
+                target="mean_embedding",
+                view="other",
+                encoder="shared",
+                predictor="projector",
+                likelihood="gaussian",
+                regulariser="sigreg",
+                output_norm=False,
+            ),
+        ),
+        local_views=True,
+        differs="Mean of the tokens in place of the class token.",
+    ),
+    "radio": Method(
+        title="RADIO with PHI-S",
+        paper="arXiv 2410.01680",
+        family="intra-view",
+        terms=radio(None),
+        differs="One teacher, objective.teacher; `methods.radio` has the two terms of each of "
+        "several. A teacher's picture is the mean of its cells, not its class token; cells are "
+        "predicted by a linear layer; views are of one size.",
     ),
     "slip": Method(
         title="SLIP",

@@ -44,6 +44,7 @@ class Mix:
     branch_priority: Tensor | None = None  # [rows that the encoder encodes, 2 L] int32
     local_branch_priority: Tensor | None = None  # [rows of local views, 2 L] int32
     # As `DropPath` takes them; None where no branch is dropped.
+    slice_key: Tensor | None = None  # [] int64, of the step's random directions, alike on all ranks
 
     @property
     def num_inputs(self) -> int:
@@ -167,6 +168,15 @@ def draw_branch_priority(
     local = priorities(position.numpy(), num_local, Purpose.DROP_PATH_LOCAL)
     local = local.view(-1, num_local, 2 * num_layers).transpose(0, 1)
     return rows.flatten(0, 2).contiguous(), local.flatten(0, 1).contiguous()
+
+
+def draw_slice_key(first_position: int, seed: int) -> Tensor:  # [] int64
+    """Draw what the random directions of a step follow from, alike on all ranks.
+
+    first_position: that at which the step begins.
+    """
+    key = words(np.array([first_position]), 1, seed=seed, purpose=Purpose.SLICES)
+    return torch.from_numpy(key.view(np.int64))[0, 0]
 
 
 def drop_tokens(

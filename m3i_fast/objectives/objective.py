@@ -30,6 +30,7 @@ from m3i_fast.objectives.balance import Balance
 from m3i_fast.objectives.heads import DenseDecoder
 from m3i_fast.objectives.mixing import Mix
 from m3i_fast.objectives.monitors import target_monitors
+from m3i_fast.objectives.phi_s import PhiStandardise
 from m3i_fast.objectives.step_context import (
     Encoded,
     Rows,
@@ -180,15 +181,34 @@ class MutualInformation(nn.Module):
 
     @torch.no_grad()
     def finish_step(self) -> None:
-        """Clamp every learnt 1 / tau and update the targets' running statistics, in place.
+        """Clamp every learnt 1 / tau, update the targets' running statistics and count reversals.
 
         To be called once after the optimiser's step, on every rank.
         """
         for label in self._labels():
             label.clamp_temperature()
+        for term in self._every_term():
+            if isinstance(term, Annotation) and term.reversal is not None:
+                term.reversal.advance()
         for dense in self.terms_of(Dense):
             if dense.standardise is not None:
                 dense.standardise.fold()
+
+    @torch.no_grad()
+    def renew_bases(self, step: int) -> None:
+        """Let the bases of PHI-S follow their statistics, where the step of this index is one to.
+
+        To be called before each step, on every rank, and outside of a captured graph: it waits for
+        the device after 1, 2, 4, 8 steps and so on, up to `phi_s_steps`, which end the collecting.
+        """
+        last = self.cfg.phi_s_steps
+        for dense in self.terms_of(Dense):
+            of_term = dense.standardise
+            if not isinstance(of_term, PhiStandardise) or of_term.known is not None:
+                continue
+            of_term.collects = step < last
+            if step == last or (0 < step < last and step.bit_count() == 1):
+                of_term.renew()
 
     def copies(self) -> Iterator[tuple[nn.Module, nn.Module]]:
         """Yield (copy, online) of each module that begins as a copy of another and is not trained.
@@ -225,10 +245,18 @@ class MutualInformation(nn.Module):
 
     @torch.no_grad()
     def encode_targets(self, batch: Batch, mix: Mix) -> Targets:
-        """Encode all target views that a term uses, in one call of each target encoder."""
+        """Encode all target views that a term uses, in one call of each target encoder.
+
+        What the batch has of a frozen encoder is taken from there.
+        """
         tokens: dict[Source, Tensor] = {}
         for name, encoder in self._target_encoders().items():
             sources = [source for source in self._target_rows if source[0] == name]
+            if name in batch.features:
+                for source in sources:
+                    asked = _take(mix, mix.sample, self._target_rows[source])
+                    tokens[source] = batch.features[name][asked]
+                continue
             images = [
                 normalise_views(
                     batch.global_views[view],

@@ -147,6 +147,12 @@ class StepContext:
         """Repeat a value of each sample for every one of `mean_rows`."""
         return torch.cat([values[self.mix.sample], *(values for _ in self.local_indices)])
 
+    @property
+    def slice_key(self) -> Tensor:  # [] int64
+        """Return what the step's random directions follow from."""
+        assert self.mix.slice_key is not None  # draw_step_mix
+        return self.mix.slice_key
+
     @torch.no_grad()
     def target_embedding(self, encoder: str, view: int) -> Tensor:  # [I, P]
         """Embed a global view of every image in an input by a target encoder."""

@@ -85,6 +85,8 @@ def trace(cfg: TrainConfig, *, bf16: bool, cuda: bool = True, num_shards: int = 
         for module in (objective, *objective.teachers.values()):
             module._apply(lambda t: torch.empty(t.shape, dtype=t.dtype))
         batch = empty_batch(cfg)
+        if cfg.objective.teacher_cache is not None:
+            batch = replace(batch, features=_empty_features(cfg, objective))
         mix = Mix(**{name: _faked(fake, getattr(mix, name)) for name in mix.__slots__})
         _book_what_is_held(tracker, objective, batch, mix)
         _name_parts(tracker, objective)
@@ -173,6 +175,12 @@ def empty_batch(cfg: TrainConfig) -> Batch:
         position=torch.arange(size, device="cpu"),
         columns={column.name: _empty_column(column, size) for column in cfg.columns},
     )
+
+
+def _empty_features(cfg: TrainConfig, objective: MutualInformation) -> dict[str, Tensor]:
+    """Return what a batch holds of frozen encoders, in the widest dtype that they may have."""
+    shape = cfg.data.batch_size, cfg.vision.grid**2
+    return {name: torch.empty(*shape, each.dim) for name, each in objective.teachers.items()}
 
 
 def _empty_column(column: ColumnConfig, size: int) -> Tensor:

@@ -59,6 +59,9 @@ def arguments(key: LossKey, loss: Any, target_grad: bool) -> tuple[list[Any], di
         elif key[1] == "sigmoid":
             options["bias"] = draw(grad=True)
         return [z_hat, draw(count, DIM, grad=True), draw(grad=True).exp()], options
+    if key[2] == "sigreg":
+        views = [z_hat[None]] if target == "summary" else [z_hat[None], draw(1, ROWS, DIM)]
+        return [*views, torch.tensor(3)], {}
     if target == "summary":
         return [z_hat], {}
     if isinstance(loss, Prototypes):
@@ -84,6 +87,7 @@ def sizes_of(key: LossKey, target_grad: bool) -> LossSizes:
         cells=CELLS,
         cell_dim=CELL_DIM,
         decorrelates=True,
+        slices=OBJECTIVE.num_slices,
     )
 
 

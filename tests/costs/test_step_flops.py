@@ -22,6 +22,7 @@ from m3i_fast.costs.encoder_flops import vit
 from m3i_fast.costs.objective_flops import (
     DECODER,
     ENCODER,
+    HEADS,
     LIKELIHOODS,
     SAMPLING,
     TARGET,
@@ -297,6 +298,18 @@ def test_a_recipe_with_a_frozen_teacher(name: str, tmp_path: Path) -> None:
     cfg = taught(name, small, tmp_path)
     expect_counted(cfg)
     assert step_flops(cfg)[TARGET].backward == 0
+
+
+@pytest.mark.usefixtures("untrained")
+def test_phi_s_costs_less_once_it_has_its_statistics(tmp_path: Path) -> None:
+    cfg = taught("demo_radio", small, tmp_path)
+    begun, later = step_flops(cfg)[HEADS], step_flops(cfg, progress=1.0)[HEADS]
+    cells = cfg.data.batch_size * cfg.vision.grid**2
+    width = TrainConfig.load(tmp_path / "config.json").vision.dim
+    assert cfg.num_steps < cfg.objective.phi_s_steps and begun == later  # so short a run takes all
+    cfg = replace(cfg, objective=replace(cfg.objective, phi_s_steps=cfg.num_steps // 2))
+    later = step_flops(cfg, progress=1.0)[HEADS]
+    assert begun.forward - later.forward == 2 * cells * width**2
 
 
 @pytest.mark.usefixtures("untrained")

@@ -17,6 +17,8 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from m3i_fast.objectives.losses import distillation, regularisers
+from m3i_fast.objectives.losses.sigreg import draw_directions, sigreg
+from m3i_fast.objectives.phi_s import PhiStandardise
 from m3i_fast.ops import SoftTargets
 
 D = 6
@@ -24,12 +26,15 @@ ROWS = {2: (7, 9), 3: (5, 0, 11), 4: (4, 6, 0, 6)}  # unequal, and a rank withou
 
 AXES = torch.eye(D, dtype=torch.float64)  # prototypes, so that features are logits
 
+SLICES = draw_directions(torch.tensor(5), D, 9)
+
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "barlow_twins": regularisers.barlow_twins,
     "vicreg": regularisers.vicreg,
     "variance_hinge": lambda a, b, **group: regularisers.variance_hinge(a - b, std=20, **group),
     "covariance": lambda a, b, **group: regularisers.covariance(a * b, **group),
     "coding_rate": lambda a, b, **group: regularisers.coding_rate(a + b, **group),
+    "sigreg": lambda a, b, **group: sigreg(torch.stack([a, a * b]), SLICES, **group),
     "mean_entropy": lambda a, b, **group: distillation.mean_entropy(
         a * b, AXES, temperature=0.5, **group
     ),
@@ -46,7 +51,12 @@ def states(a: Tensor, b: Tensor, group: dist.ProcessGroup | None) -> dict[str, T
     """What has no gradient; the assignments are this rank's rows, the others are everyone's."""
     start, scale = torch.ones(D, dtype=torch.float64), torch.tensor(25.0, dtype=torch.float64)
     assigned = SoftTargets.sinkhorn(300 * b, AXES, scale, process_group=group)
+    phi_s = PhiStandardise(4, group).double()
+    for part in (a, b):
+        phi_s(part[:, :4])
+    phi_s.fold()
     return {
+        "phi_s": torch.cat([phi_s.mean[None], phi_s.covariance]),
         "centre": distillation.update_centre(start, a, AXES, process_group=group),
         "correlation": regularisers.update_correlation(start.diag(), a, b, process_group=group),
         "assignments": torch.cat([b[:0], *(rows.clone() for _, rows in assigned.blocks())]),
@@ -91,5 +101,8 @@ def test_ranks_equal_one_process(ranks: int, tmp_path: Path) -> None:
     for _, got in of_ranks:
         torch.testing.assert_close(got["centre"], expected["centre"])
         torch.testing.assert_close(got["correlation"], expected["correlation"])
+        torch.testing.assert_close(got["phi_s"], expected["phi_s"], rtol=1e-10, atol=1e-12)
+    both = torch.cat(views())[:, :4]
+    torch.testing.assert_close(expected["phi_s"][1:], torch.cov(both.T, correction=0))
     together = torch.cat([got["assignments"] for _, got in of_ranks])
     torch.testing.assert_close(together, expected["assignments"])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from m3i_fast.config.balance import BalanceConfig
 from m3i_fast.config.objective import ObjectiveConfig
 from m3i_fast.objectives.methods import METHODS
-from m3i_fast.objectives.mixing import draw_mix
+from m3i_fast.objectives.mixing import draw_mix, draw_slice_key
 from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.objectives.step_context import Encoded
 from m3i_fast.objectives.term_gradients import TermGradients, separate_views
@@ -54,6 +54,7 @@ def _terms(
         step=0,
         num_steps=1,
     )
+    mix = replace(mix, slice_key=draw_slice_key(0, seed=0))
     with torch.no_grad():
         targets = model.encode_targets(batch, mix)
     encoded = model.encode_inputs(batch, mix)

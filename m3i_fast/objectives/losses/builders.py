@@ -25,6 +25,7 @@ from m3i_fast.config.objective import ObjectiveConfig, Term
 from m3i_fast.objectives.losses import similarity
 from m3i_fast.objectives.losses.annotations import binary_cross_entropy, known_squares
 from m3i_fast.objectives.losses.regularisers import barlow_twins, koleo, vicreg
+from m3i_fast.objectives.losses.sigreg import LeJepa, SigReg
 from m3i_fast.objectives.losses.similarity import info_nce, negative_cosine_similarity, nt_xent
 from m3i_fast.objectives.losses.stateful import (
     Balanced,
@@ -97,7 +98,7 @@ def dense_gaussian(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> 
     return partial(
         gaussian,
         sigma=cfg.sigma,
-        normalise=term.target == "features",  # pixels are normalised by their own statistics
+        normalise=term.layer_norms,  # pixels are normalised by their own statistics
         process_group=group,
         decorrelation_weight=cfg.decorrelation_weight if term.decorrelates else 0.0,
         centred=term.regulariser == "covariance",
@@ -192,3 +193,13 @@ def _of_targets(term: Term) -> dict[str, Any]:
 def nearest_neighbour(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
     """Build KoLeo's entropy term, of the rows of one rank."""
     return koleo
+
+
+def gaussian_slices(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
+    """Build SIGReg, of the rows of all ranks; it is called as loss(views, the step's key)."""
+    return SigReg(cfg.num_slices, group)
+
+
+def views_and_slices(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
+    """Build LeJEPA's loss, called as loss(z_hat, z, the step's key) of all views."""
+    return LeJepa(cfg.sigreg_weight, cfg.num_slices, group)

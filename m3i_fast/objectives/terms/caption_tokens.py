@@ -10,11 +10,8 @@ from m3i_fast.models.transformer.layers import INIT_STD
 from m3i_fast.models.transformer.text_decoder import TextDecoder
 from m3i_fast.objectives.step_context import Monitor, StepContext
 from m3i_fast.objectives.terms.base import Sizes
-from m3i_fast.objectives.terms.labels import Annotation, weighted
+from m3i_fast.objectives.terms.labels import Annotation, accuracy, weighted
 from m3i_fast.ops import IGNORED
-
-LOGITS_AT_ONCE = 2**24
-"""Most logits that the monitor holds: 64 MiB."""
 
 
 class CaptionTokens(Annotation):
@@ -88,16 +85,5 @@ class CaptionTokens(Annotation):
         ]
         if monitor is not None:
             rows, wanted = hidden.detach().flatten(0, 1), targets.flatten()
-            monitor(f"{self.term.name}_accuracy", token_accuracy(rows, self.vocabulary, wanted))
+            monitor(f"{self.term.name}_accuracy", accuracy(rows, self.vocabulary, wanted))
         return sum(values[1:], start=values[0]), members.sum()
-
-
-@torch.no_grad()
-def token_accuracy(rows: Tensor, vocabulary: Tensor, targets: Tensor) -> Tensor:
-    """Return the share of tokens whose logit is the largest: [N, D], [V, D], [N] int64 -> [].
-
-    Targets of -1 are ignored; 0 where all are.
-    """
-    at_once = max(LOGITS_AT_ONCE // len(vocabulary), 1)
-    best = torch.cat([(part @ vocabulary.T).argmax(1) for part in rows.split(at_once)])
-    return (best == targets).sum() / (targets != IGNORED).sum().clamp_min(1)

@@ -30,7 +30,7 @@ class Labels(Annotation):
     def forward(self, step: StepContext, monitor: Monitor | None) -> tuple[Tensor, Tensor | int]:
         ids = step.per_row(step.batch.columns[self.term.column])  # [N, M]
         members = ids[:, 0] != NO_LABELS
-        logits = wide(self.head.of_means(step.mean_rows()))
+        logits = wide(self.head.of_means(self.mean_rows(step, monitor)))
         if self._known_empty(members):
             return logits.sum() * 0, 0
         z = many_hot(ids, self.num_labels)
@@ -86,7 +86,7 @@ class Numbers(Annotation):
         values = step.batch.columns[self.term.column]  # [B, K], NaN where it is not known
         z = step.per_row((values - self.mean) / self.std)
         members = ~z.isnan().all(1)
-        z_hat = wide(self.head.of_means(step.mean_rows()))
+        z_hat = wide(self.head.of_means(self.mean_rows(step, monitor)))
         if self._known_empty(members):
             return z_hat.sum() * 0, 0
         losses = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from m3i_fast.models.transformer.layers import Linear
 from m3i_fast.models.transformer.positions import grid_positions, relative_fractions
 from m3i_fast.objectives.heads import Mlp, Question
 from m3i_fast.objectives.monitors import log_prediction
+from m3i_fast.objectives.phi_s import PhiStandardise, read_statistics
 from m3i_fast.objectives.standardise import Standardise
 from m3i_fast.objectives.step_context import Monitor, StepContext
 from m3i_fast.objectives.targets import (
@@ -40,7 +42,7 @@ class Dense(TermModule):
 
     decoder_key: str | None
     """Key of the decoder that terms of one kind of target share; None for another predictor."""
-    standardise: Standardise | None
+    standardise: Standardise | PhiStandardise | None
 
     def __init__(self, term: Term, cfg: ObjectiveConfig, sizes: Sizes) -> None:
         vision = sizes.vision
@@ -48,9 +50,7 @@ class Dense(TermModule):
         super().__init__(term, cfg, dim, sizes)
         self.grid, self.patch_size = vision.grid, vision.image_size // vision.grid
         self.num_queries, self.min_contrast = cfg.mixing.num_queries, cfg.mixing.min_contrast
-        self.standardise = None
-        if term.standardise != "none":
-            self.standardise = Standardise(dim, term.standardise, sizes.process_group)
+        self.standardise = _standardise(term, dim, sizes)
         self.decoder_key = None
         if term.predictor == "decoder":
             # A teacher's own name is no name of a module.
@@ -111,8 +111,10 @@ class Dense(TermModule):
             tokens = step.mix.take(step.encoded.views[0], term.asked)
             answers = [self.predictor(gather_cells(tokens, query))]
         if monitor is not None:
-            z = normalise_tokens(target) if term.target == "features" else target
+            z = normalise_tokens(target) if term.layer_norms else target
             log_prediction(monitor, term.name, z_hat=answers[0], z=z)
+            if isinstance(self.standardise, PhiStandardise):
+                monitor(f"{term.name}_scale", self.standardise.scale)
         z_hat = torch.cat(list(answers)) if len(answers) > 1 else answers[0]
         return self._mean_loss(z_hat, target), len(query)
 
@@ -149,6 +151,17 @@ class Dense(TermModule):
         samples = step.mix.take(step.mix.sample, term.asked)
         images = normalise_views(step.batch.global_views[view], samples, torch.float32)
         return gather_cells(normalised_pixels(images, self.patch_size), query)
+
+
+def _standardise(term: Term, dim: int, sizes: Sizes) -> Standardise | PhiStandardise | None:
+    match term.standardise:
+        case "none":
+            return None
+        case "phi_s":
+            known = read_statistics(Path(term.statistics), dim) if term.statistics else None
+            return PhiStandardise(dim, sizes.process_group, known)
+        case over:
+            return Standardise(dim, over, sizes.process_group)
 
 
 def dense_dim(term: Term, cfg: ObjectiveConfig, sizes: Sizes) -> int:

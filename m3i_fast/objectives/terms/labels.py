@@ -20,16 +20,36 @@ from m3i_fast.objectives.row_statistics import (
 )
 from m3i_fast.objectives.step_context import Monitor, StepContext
 from m3i_fast.objectives.terms.base import Sizes, TermModule
+from m3i_fast.objectives.terms.reversal import Reversal
 from m3i_fast.ops import IGNORED
 
 if TYPE_CHECKING:
     from m3i_fast.pipelines.batch import Batch
 
+LOGITS_AT_ONCE = 2**24
+"""Most logits that a monitor holds: 64 MiB."""
 SIGMOID_SCALE, SIGMOID_BIAS = 10.0, -10.0  # SigLIP's start, arXiv 2303.15343
 
 
 class Annotation(TermModule):
     """A term whose target is an annotation of the picture, which not every picture has."""
+
+    reversal: Reversal | None
+    """What reverses the encoder's gradient, where the encoder is to forget the target."""
+
+    def __init__(self, term: Term, cfg: ObjectiveConfig, dim: int, sizes: Sizes) -> None:
+        super().__init__(term, cfg, dim, sizes)
+        reverses = term.reversal > 0
+        self.reversal = Reversal(term.reversal, term.reversal_steps) if reverses else None
+
+    def mean_rows(self, step: StepContext, monitor: Monitor | None) -> Tensor:  # [I + L B, P]
+        """Return what the term's head reads of the encoder, and log the factor of a reversal."""
+        rows = step.mean_rows()
+        if self.reversal is None:
+            return rows
+        if monitor is not None:
+            monitor(f"{self.term.name}_reversal", self.reversal.factor(rows))
+        return self.reversal(rows)
 
     def text(self, batch: Batch) -> tuple[Tensor, Tensor]:  # [B, T] int, [B] int64
         """Return the token ids of the term's texts, zero padded, and how many each has."""
@@ -88,9 +108,9 @@ class Label(Annotation):
         """Embed images by their summaries, in the space of the targets."""
         return unit_rows(self.project(summary))
 
-    def _rows(self, step: StepContext) -> Tensor:  # [I + L B, E]
+    def _rows(self, step: StepContext, monitor: Monitor | None) -> Tensor:  # [I + L B, E]
         """Embed every image in an input, then every local view."""
-        return unit_rows(wide(self.head.of_means(step.mean_rows())))
+        return unit_rows(wide(self.head.of_means(self.mean_rows(step, monitor))))
 
     def _nothing(self) -> tuple[Tensor, int]:
         """Return the loss 0 of a batch without targets, which can be differentiated."""
@@ -131,7 +151,7 @@ class Category(Label):
         if self._known_empty(members):
             return self._nothing()
         z = self.class_embeddings()
-        z_hat, scale = self._rows(step), self.log_scale.exp()
+        z_hat, scale = self._rows(step, monitor), self.log_scale.exp()
         values = [
             weighted(
                 weight * self._share(members[rows]),
@@ -139,7 +159,21 @@ class Category(Label):
             )
             for weight, rows in step.weighted_rows()
         ]
+        if monitor is not None and self.reversal is not None:
+            monitor(f"{self.term.name}_accuracy", accuracy(z_hat.detach(), z.detach(), targets))
         return sum(values[1:], start=values[0]), members.sum()
+
+
+@torch.no_grad()
+def accuracy(rows: Tensor, classes: Tensor, targets: Tensor) -> Tensor:
+    """Return the share of rows whose target's logit is the largest: [N, D], [K, D], [N] -> [].
+
+    targets: int64; those of -1 are ignored, and it is 0 where all are. The logits of some rows at
+    a time are in memory.
+    """
+    at_once = max(LOGITS_AT_ONCE // len(classes), 1)
+    best = torch.cat([(part @ classes.T).argmax(1) for part in rows.split(at_once)])
+    return (best == targets).sum() / (targets != IGNORED).sum().clamp_min(1)
 
 
 def weighted(weight: Tensor | float, value: Tensor) -> Tensor:  # [], [] -> []
@@ -189,7 +223,7 @@ class Caption(Label):
             z = self.embed_captions(*drop_tokens(*tokens, mix.token_priority, self.token_dropout))
         ids = batch.group_id.masked_fill(tokens[1] == 0, IGNORED)
         row_ids = step.per_row(ids)
-        z_hat, scale = self._rows(step), self.log_scale.exp()
+        z_hat, scale = self._rows(step, monitor), self.log_scale.exp()
         members, values = row_ids != IGNORED, []
         for weight, rows in step.weighted_rows():
             ids_of = {"row_ids": row_ids[rows], "col_ids": ids}

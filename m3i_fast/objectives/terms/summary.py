@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from m3i_fast.config.objective import ObjectiveConfig, Term
+from m3i_fast.objectives.losses.sigreg import SigReg
 from m3i_fast.objectives.step_context import Monitor, StepContext
 from m3i_fast.objectives.terms.base import Sizes, TermModule, log_spread
 
 
 class Summary(TermModule):
-    """A term that spreads the encoder's summaries of a view apart: KoLeo in DINOv2.
+    """A term that spreads the encoder's summaries of a view apart: KoLeo in DINOv2, or SIGReg.
 
     Its loss takes the mean summary of each image, before any head, and no prediction. The value is
     the mean over both global views, each by itself: views of one picture are not kept apart.
@@ -23,4 +24,6 @@ class Summary(TermModule):
     def forward(self, step: StepContext, monitor: Monitor | None) -> tuple[Tensor, Tensor | int]:
         views = [step.embedding(number) for number in range(len(step.encoded.views))]
         log_spread(monitor, self.term.name, z_hat=None, z=views[0])
+        if isinstance(self.loss, SigReg):
+            return self.loss(torch.stack(views), step.slice_key), len(step.mix.sample)
         return torch.stack([self.loss(z) for z in views]).mean(), len(step.mix.sample)

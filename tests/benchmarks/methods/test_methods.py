@@ -507,7 +507,7 @@ def test_a_wrong_field_is_named(field: str, value: object, message: str) -> None
 # ---- Recipes -------------------------------------------------------------------------------------
 
 
-UNMEASURED = {"cappa", "coca", "ibot", "dinov2", "dinov3", "tips", "siglip2"}
+UNMEASURED = {"cappa", "coca", "ibot", "dinov2", "dinov3", "tips", "siglip2", "lejepa", "radio"}
 """Methods that have no row yet: `m3i-fast bench methods --methods cappa,coca` writes them."""
 
 
@@ -553,4 +553,5 @@ def test_a_digest_is_of_the_recipe_and_of_its_teacher(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(methods_plan, "config_of", changed)
     different = {name for name in names if recipe_digest(name) != before[name]}
-    assert different == {"supervised", "dense_distillation", "global_distillation", "milan"}
+    taught = {"dense_distillation", "global_distillation", "milan", "radio"}
+    assert different == {"supervised", *taught}

@@ -13,13 +13,16 @@ from torch import Tensor
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.balance import BalanceConfig
 from m3i_fast.config.models.vit import dinov3_h_plus
+from m3i_fast.engine.trainer import Trainer
 from m3i_fast.recipes import demo, demo_method, shrink
 from tests.engine.parallel.parallel_work import Case, run, work
 from tests.shared.engine.small_run import TEXT
 
 # Batch norms, queues, Sinkhorn, centres, prototypes, a snapshot, captioner, no EMA encoder.
 OTHERS = ("moco_v3", "byol", "dinov3", "mae", "densecl", "siglip2")
-BATCH_NORMS = ("moco_v3", "byol")
+# DINOv2 without KoLeo is iBOT.
+ON_FOUR = ("ibot", "dinov3", "tips", "siglip2", "cappa", "coca", "lejepa", "radio")
+BATCH_NORMS = ("moco_v3", "byol", "lejepa", "radio")
 Found = dict[str, Tensor]
 
 
@@ -67,6 +70,36 @@ def _cases(dataset: Path) -> dict[int, list[Case]]:
         ],
         4: [Case(f"m3i, shard {s}", m3i, s, num_steps=20) for s in (2, -1)],
     }
+
+
+def _on_four(dataset: Path, teacher: Path) -> list[Case]:
+    """Two pictures a rank; of PHI-S's steps the last has a basis of the first two's statistics."""
+    cases = []
+    for name in ON_FOUR:
+        cfg = _config(dataset, _method(name))
+        cfg = replace(cfg, objective=replace(cfg.objective, phi_s_steps=2))
+        if name == "radio":
+            cfg = replace(cfg, objective=replace(cfg.objective, teacher=str(teacher)))
+        cases.append(Case(name, cfg, -1))
+    return cases
+
+
+@pytest.fixture(scope="module")
+def teacher(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose encoder teaches RADIO."""
+    run_dir = tmp_path_factory.mktemp("taught") / "teacher"
+    cfg = replace(_config(dataset, demo_method("supervised")), num_steps=2)
+    Trainer(cfg, run_dir).train()
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def four_ranks(dataset: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What each of four ranks found of every method."""
+    folder = tmp_path_factory.mktemp("four")
+    cases = _on_four(dataset, teacher)
+    mp.start_processes(work, (cases, 4, folder), nprocs=4, start_method="spawn")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +173,21 @@ def test_ranks_equal_one_process(
         for kind in ("gradient/", "norm", "losses"):
             assert _worst(of_rank, one, kind) < 1e-10, kind
         # What AdamW makes of rounding is in the means of the batch norms behind it.
+        assert _worst(of_rank, one, "state/") < (1e-9 if name in BATCH_NORMS else 1e-10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ON_FOUR)
+def test_four_ranks_equal_one_process(
+    name: str, four_ranks: Path, dataset: Path, teacher: Path, tmp_path: Path
+) -> None:
+    """The whole objective of methods of several targets, with sharded weights."""
+    [case] = [case for case in _on_four(dataset, teacher) if case.name == name]
+    one = run(case, 4, tmp_path, None)
+    for rank in range(4):
+        of_rank = torch.load(four_ranks / f"{name}-{rank}.pt", weights_only=True)
+        for kind in ("gradient/", "norm", "losses"):
+            assert _worst(of_rank, one, kind) < 1e-10, kind
         assert _worst(of_rank, one, "state/") < (1e-9 if name in BATCH_NORMS else 1e-10)
 
 

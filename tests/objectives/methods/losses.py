@@ -17,10 +17,13 @@ from lightly.loss import swav_loss
 from lightly.loss.memory_bank import MemoryBankModule
 from lightly.models import utils as lightly_models
 from open_clip.loss import ClipLoss, CoCaLoss, SigLipLoss
+from sklearn.decomposition import PCA
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
+from m3i_fast.objectives.losses.sigreg import draw_directions
 from m3i_fast.objectives.objective import MutualInformation
+from m3i_fast.objectives.phi_s import hadamard
 from tests.objectives.methods.steps import BATCH, GRID, PATCH, Step
 from tests.shared.torch_decoder import hidden_of
 
@@ -165,6 +168,36 @@ def milan(step: Step) -> Parts:
     z_hat = step.decode("features", ALL, step.hidden, target=0)
     target = _features(step.frozen(0), step.hidden)
     return {"features": F.mse_loss(z_hat.double(), target)}
+
+
+def radio(model: MutualInformation) -> Run:
+    """The cosine of the pooled teacher, and its cells rotated by scikit-learn and by Hadamard, as
+    the steps before have them."""
+    seen: list[Tensor] = []
+
+    def run(step: Step) -> Parts:
+        cells = step.frozen(0).double()
+        z = cells
+        if seen:
+            rows = torch.cat(seen)
+            found = PCA().fit(rows.numpy())
+            components = torch.from_numpy(found.components_[::-1].copy())
+            scale = (found.explained_variance_.mean() * (len(rows) - 1) / len(rows)) ** -0.5
+            z = (
+                scale
+                * (cells - torch.from_numpy(found.mean_))
+                @ components.T
+                @ hadamard(cells.shape[-1]).T
+            )
+        seen.append(cells.flatten(0, 1))
+        terms = step.model.terms
+        picture = terms["picture"].projector(step.tokens[0].mean(1)).double()
+        return {
+            "picture": cosine(picture, cells.mean(1)),
+            "cells": F.mse_loss(terms["cells"].predictor(step.tokens[0]).double(), z),
+        }
+
+    return run
 
 
 class _Standardised:
@@ -316,6 +349,17 @@ def densecl(model: MutualInformation) -> Run:
         return {"embedding": of_images / 2, "cells": of_cells / 2}
 
     return run
+
+
+def lejepa(step: Step) -> Parts:
+    """lightly's loss of both global views and the local ones, by the directions of the step."""
+    term, local = step.model.terms["views"], [t[step.mix.sample] for t in step.local]
+    means = [tokens.mean(1) for tokens in (*step.tokens, *local)]
+    z = term.projector(torch.cat(means)).double().unflatten(0, (len(means), -1))
+    criterion = lightly.LeJEPALoss()
+    drawn = draw_directions(step.mix.slice_key, z.shape[-1], step.model.cfg.num_slices).double()
+    criterion.sigreg._generate_unit_vectors = lambda *_, **__: drawn
+    return {"views": criterion(global_proj=z[:2], local_proj=z[2:])}
 
 
 # ---- Prototypes ----------------------------------------------------------------------------------

@@ -87,6 +87,8 @@ ORACLES: dict[str, MethodOracle] = {
         "torch binary_cross_entropy, open_clip CoCaLoss, lightly DINOLoss + IBOTPatchLoss",
         losses.siglip2,
     ),
+    "lejepa": MethodOracle("lightly LeJEPALoss", losses.each_step(losses.lejepa)),
+    "radio": MethodOracle(f"{COSINE}, torch mse_loss, scikit-learn PCA, {TIMM}", losses.radio),
     "slip": MethodOracle("open_clip ClipLoss + lightly NTXentLoss", losses.each_step(losses.slip)),
     "m3i": MethodOracle(
         "M3I's formulas in fp64, torch cross_entropy, scikit-learn StandardScaler", losses.m3i
@@ -121,6 +123,7 @@ def _one_step(
     name: str, number: int, model: MutualInformation, run: losses.Run, dtype: torch.dtype
 ) -> Errors:
     method = METHODS[name]
+    model.renew_bases(number)
     batch = draw_batch(number, with_local=method.local_views)
     step = Step(model, batch, draw(model, number), dtype)
     encoded, targets = _said_by_others(step, method)

@@ -27,7 +27,7 @@ from m3i_fast.config.models.vit import vit_demo
 from m3i_fast.config.objective import ObjectiveConfig
 from m3i_fast.export.timm import load_timm, to_timm
 from m3i_fast.objectives.methods import METHODS, Method
-from m3i_fast.objectives.mixing import Mix, draw_mix
+from m3i_fast.objectives.mixing import Mix, draw_mix, draw_slice_key
 from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.pipelines.batch import Batch
 
@@ -129,6 +129,8 @@ def draw(model: MutualInformation, step: int) -> Mix:
         step=step,
         num_steps=NUM_STEPS,
     )
+    if model.cfg.uses(regulariser="sigreg"):
+        mix = replace(mix, slice_key=draw_slice_key(step * BATCH, seed=1))
     if mix.members.shape[1] > 1:
         return mix
     order = torch.randperm(BATCH, generator=torch.Generator().manual_seed(step))

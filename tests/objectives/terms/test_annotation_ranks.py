@@ -24,7 +24,8 @@ from tests.shared.small_objective import VISION
 
 pytestmark = pytest.mark.slow
 RANKS, SIZE = 4, 8
-CASES = [(mean, parallel) for mean in ("batch", "members") for parallel in (0.0, 0.75)]
+CASES = [(mean, parallel, 0.0) for mean in ("batch", "members") for parallel in (0.0, 0.75)]
+CASES += [("batch", 0.0, 0.7)]  # reversed
 
 
 def whole_batch() -> Batch:
@@ -41,10 +42,13 @@ def whole_batch() -> Batch:
 
 
 def found(
-    batch: Batch, mean: str, parallel: float, group: dist.ProcessGroup | None
+    batch: Batch, mean: str, parallel: float, reversal: float, group: dist.ProcessGroup | None
 ) -> dict[str, Tensor]:
     """The losses, and the gradients of everything."""
     cfg = objective(parallel=parallel, mean=mean)
+    reverses = ("genus", "sizes", "tags")
+    terms = (replace(t, reversal=reversal) if t.name in reverses else t for t in cfg.terms)
+    cfg = replace(cfg, terms=tuple(terms))
     rng = torch.Generator().manual_seed(2)
     cells = torch.randn(SIZE, 16, VISION.dim, generator=rng, dtype=torch.float64)
     model = build(cfg, process_group=group).double()
@@ -70,12 +74,12 @@ def _work(rank: int, folder: Path) -> None:
     store = dist.FileStore(str(folder / "store"), RANKS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
     pair = dist.new_group([0, 1])
-    for mean, parallel in CASES:
+    for mean, parallel, reversal in CASES:
         for ranks, group in ((4, dist.group.WORLD), (2, pair)):
             if rank < ranks:
                 own = part(whole_batch(), rank, ranks)
-                file = folder / f"{mean}-{parallel}-{ranks}-{rank}.pt"
-                torch.save(found(own, mean, parallel, group), file)
+                file = folder / f"{mean}-{parallel}-{reversal}-{ranks}-{rank}.pt"
+                torch.save(found(own, mean, parallel, reversal, group), file)
     dist.destroy_process_group()
 
 
@@ -87,11 +91,13 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("count", [2, 4])
-@pytest.mark.parametrize(("mean", "parallel"), CASES)
-def test_ranks_equal_one_process(mean: str, parallel: float, count: int, ranks: Path) -> None:
-    expected = found(whole_batch(), mean, parallel, None)
+@pytest.mark.parametrize(("mean", "parallel", "reversal"), CASES)
+def test_ranks_equal_one_process(
+    mean: str, parallel: float, reversal: float, count: int, ranks: Path
+) -> None:
+    expected = found(whole_batch(), mean, parallel, reversal, None)
     of_ranks = [
-        torch.load(ranks / f"{mean}-{parallel}-{count}-{r}.pt", weights_only=True)
+        torch.load(ranks / f"{mean}-{parallel}-{reversal}-{count}-{r}.pt", weights_only=True)
         for r in range(count)
     ]
     largest = max(float(value.abs().max()) for value in expected.values())

@@ -18,7 +18,7 @@ from m3i_fast.objectives.methods import METHODS
 from m3i_fast.objectives.mixing import Mix
 from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.objectives.terms import CaptionTokens
-from m3i_fast.objectives.terms.caption_tokens import token_accuracy
+from m3i_fast.objectives.terms.labels import accuracy
 from m3i_fast.pipelines.batch import Batch
 from tests.shared.annotated import (
     COLUMNS,
@@ -236,13 +236,13 @@ def test_one_less_the_error_is_r2_of_standardised_numbers() -> None:
 
 
 def test_accuracy_is_of_tokens_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("m3i_fast.objectives.terms.caption_tokens.LOGITS_AT_ONCE", 20)
+    monkeypatch.setattr("m3i_fast.objectives.terms.labels.LOGITS_AT_ONCE", 20)
     torch.manual_seed(0)
     rows, vocabulary = torch.randn(9, 4), torch.randn(7, 4)
     targets = (rows @ vocabulary.T).argmax(1)
     targets[2], targets[5], targets[7] = -1, -1, (targets[7] + 1) % 7
-    assert float(token_accuracy(rows, vocabulary, targets)) == pytest.approx(6 / 7)
-    assert float(token_accuracy(rows, vocabulary, torch.full((9,), -1))) == 0
+    assert float(accuracy(rows, vocabulary, targets)) == pytest.approx(6 / 7)
+    assert float(accuracy(rows, vocabulary, torch.full((9,), -1))) == 0
 
 
 def test_a_column_that_is_not_there_is_refused() -> None:

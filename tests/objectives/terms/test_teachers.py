@@ -12,6 +12,7 @@ from m3i_fast.engine.teacher import Teacher
 from m3i_fast.models.transformer.vit import ViT
 from m3i_fast.objectives.methods import METHODS
 from m3i_fast.objectives.objective import MutualInformation
+from m3i_fast.objectives.targets import normalise_views
 from tests.shared.small_objective import (
     NUM_CLASSES,
     TEXT,
@@ -71,6 +72,28 @@ def test_each_encodes_a_view_once() -> None:
     targets = model.encode_targets(batch, draw_small_mix(cfg, batch))
     widths = {source: tokens.shape[-1] for source, tokens in targets.tokens.items()}
     assert widths == {("frozen", 0): 32, ("frozen:wide", 0): 64}
+
+
+@pytest.mark.parametrize("asked", ["first", "last", "all"])
+def test_tokens_that_a_batch_brings_are_those_of_its_images(
+    asked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two images an input, in the order of the mix, and of every second input."""
+    cells = replace(CELLS, predictor="decoder", asked=asked)  # type: ignore[arg-type]
+    cfg = make_config()
+    cfg = replace(cfg, terms=(cells,), mixing=replace(cfg.mixing, dense_fraction=0.5))
+    model, batch = build(cfg), make_batch()
+    mix = draw_small_mix(cfg, batch)
+    expected = model.encode_targets(batch, mix)
+    every = torch.arange(batch.batch_size)
+    pictures = normalise_views(batch.global_views[0], every, torch.float32)
+    brought = replace(batch, features={"frozen": model.teachers["frozen"].encode_cells(pictures)})
+    monkeypatch.setattr(Teacher, "encode_cells", None)  # which is not called again
+    found = model.encode_targets(brought, mix)
+    assert found.rows == expected.rows
+    tokens = expected.tokens["frozen", 0]
+    assert len(tokens) == (4 if asked == "all" else 2)
+    torch.testing.assert_close(found.tokens["frozen", 0], tokens, rtol=1e-5, atol=1e-5)
 
 
 def test_decoders_are_shared_by_terms_of_one_teacher_alone() -> None:
