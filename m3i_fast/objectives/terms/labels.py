@@ -19,7 +19,7 @@ from m3i_fast.objectives.row_statistics import (
     wide,
 )
 from m3i_fast.objectives.step_context import Monitor, StepContext
-from m3i_fast.objectives.terms.base import Sizes, TermModule
+from m3i_fast.objectives.terms.base import Sizes, TermModule, weighted
 from m3i_fast.ops import IGNORED
 
 if TYPE_CHECKING:
@@ -142,11 +142,6 @@ class Category(Label):
         return sum(values[1:], start=values[0]), members.sum()
 
 
-def weighted(weight: Tensor | float, value: Tensor) -> Tensor:  # [], [] -> []
-    """Return weight * value, the value itself for a weight of 1."""
-    return value if isinstance(weight, float) and weight == 1.0 else weight * value
-
-
 @full_precision
 def _products(rows: Tensor, columns: Tensor, scale: Tensor) -> Tensor:  # [N, E], [K, E] -> [N, K]
     """Return the scaled cosines of rows of unit length, which autocast would round."""
@@ -193,6 +188,7 @@ class Caption(Label):
         members, values = row_ids != IGNORED, []
         for weight, rows in step.weighted_rows():
             ids_of = {"row_ids": row_ids[rows], "col_ids": ids}
-            value = self.loss(z_hat[rows], z, scale, bias=self.bias, **ids_of)
+            options = {**ids_of, **self.counts(step)}
+            value = self.loss(z_hat[rows], z, scale, bias=self.bias, **options)
             values.append(weighted(weight * self._share(members[rows]), value))
         return sum(values[1:], start=values[0]), members.sum()
