@@ -19,13 +19,14 @@ from m3i_fast.config.parallel import ParallelConfig
 from m3i_fast.engine.run.open_loader import open_loader
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.observe.metrics import read_jsonl
-from m3i_fast.pipelines.any_shape.batch import PackedBatch
+from m3i_fast.pipelines.any_shape.batch import PackedBatch, step_counts
 from m3i_fast.recipes import demo
 from tests.shared.engine.packed_run import (
     in_double,
     of_squares,
     packed_in_double_precision,
     packed_run,
+    split,
 )
 from tests.shared.engine.parts_of_batches import in_dtype
 from tests.shared.engine.small_run import assert_same_run
@@ -111,6 +112,18 @@ def test_a_run_logs_what_its_batches_held(dataset: Path, tmp_path: Path) -> None
         assert rate == pytest.approx(row["batch/tokens"] / row["batch/images"])
         assert row["efficiency/tflop_s"] > 0
     assert rows[0]["batch/images"] != rows[1]["batch/images"]
+
+
+def test_batches_of_another_step_are_refused(dataset: Path) -> None:
+    batch = next(open_loader(packed_run(dataset, "supervised")))
+    halves = split(batch, [3, batch.batch_size - 3])
+    assert step_counts(halves, 1) == step_counts(halves[:1], 2) == [3, batch.batch_size - 3]
+    with pytest.raises(ValueError, match="expected those of a step of 2 batches.*got 1 on each of"):
+        step_counts(halves[:1], 1)
+    alone = replace(batch, step_counts=())
+    assert step_counts([alone], 1) == [batch.batch_size]
+    with pytest.raises(ValueError, match="expected step_counts of each batch"):
+        step_counts([alone], 2)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
