@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from m3i_fast.config.data import LoaderConfig
 from m3i_fast.pipelines.any_shape.batch import PackedBatch
 from m3i_fast.pipelines.loader import BatchesOfRun, expect_allowed, fields_beside_views
@@ -95,11 +93,10 @@ class PackedLoader(BatchesOfRun[PackedBatch]):
     def _to_batch(self, made: MadeBatch) -> PackedBatch:
         expect_allowed(made.rows, self._open)
         assert made.grids is not None
-        ends = self._budget.ends(self._start)
         return PackedBatch(
             patches=made.views,
             grids=made.grids,
             num_global=self.cfg.global_views.count,
-            step_counts=tuple(np.diff(ends).tolist()),
+            step_counts=self._budget.counts(self._start),
             **fields_beside_views(made),
         )

@@ -141,6 +141,13 @@ class TokenBudget:
         """Return the position at which the step after the one that begins at a position begins."""
         return int(self.ends(start)[-1])
 
+    def counts(self, start: int) -> tuple[int, ...]:  # M
+        """Return how many samples each batch of the step has that begins at a position.
+
+        Raises ValueError for a negative start.
+        """
+        return tuple(np.diff(self.ends(start)).tolist())
+
     def positions(self, start: int, rank: int, batch: int = 0) -> Integers:
         """Return the positions of a rank's batch in the step that begins at a position, ascending.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -16,6 +17,8 @@ from m3i_fast.config import TrainConfig
 from m3i_fast.config.balance import BalanceConfig
 from m3i_fast.config.models.internimage import InternImageConfig
 from m3i_fast.config.parallel import ParallelConfig
+from m3i_fast.costs.packed_pictures import PackedPictures
+from m3i_fast.costs.step_flops import step_flops, without_sampling
 from m3i_fast.engine.run.open_loader import open_loader
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.observe.metrics import read_jsonl
@@ -110,7 +113,13 @@ def test_a_run_logs_what_its_batches_held(dataset: Path, tmp_path: Path) -> None
         assert row["batch/tokens"] == tokens
         rate = row["throughput/tokens_s"] / row["throughput/img_s"]
         assert rate == pytest.approx(row["batch/tokens"] / row["batch/images"])
-        assert row["efficiency/tflop_s"] > 0
+        lengths = tuple(Counter(n for b in own for n in b.lengths(view)) for view in range(2))
+        pictures = PackedPictures(
+            num_steps=3, num_samples=sum(b.batch_size for b in own), lengths=lengths
+        )
+        flops = without_sampling(step_flops(cfg, pictures=pictures)).model
+        batches_s = row["throughput/img_s"] / row["batch/images"]
+        assert row["efficiency/tflop_s"] == pytest.approx(flops * batches_s / 1e12, rel=1e-6)
     assert rows[0]["batch/images"] != rows[1]["batch/images"]
 
 
