@@ -48,6 +48,11 @@ class Batch:
         """Number B of images."""
         return self.sample_id.shape[0]
 
+    @property
+    def num_local(self) -> int:
+        """Number L of local views of each image."""
+        return len(self.local_views)
+
     def tensors(self) -> list[Tensor]:
         """List all tensors: global views, local views, the other fields in their order."""
         return [

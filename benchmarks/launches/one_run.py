@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from m3i_fast.benchmarks.core.random_batch import Repeated, draw_batch
+from m3i_fast.benchmarks.core.random_batch import Repeated, draw_any_batch
 from m3i_fast.benchmarks.launches.on_host import ComputeOnHost, as_launched
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.train_step import TrainStep
@@ -79,7 +79,7 @@ def train(cfg: TrainConfig, folder: Path, marked: MarkedSteps) -> None:
         step, *batches, monitor=monitor
     )
     with ComputeOnHost():
-        batch = draw_batch(cfg).to(torch.device(cfg.device))
+        batch = draw_any_batch(cfg).to(torch.device(cfg.device))
         Trainer(cfg, folder, data=Repeated(batch)).train(report)
 
 

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from m3i_fast.benchmarks.core.random_batch import draw_batch
 from m3i_fast.benchmarks.core.timed_windows import TimedWork
 from m3i_fast.engine.trainer import Trainer
-from m3i_fast.pipelines.batch import Batch
+from m3i_fast.pipelines.any_shape.batch import AnyBatch
 
 LOADER, SYNTHETIC, BOTH, NO_EXCHANGE = "loader", "synthetic", "both", "without exchange"
 NUM_IN_MEMORY = 2  # batches, so that no step sees the one before it again
@@ -21,7 +21,7 @@ class LoaderWork:
     """The loader alone: its batches are not used."""
 
     def __init__(
-        self, loader: Iterator[Batch], *, num_images: int, num_ahead: int, device: torch.device
+        self, loader: Iterator[AnyBatch], *, num_images: int, num_ahead: int, device: torch.device
     ) -> None:
         self.num_images, self._num_ahead = num_images, num_ahead
         self._loader, self._device = loader, device
@@ -50,7 +50,7 @@ class TrainWork:
     def __init__(
         self,
         trainer: Trainer,
-        data: Iterator[Batch],
+        data: Iterator[AnyBatch],
         *,
         num_ahead: int = 0,
         exchange: bool = True,

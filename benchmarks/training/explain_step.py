@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from m3i_fast.benchmarks.core.harness import Device, measure, resolve
 from m3i_fast.benchmarks.core.product_rate import SQUARE, rate_gflop_s, square_products
-from m3i_fast.benchmarks.core.random_batch import draw_batch
+from m3i_fast.benchmarks.core.random_batch import draw_any_batch
 from m3i_fast.config import TrainConfig
 from m3i_fast.costs.gemm_shapes import gemm_shapes
 from m3i_fast.engine.parallel.ranks import World
@@ -52,7 +52,7 @@ COLUMNS = {
 def build_step(train: TrainConfig, arithmetic: Arithmetic, stage: Stage) -> Callable[[], object]:
     """Return the step of a recipe on one drawn batch, to be called again and again."""
     device = torch.device(train.device)
-    batch = draw_batch(train).to(device)
+    batch = draw_any_batch(train).to(device)
     step = build_train_step(train, World(device), arithmetic, stage=stage)
 
     def take() -> object:
@@ -128,16 +128,16 @@ def explain(train: TrainConfig, *, num_samples: int) -> dict[str, Any]:
     timings = measure({"step": step, **products}, device=device, num_samples=num_samples)
     recorded = build_step(train, arithmetic, record_function)
     rows = stage_rows(record(recorded, num_steps=min(num_samples, 5)))
-    step_ms = timings["step"].median_ms
+    step_ms, batch_size = timings["step"].median_ms, draw_any_batch(train).batch_size
     rate = rate_gflop_s({name: timings[name].median_ms for name in products})
     gflop = sum(row["gflop"] for row in rows)
     return {
         "device": train.device,
         "num_threads": torch.get_num_threads(),
         "dtype": str(arithmetic.compute_dtype).removeprefix("torch."),
-        "batch_size": train.data.batch_size,
+        "batch_size": batch_size,
         "step_ms": step_ms,
-        "images_per_s": 1e3 * train.data.batch_size / step_ms,
+        "images_per_s": 1e3 * batch_size / step_ms,
         "recorded_ms": sum(row["ms"] for row in rows),
         "gflop": gflop,
         "gflop_s": 1e3 * gflop / step_ms,
@@ -188,7 +188,10 @@ def _reached(row: dict[str, Any], figures: dict[str, Any]) -> tuple[str, str, st
 
 
 def with_batch(train: TrainConfig, *, batch_size: int, device: Device) -> TrainConfig:
-    """Return a recipe as it is measured: on this device, eager, with this many pictures a step."""
+    """Return a recipe as it is measured: on this device, eager, with this many pictures a step.
+
+    Of views of any shape a step has as many as the recipe's budget of tokens holds.
+    """
     data = replace(train.data, batch_size=batch_size)
     resolved: Device = "cuda" if resolve(device) == "cuda" else "cpu"
     return replace(train, data=data, device=resolved, compile=False)

@@ -140,6 +140,12 @@ def _sized(command: PlanCommand) -> TrainConfig:
     config = command.config
     if command.global_batch is None:
         return config
+    if config.data.any_shape:
+        raise ValueError(
+            "--global-batch: expected none with data.max_tokens_per_batch, which says how many "
+            f"tokens a rank's batch has, got {command.global_batch}: set "
+            "--data.max-tokens-per-batch"
+        )
     if command.global_batch < 1 or command.gpus < 1 or command.global_batch % command.gpus:
         raise ValueError(
             f"--global-batch: expected a multiple of --gpus {command.gpus}, got "
@@ -159,7 +165,7 @@ def show(name: str, plan: Plan) -> None:
     heading = Text.assemble(
         (name, "bold"),
         f": {nodes.num_ranks} x {plan.card.name}, {nodes.count} nodes, "
-        f"{plan.batch_size} images a rank, {plan.global_batch:,} a step, {arithmetic}\n",
+        f"{_batch(plan)}, {arithmetic}\n",
         (_PREDICTED, "yellow"),
     )
     console.print(heading)
@@ -171,7 +177,8 @@ def show(name: str, plan: Plan) -> None:
         f"pass {sum(plan.footprint.activations.values()) / GIB:.2f} GiB a rank.\n",
         highlight=False,
     )
-    for table in (_batch_table(plan), _traffic_table(plan), _loader_table(plan)):
+    batches = [_batch_table(plan)] if plan.legal else []
+    for table in (*batches, _traffic_table(plan), _loader_table(plan)):
         console.print(table)
     console.print(_speed_table(plan))
     for line in _verdict(plan):
@@ -179,6 +186,15 @@ def show(name: str, plan: Plan) -> None:
     console.print("Assumptions", style="bold")
     for sentence in plan.assumptions:
         console.print(f"- {sentence}", highlight=False)
+
+
+def _batch(plan: Plan) -> str:
+    if plan.max_tokens is None:
+        return f"{plan.batch_size} images a rank, {plan.global_batch:,} a step"
+    return (
+        f"{plan.max_tokens:,} tokens a rank: {plan.batch_size} images on average, "
+        f"{plan.global_batch:,} a step; at most {plan.most_samples}"
+    )
 
 
 def _table(title: str, *columns: str) -> Table:

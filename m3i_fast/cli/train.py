@@ -36,6 +36,7 @@ usage: m3i-fast launch --nproc-per-node N -m m3i_fast.cli train RECIPE ...
 m3i-fast recipes            lists the recipes
 m3i-fast train RECIPE -h    tells the flags that are set most often; --help-all tells all of them
 """
+_OF_A_STEP = {"--data.batch-size", "--data.max-tokens-per-batch", "--parallel.accumulate"}
 # What people set, by what for; all else is under --help-all.
 FLAGS = {
     "run": (
@@ -127,7 +128,7 @@ def main(argv: list[str]) -> int:
             recipe=name,
             resume="auto" if command.auto_resume else command.resume,
             new_num_steps="--num-steps" in typed,
-            new_batch_size=bool({"--data.batch-size", "--parallel.accumulate"} & typed),
+            new_batch_size=bool(_OF_A_STEP & typed),
             stop_on_collapse=command.stop_on_collapse,
             max_hours=command.max_hours,
             init_minutes=command.init_minutes,

@@ -8,7 +8,16 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from m3i_fast.config.fields import BATCHES, NUMBERS, SIDES, THREADS, Checked, Conflict, unmet
+from m3i_fast.config.fields import (
+    BATCHES,
+    NUMBERS,
+    SIDES,
+    THREADS,
+    TOKENS,
+    Checked,
+    Conflict,
+    unmet,
+)
 
 BackendName = Literal["auto", "dali", "torch"]
 AffinityName = Literal["auto", "none"]
@@ -27,6 +36,10 @@ class ViewConfig(Checked):
     """Views per image."""
     size: Annotated[int, SIDES] = 224
     """Side of the square view in pixels."""
+    size_range: Annotated[tuple[int, int] | None, SIDES] = None
+    """Of views of any shape (data.max_tokens_per_batch): least and most side, in pixels, of the
+    square of which a view has the area. Each view draws a whole number of patches between; its
+    aspect is its crop's. None: size alone."""
     scale: tuple[float, float] = (0.3, 1.0)
     """Range of the crop's area as a fraction of the image's."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -71,6 +84,7 @@ class ViewConfig(Checked):
                 "an odd number, of which half is less than the view's size",
             ),
             hue=(0 <= self.hue <= 0.5, "turns in [0, 0.5]"),
+            size_range=(self.sizes[0] <= self.sizes[1], "least <= most"),
         )
         for name in (f.name for f in fields(self) if f.name.endswith("_probability")):
             yield from unmet(self, **{name: (self._is_share(name), "a probability in [0, 1]")})
@@ -79,6 +93,11 @@ class ViewConfig(Checked):
 
     def _is_share(self, name: str) -> bool:
         return 0 <= getattr(self, name) <= 1
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Return the least and the most side of the square of which a view has the area."""
+        return self.size_range or (self.size, self.size)
 
     @property
     def blur_kernel(self) -> int:
@@ -130,6 +149,10 @@ class LoaderConfig(Checked):
     as its weight says. They have one tokenizer; classes of the same name are one class."""
     batch_size: Annotated[int, BATCHES] = 64
     """Samples per batch on each rank."""
+    max_tokens_per_batch: Annotated[int, TOKENS] = 0
+    """Patches of a batch on each rank, of all views of all its samples, in the place of batch_size:
+    views then have any size and aspect (`size_range`), and a batch has as many samples as fit.
+    0: squares of one size, batch_size samples of them."""
     global_views: ViewConfig = field(default_factory=ViewConfig)
     """Views at the full size."""
     local_views: ViewConfig | None = None
@@ -199,6 +222,7 @@ class LoaderConfig(Checked):
         )
         if self.exact_decode and load:
             yield "hw_decoder_load", f"expected None or 0 with exact_decode, got {load}"
+        yield from self._shape_conflicts()
         for name in ("buffer_gib", "cache_gib"):
             yield from unmet(self, **{name: (getattr(self, name) > 0, "more than 0")})
         for text in self.mixture:
@@ -206,6 +230,31 @@ class LoaderConfig(Checked):
                 MixturePart.parse(text)
             except ValueError as error:
                 yield "mixture", str(error)
+
+    def _shape_conflicts(self) -> Iterator[Conflict]:
+        """Yield a range of sizes without a budget of tokens."""
+        for name in ("global_views", "local_views"):
+            view = getattr(self, name)
+            if not self.any_shape and view is not None and view.size_range is not None:
+                yield (
+                    f"{name}.size_range",
+                    "expected none without data.max_tokens_per_batch, with which views have any "
+                    f"size, got {view.size_range}",
+                )
+
+    @property
+    def any_shape(self) -> bool:
+        """Return whether views have any size and aspect, and batches a budget of tokens."""
+        return self.max_tokens_per_batch > 0
+
+    def patch_sides(self, patch_size: int) -> tuple[tuple[int, int], tuple[int, int] | None]:
+        """Return the least and most patches along a side of global views, and of local ones."""
+        low, high = self.global_views.sizes
+        of_global = low // patch_size, high // patch_size
+        if self.local_views is None:
+            return of_global, None
+        low, high = self.local_views.sizes
+        return of_global, (low // patch_size, high // patch_size)
 
     @property
     def decoder_load(self) -> float | None:

@@ -25,6 +25,7 @@ SOME_ROWS = range(1, ROWS.stop)
 SIDES = range(1, 2**13 + 1)  # pixels: an RGB image of 8,192 squared takes 192 MiB
 LEVELS = range(256)  # of a colour in 8 bits
 BATCHES = range(1, 2**16 + 1)  # samples of a batch, or batches of a step, on one rank
+TOKENS = range(2**22 + 1)  # of a batch: 4 million of 1,024 features take 8 GiB in bf16, each layer
 STEPS = range(1, 5 * 10**7 + 1)  # schedules are arrays of this length: 0.4 GiB each
 THREADS = range(1, 2**10 + 1)  # twice those of the largest nodes
 MAX_RATIO = 64.0  # hidden width of an MLP over its input

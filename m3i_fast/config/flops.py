@@ -87,6 +87,22 @@ class Flops:
             ),
         )
 
+    def scaled(self, share: float) -> Flops:
+        """Return a share of the operations, rounded to whole ones."""
+        return Flops(
+            round(self.forward * share),
+            round(self.backward * share),
+            round(self.recompute * share),
+            tuple(
+                replace(
+                    each,
+                    forward=round(each.forward * share),
+                    backward=round(each.backward * share),
+                )
+                for each in self.layers
+            ),
+        )
+
     def recomputed(self, *, but: int = 0) -> Flops:
         """Add the forward operations once more, less `but`, which follow the last saved tensor."""
         return replace(self, recompute=self.recompute + self.forward - but)

@@ -84,6 +84,12 @@ class Loss:
     independent: bool = False
     """Whether it is a mean over rows of a loss of each row alone, so that the gradients of several
     batches add up to that of all of them."""
+    over_ranks: bool = False
+    """Whether, with a process group, the value is that of all ranks' rows on each rank. Otherwise
+    it is a mean over the rank's rows, which is weighted where ranks have unequal numbers; a loss of
+    prototypes weighs those rows itself (`stateful.Prototypes`)."""
+    takes_counts: bool = False
+    """Whether it is called with `counts`, the pictures of each rank, where these are unequal."""
 
     def __post_init__(self) -> None:
         """Raise ValueError for a row that lacks its builder or its operations."""
@@ -217,23 +223,29 @@ LOSSES: dict[LossKey, Loss] = {
         build=f"{_BUILDERS}:category",
         flops=_all_targets,
         independent=True,
+        over_ranks=True,
     ),
     ("caption", "boltzmann", "negatives"): Loss(
         formula=f"mean of both directions of {SOFTMAX}, z' captions of the batch, tau learnt",
         build=f"{_BUILDERS}:caption",
         flops=_all_targets_twice,
+        over_ranks=True,
+        takes_counts=True,
     ),
     ("caption", "sigmoid", "negatives"): Loss(
         formula="1/N sum over pairs of log(1 + exp(-y (z_hat . z / tau + b))), y = 1 for a picture "
         "and its caption, else -1; tau, b learnt",
         build=f"{_BUILDERS}:caption_sigmoid",
         flops=_all_targets,
+        over_ranks=True,
+        takes_counts=True,
     ),
     ("caption_tokens", "boltzmann", "negatives"): Loss(
         formula="-log exp(z_hat . z) / sum_z' exp(z_hat . z'), z' all tokens of the vocabulary, "
         "the mean over tokens",
         build=f"{_BUILDERS}:category",
         flops=_all_targets,
+        over_ranks=True,
     ),
     ("labels", "sigmoid", "negatives"): Loss(
         formula="mean over labels of log(1 + exp(-y z_hat)), y = 1 for those that the picture has, "
@@ -241,12 +253,14 @@ LOSSES: dict[LossKey, Loss] = {
         build=f"{_BUILDERS}:labels",
         flops=no_products,
         independent=True,
+        over_ranks=True,
     ),
     ("numbers", "gaussian", "fixed"): Loss(
         formula="|z_hat - z|^2 / (2 sigma^2), the mean over known numbers, z less its mean in the "
         "data, over its standard deviation",
         build=f"{_BUILDERS}:numbers",
         flops=no_products,
+        over_ranks=True,
     ),
     ("pixels", "gaussian", "fixed"): Loss(
         formula="|z_hat - z|^2 / (2 sigma^2 E), z the pixels of a patch less their mean, over "
@@ -294,11 +308,14 @@ LOSSES: dict[LossKey, Loss] = {
         formula=f"{SOFTMAX}, z' the own target and a queue of earlier ones, rows of unit length",
         build=f"{_BUILDERS}:queue",
         flops=_own_and_queue,
+        takes_counts=True,
     ),
     ("embedding", "boltzmann", "negatives"): Loss(
         formula=f"{SOFTMAX}, z' targets of the batch, rows of unit length",
         build=f"{_BUILDERS}:batch_negatives",
         flops=_all_targets_of_ranks,
+        over_ranks=True,
+        takes_counts=True,
     ),
     ("embedding", "boltzmann", "all_views"): Loss(
         formula=f"{SOFTMAX}, z' both views of the batch but the row itself, rows of unit length",
@@ -315,12 +332,14 @@ LOSSES: dict[LossKey, Loss] = {
         formula="sum_i (1 - C_ii)^2 + 0.005 sum_{i != j} C_ij^2, C the correlation of both views",
         build=f"{_BUILDERS}:cross_correlation",
         flops=_cross_correlation,
+        over_ranks=True,
     ),
     ("embedding", "gaussian", "variance_covariance"): Loss(
         formula="25 |z_hat - z|^2 / E + 25 mean of both views' max(0, 1 - std) + sum of both "
         "views' off-diagonal covariance^2 / E",
         build=f"{_BUILDERS}:variance_covariance",
         flops=_two_covariances,
+        over_ranks=True,
     ),
     ("embedding", "gaussian", "running_correlation"): Loss(
         formula="-z_hat . sg(z) + 50 z_hat^T F z_hat, F a running mean of z z^T, rows of unit "
@@ -334,12 +353,14 @@ LOSSES: dict[LossKey, Loss] = {
         "c a running mean",
         build=f"{_BUILDERS}:centring",
         flops=_teacher_and_student,
+        over_ranks=True,
     ),
     ("prototypes", "boltzmann", "sinkhorn"): Loss(
         formula="-sum_k p_k log softmax(z_hat / tau)_k, p = Sinkhorn-Knopp(z / 0.05)",
         build=f"{_BUILDERS}:sinkhorn",
         flops=_teacher_and_student,
         flops_once=_sinkhorn,
+        over_ranks=True,
     ),
     ("prototypes", "boltzmann", "joint_sinkhorn"): Loss(
         formula="-sum_k p_k log softmax(z_hat / tau)_k, p = Sinkhorn-Knopp(z / 0.05) over the rows "
@@ -347,6 +368,7 @@ LOSSES: dict[LossKey, Loss] = {
         build=f"{_BUILDERS}:joint_sinkhorn",
         flops=_teacher_and_student,
         flops_once=_sinkhorn,
+        over_ranks=True,
     ),
     ("prototypes", "boltzmann", "mean_entropy"): Loss(
         formula="-sum_k p_k log softmax(z_hat / tau)_k + log K - H(mean softmax(z_hat / tau)), p = "
@@ -354,6 +376,7 @@ LOSSES: dict[LossKey, Loss] = {
         build=f"{_BUILDERS}:mean_entropy",
         flops=_mean_assignment,
         flops_once=_sinkhorn,
+        over_ranks=True,
     ),
     ("summary", "none", "koleo"): Loss(
         formula="-mean log |z - nearest other z of the view|, rows of unit length",
@@ -364,11 +387,13 @@ LOSSES: dict[LossKey, Loss] = {
         formula=f"{SLICES}, z of the view",
         build=f"{_BUILDERS}:gaussian_slices",
         flops=_slices,
+        over_ranks=True,
     ),
     ("mean_embedding", "gaussian", "sigreg"): Loss(
         formula=f"(1 - w) |z_hat - z|^2 / E + w ({SLICES}, z_hat of each view)",
         build=f"{_BUILDERS}:views_and_slices",
         flops=_slices,
+        over_ranks=True,
     ),
 }
 LOSSES |= {

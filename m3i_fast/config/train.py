@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from m3i_fast.config.any_shape import any_shape_conflicts
 from m3i_fast.config.columns import ColumnConfig
 from m3i_fast.config.convert import from_tree, to_tree
 from m3i_fast.config.data import LoaderConfig
@@ -127,6 +128,7 @@ class TrainConfig(Checked):
         yield from self._view_conflicts()
         yield from self.objective.mixing.batch_conflicts(self.data.batch_size)
         yield from self.objective.vision_conflicts(self.vision)
+        yield from any_shape_conflicts(self)
         yield from self._projector_conflicts()
         if self.init:
             yield from self._init_conflicts()

@@ -106,18 +106,20 @@ def vit(cfg: ViTConfig, num_images: int = 1, image_size: int | None = None) -> F
     return vit_embed(cfg, num_images, size) + vit_encode(cfg, num_images, tokens)
 
 
-def vit_packed(cfg: ViTConfig, lengths: Sequence[int]) -> Flops:
+def vit_packed(cfg: ViTConfig, lengths: Sequence[int] | Counter[int]) -> Flops:
     """Count a ViT in training on whole pictures that are packed (`ViT.encode_pictures`).
 
-    lengths: patches of each picture. Its products are of these tokens alone, and attention of each
-    picture's with one another. Positions that are resampled from a table are a product of their
-    own, of which the table, and not the weights of its cells, has a gradient.
+    lengths: patches of each picture, or how many pictures have so many. Its products are of these
+    tokens alone, and attention of each picture's with one another. Positions that are resampled
+    from a table are a product of their own, of which the table, and not the weights of its cells,
+    has a gradient.
     """
-    total = sum(lengths)
+    pictures = Counter(lengths)
+    total = sum(length * count for length, count in pictures.items())
     flops = linear(total, 3 * cfg.patch_size**2, cfg.dim, input_grad=False)
     if cfg.position == "absolute":
         flops += linear(total, cfg.num_patches, cfg.dim, input_grad=False)
-    for length, count in Counter(lengths).items():
+    for length, count in pictures.items():
         flops += vit_encode(cfg, count, length)
     return flops
 

@@ -19,6 +19,7 @@ from m3i_fast.config.flops import Product
 from m3i_fast.config.models.internimage import InternImageConfig
 from m3i_fast.config.models.vision import VisionConfig
 from m3i_fast.config.models.vit import ViTConfig
+from m3i_fast.costs.packed_pictures import PackedPictures
 from m3i_fast.costs.step_flops import counts_of
 from m3i_fast.costs.step_sizes import StepCounts
 from m3i_fast.models.transformer.drop_path import num_kept
@@ -150,7 +151,7 @@ def gemm_shapes(cfg: TrainConfig) -> GemmShapes:
 
     passes = _passes(counts, stride)
     return GemmShapes(
-        batch_size=cfg.data.batch_size,
+        batch_size=counts.batch_size,
         batch_multiple=cfg.objective.mixing.images_per_input,
         products={part: _products(cfg, part) for part in passes},
         rows=rows,
@@ -162,7 +163,24 @@ def gemm_shapes(cfg: TrainConfig) -> GemmShapes:
 def token_rows(counts: StepCounts) -> dict[str, int]:
     """Return the tokens of all images in each part."""
     passes = _passes(counts, counts.vision.image_size // counts.vision.grid)
-    return {part: each.images * each.tokens for part, each in passes.items()}
+    rows = {part: each.images * each.tokens for part, each in passes.items()}
+    if counts.pictures is not None:
+        rows |= _packed_rows(counts, counts.pictures)
+        rows.pop("local views", None)  # in one pass with the others
+    return rows
+
+
+def _packed_rows(counts: StepCounts, pictures: PackedPictures) -> dict[str, int]:
+    """Return the tokens of the encoders' passes over views of any shape."""
+    assert isinstance(counts.vision, ViTConfig)  # any_shape_conflicts
+    rows = {"encoder": pictures.tokens_of(counts.encoded_views, counts.vision.num_prefix)}
+    names = {"momentum": "target encoder", "snapshot": "snapshot", "frozen": "frozen teacher"}
+    for encoder, view in target_rows(counts.objective.active_terms):
+        vision = counts.encoder_of(encoder)
+        assert isinstance(vision, ViTConfig)  # any_shape_conflicts
+        name = names[encoder.partition(":")[0]]
+        rows[name] = rows.get(name, 0) + pictures.tokens_of([view], vision.num_prefix)
+    return rows
 
 
 def _passes(counts: StepCounts, stride: int) -> dict[str, ModuleCall]:

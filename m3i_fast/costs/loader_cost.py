@@ -7,11 +7,12 @@ bounds the loader alone, and the slowest bounds it together.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from m3i_fast.config.data import LoaderConfig
+from m3i_fast.config.data import LoaderConfig, ViewConfig
 from m3i_fast.costs.gpus import Card
 from m3i_fast.costs.view_cost import CACHE_BYTE_S, LANES, PICTURE, cpu_view_s, view_times, view_work
 
@@ -138,6 +139,7 @@ def _cost(
     cfg: LoaderConfig, card: Card, source: Source, *, cores: float, local_ranks: int
 ) -> LoaderCost:
     groups = [cfg.global_views, *([cfg.local_views] if cfg.local_views is not None else [])]
+    groups = [_of_mean_size(group) if cfg.any_shape else group for group in groups]
     on_card = card.is_gpu and cfg.backend != "torch"
     share = 0.0
     if on_card and card.jpeg_engines:
@@ -169,6 +171,13 @@ def _cost(
         thread_s=thread_s,
         picture_bytes=source.size,
     )
+
+
+def _of_mean_size(group: ViewConfig) -> ViewConfig:
+    """Return squares of the mean area of views of any shape, each side as likely as another."""
+    low, high = group.sizes
+    size = round(math.sqrt((low**2 + low * high + high**2) / 3))
+    return replace(group, size=size, size_range=None, blur_kernel_size=None)
 
 
 def _changes(

@@ -93,10 +93,14 @@ def mlp(rows: int, *dims: int, input_grad: bool = True) -> Flops:
 
 
 def _encode_targets(counts: StepCounts, parts: Parts) -> None:
-    for (encoder, _), rows in target_rows(counts.objective.active_terms).items():
+    for (encoder, view), rows in target_rows(counts.objective.active_terms).items():
         if counts.objective.teacher_cache is not None and encoder.startswith("frozen"):
             continue  # read from the disk
         vision = replace(counts.encoder_of(encoder), drop_path_rate=0.0)  # in evaluation mode
+        if counts.pictures is not None:
+            assert isinstance(vision, ViTConfig)  # any_shape_conflicts
+            parts[TARGET] += counts.pictures.encode(vision, [view]).forward_only
+            continue
         count = counts.num_asked(rows)
         parts[TARGET] += _whole(vision, count).forward_only
         if isinstance(vision, InternImageConfig):
@@ -108,14 +112,17 @@ def _encode_inputs(counts: StepCounts, parts: Parts) -> None:
     """Add the pass over the mixed inputs, in which an image may show but some of its cells."""
     vision, num_inputs = counts.vision, counts.num_inputs * counts.num_views
     num_images = counts.num_images * counts.num_views
-    if counts.objective.mixing.encodes_alone:
+    if counts.pictures is not None:
+        assert isinstance(vision, ViTConfig)  # any_shape_conflicts
+        parts[ENCODER] += counts.pictures.encode(vision, counts.encoded_views)
+    elif counts.objective.mixing.encodes_alone:
         assert isinstance(vision, ViTConfig)  # vision_conflicts
         parts[ENCODER] += vit_embed(vision, num_inputs)
         own = vit_encode(vision, num_images, counts.num_own)
         parts[ENCODER] += _chunked(counts, num_images, own)
     else:
         _encode_whole(counts, parts, num_inputs)
-    if counts.num_local:
+    if counts.num_local and counts.pictures is None:
         _encode_whole(counts, parts, counts.num_local * counts.batch_size, counts.local_size)
     if not counts.encoder_grad:  # nothing is computed again, either
         for part in (ENCODER, SAMPLING):

@@ -8,7 +8,9 @@ from types import MappingProxyType
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.flops import Flops
 from m3i_fast.config.models.vision import VisionConfig
+from m3i_fast.config.models.vit import ViTConfig
 from m3i_fast.costs import objective_flops
+from m3i_fast.costs.packed_pictures import PackedPictures, expected_pictures
 from m3i_fast.costs.step_sizes import StepCounts
 from m3i_fast.costs.teacher_config import teacher_vision
 
@@ -19,19 +21,25 @@ def counts_of(
     num_ranks: int = 1,
     progress: float = 0.0,
     teachers: Mapping[str, VisionConfig] = MappingProxyType({}),
+    pictures: PackedPictures | None = None,
 ) -> StepCounts:
     """Return the counts of a step of one of `num_ranks` ranks.
 
     progress: of the run, 0 to 1. teachers: configs of the frozen encoders by `Term.target_encoder`.
+    pictures: views of any shape, of a config with a budget of tokens; None: those expected.
     """
-    local = cfg.data.local_views
+    local, batch_size = cfg.data.local_views, cfg.data.batch_size
+    if cfg.data.any_shape:
+        assert isinstance(cfg.vision, ViTConfig)  # any_shape_conflicts
+        pictures = pictures or expected_pictures(cfg.data, cfg.vision.patch_size)
+        batch_size = max(round(pictures.samples_a_step), 1)
     return StepCounts(
         vision=cfg.vision,
         text=cfg.text,
         objective=cfg.objective,
         num_classes=cfg.num_classes,
         columns=cfg.columns,
-        batch_size=cfg.data.batch_size,
+        batch_size=batch_size,
         num_ranks=num_ranks,
         num_local=local.count if local is not None else 0,
         local_size=local.size if local is not None else 0,
@@ -40,18 +48,29 @@ def counts_of(
         teachers=teachers,
         progress=progress,
         collects=progress * cfg.num_steps < cfg.objective.phi_s_steps,
+        pictures=pictures,
     )
 
 
-def step_flops(cfg: TrainConfig, *, num_ranks: int = 1, progress: float = 0.0) -> dict[str, Flops]:
+def step_flops(
+    cfg: TrainConfig,
+    *,
+    num_ranks: int = 1,
+    progress: float = 0.0,
+    pictures: PackedPictures | None = None,
+) -> dict[str, Flops]:
     """Count a step of one rank by part of the model, without optimiser, average and monitors.
+
+    pictures: as of `counts_of`.
 
     Raises ValueError for a frozen teacher that is no run of ours, whose size is unknown, and
     FileNotFoundError for a run that is not there.
     """
     size, specs = cfg.vision.image_size, cfg.objective.teachers
     teachers = {name: _teacher(spec, size) for name, spec in specs.items()}
-    counts = counts_of(cfg, num_ranks=num_ranks, progress=progress, teachers=teachers)
+    counts = counts_of(
+        cfg, num_ranks=num_ranks, progress=progress, teachers=teachers, pictures=pictures
+    )
     return objective_flops.step(counts)
 
 

@@ -13,6 +13,7 @@ from m3i_fast.config.columns import ColumnConfig
 from m3i_fast.config.models.text import TextConfig
 from m3i_fast.config.models.vision import VisionConfig
 from m3i_fast.config.objective import ObjectiveConfig, Term
+from m3i_fast.costs.packed_pictures import PackedPictures
 from m3i_fast.objectives.step_context import Rows
 
 
@@ -42,6 +43,8 @@ class StepCounts:
     """Progress of the run, 0 to 1, by which `masked` shows more or fewer cells."""
     collects: bool = True
     """Whether the run is in the steps of which PHI-S takes statistics."""
+    pictures: PackedPictures | None = None
+    """Views of any shape; None: squares of one size."""
 
     def encoder_of(self, target_encoder: str) -> VisionConfig:
         """Return the config of a target's encoder: a frozen teacher's or the trained one's."""
@@ -62,6 +65,14 @@ class StepCounts:
             f"term {term.name!r}: column: expected one of {[c.name for c in self.columns]}, got "
             f"{term.column!r}"
         )
+
+    @property
+    def encoded_views(self) -> list[int]:
+        """Return the views that the trained encoder sees, of all of a sample's, local ones last."""
+        num_global = (
+            len(self.pictures.lengths) - self.num_local if self.pictures else self.num_views
+        )
+        return [*range(self.num_views), *range(num_global, num_global + self.num_local)]
 
     @property
     def num_inputs(self) -> int:

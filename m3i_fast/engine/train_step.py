@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
+from typing import cast
 
 import numpy as np
 import torch
@@ -43,7 +44,9 @@ from m3i_fast.engine.step_graph import Recorder, StepGraph, StepResult
 from m3i_fast.keyed_draws import Purpose, words
 from m3i_fast.objectives.mixing import Mix, draw_branch_priority, draw_mix, draw_slice_key
 from m3i_fast.objectives.objective import MutualInformation
-from m3i_fast.objectives.step_context import Stage, no_stage
+from m3i_fast.objectives.packed_views import encode_packed_inputs, encode_packed_targets
+from m3i_fast.objectives.step_context import WHOLE, BatchWeight, Stage, no_stage
+from m3i_fast.pipelines.any_shape.batch import AnyBatch, PackedBatch, step_counts
 from m3i_fast.pipelines.batch import Batch
 
 # (module, trained=...) -> the context of `cast_weights`
@@ -63,18 +66,38 @@ class ForwardPass(nn.Module):
         self.objective, self._cast = objective, cast
 
     def forward(
-        self, batch: Batch, mix: Mix, stage: Stage, *, monitor: bool, measure: bool
+        self,
+        batch: AnyBatch,
+        mix: Mix,
+        stage: Stage,
+        *,
+        monitor: bool,
+        measure: bool,
+        weight: BatchWeight = WHOLE,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss [] and the metrics of `MutualInformation`, each part in its stage."""
         objective = self.objective
         with stage("fwd.target"), ExitStack() as casts:
             for encoder in objective.average_encoders():
                 casts.enter_context(self._cast(encoder, trained=False))
-            targets = objective.encode_targets(batch, mix)
+            if isinstance(batch, PackedBatch):
+                targets = encode_packed_targets(objective, batch, mix)
+            else:
+                targets = objective.encode_targets(batch, mix)
         with stage("fwd.input"):
-            encoded = objective.encode_inputs(batch, mix)
+            if isinstance(batch, PackedBatch):
+                encoded = encode_packed_inputs(objective, batch, mix)
+            else:
+                encoded = objective.encode_inputs(batch, mix)
         return objective(
-            encoded, targets, batch, mix, monitor=monitor, measure=measure, stage=stage
+            encoded,
+            targets,
+            cast(Batch, batch),  # terms of whole pictures read the fields that both have
+            mix,
+            monitor=monitor,
+            measure=measure,
+            stage=stage,
+            weight=weight,
         )
 
 
@@ -128,11 +151,11 @@ class TrainStep:
         self.samples_taken = 0
         """Samples that all ranks have taken in them: the position at which the next step begins."""
 
-    def __call__(self, *batches: Batch, monitor: bool = False) -> dict[str, Tensor]:
+    def __call__(self, *batches: AnyBatch, monitor: bool = False) -> dict[str, Tensor]:
         """Take one step without a host synchronisation and return its metrics, [] each.
 
-        batches: `parallel.accumulate` of them. monitor: also compute the collapse monitors.
-        Afterwards `guard.skip` is 1 if the step was skipped.
+        batches: `parallel.accumulate` of them, of squares or of views of any shape. monitor: also
+        compute the collapse monitors. Afterwards `guard.skip` is 1 if the step was skipped.
         """
         with self.matrix_products():
             return self._take(batches, monitor)
@@ -141,7 +164,7 @@ class TrainStep:
         """Return the context of a step, in which this CPU multiplies matrices fastest."""
         return fast_cpu_products(self.world.device, self.arithmetic.compute_dtype)
 
-    def _take(self, batches: Sequence[Batch], monitor: bool) -> dict[str, Tensor]:
+    def _take(self, batches: Sequence[AnyBatch], monitor: bool) -> dict[str, Tensor]:
         step = self.steps_taken
         self._seed_generator()
         self._set_schedules(step)
@@ -156,12 +179,12 @@ class TrainStep:
         else:
             with self._stage("mix"):
                 drawn = list(map(self._draw_on_host, batches))
-            result = self.graph(batches, drawn)
+            result = self.graph(cast(Sequence[Batch], batches), drawn)  # any_shape_conflicts
         ids = torch.cat([batch.sample_id for batch in batches])
         self.guard.record(step, result.judgement, names=result.gradients, sample_ids=ids)
         self.guard.skip = result.skip
         self.steps_taken += 1
-        self.samples_taken += self.world.size * sum(batch.batch_size for batch in batches)
+        self.samples_taken += sum(step_counts(batches, self.world.size))
         return result.metrics
 
     def _set_schedules(self, step: int) -> None:
@@ -180,7 +203,7 @@ class TrainStep:
 
     def _compute(
         self,
-        batches: Sequence[Batch],
+        batches: Sequence[AnyBatch],
         mixes: Iterator[Mix],
         *,
         stage: Stage,
@@ -221,7 +244,7 @@ class TrainStep:
 
     def _backward(
         self,
-        batches: Sequence[Batch],
+        batches: Sequence[AnyBatch],
         mixes: Iterator[Mix],
         stage: Stage,
         *,
@@ -230,14 +253,21 @@ class TrainStep:
     ) -> dict[str, Tensor]:
         """Accumulate the gradients of the mean loss over the batches; return the merged metrics."""
         of_batches = []
+        counts = step_counts(batches, self.world.size)
         for index, batch in enumerate(batches):
             is_last = index + 1 == len(batches)
             with stage("mix"):
                 mix = next(mixes)
             with gradient_sync(self.model, is_last), self._cast(self.objective, trained=True):
                 with forward_context(self.arithmetic, self.world.device):
+                    number = index * self.world.size + self.world.rank
                     loss, metrics = self.model(
-                        batch, mix, stage, monitor=monitor and is_last, measure=measure
+                        batch,
+                        mix,
+                        stage,
+                        monitor=monitor and is_last,
+                        measure=measure,
+                        weight=BatchWeight.of(counts, number, self.world.size),
                     )
                 with stage("bwd"):
                     (loss / len(batches)).backward()
@@ -252,11 +282,11 @@ class TrainStep:
             average_replicated(parameters, self.world)
         return self.optimizer.clip_grad_norm(parameters, self.cfg.optim.clip_grad_norm)
 
-    def draw_mix(self, batch: Batch) -> Mix:
+    def draw_mix(self, batch: AnyBatch) -> Mix:
         """Draw mixing and masks of a batch of the next step, on this rank's device."""
         return self._draw_on_host(batch).to(self.world.device)
 
-    def _draw_on_host(self, batch: Batch) -> Mix:
+    def _draw_on_host(self, batch: AnyBatch) -> Mix:
         return draw_step_mix(
             self.cfg, batch, first_position=self.samples_taken, step=self.steps_taken
         )
@@ -302,7 +332,7 @@ def build_train_step(
     )
 
 
-def draw_step_mix(cfg: TrainConfig, batch: Batch, *, first_position: int, step: int) -> Mix:
+def draw_step_mix(cfg: TrainConfig, batch: AnyBatch, *, first_position: int, step: int) -> Mix:
     """Draw the mix of a batch of a run's step on the CPU, by the positions of its samples.
 
     first_position: that at which the step begins, alike for all its batches and ranks. Raises
@@ -326,7 +356,7 @@ def draw_step_mix(cfg: TrainConfig, batch: Batch, *, first_position: int, step: 
         cfg.objective.mixing,
         position=batch.position,
         num_views=cfg.objective.num_encoded_views,
-        num_local=len(batch.local_views),
+        num_local=batch.num_local,
         num_layers=cfg.vision.num_layers,
         seed=cfg.seed,
     )

@@ -36,11 +36,13 @@ from m3i_fast.engine.run.data_fields import expect_data, take_data_fields
 from m3i_fast.engine.run.data_record import DataRecord, record_data
 from m3i_fast.engine.run.directory import Data, Resume, Run, Stateful
 from m3i_fast.engine.run.log import RunLog
+from m3i_fast.engine.run.open_loader import open_loader
 from m3i_fast.engine.teacher_cache import cache_teachers
 from m3i_fast.engine.train_step import build_train_step
 from m3i_fast.observe.collapse import CollapseError, CollapseWatch
-from m3i_fast.pipelines.batch import Batch
-from m3i_fast.pipelines.loader import Loader
+from m3i_fast.pipelines.any_shape.batch import AnyBatch
+from m3i_fast.pipelines.any_shape.loader import PackedLoader
+from m3i_fast.pipelines.loader import BatchesOfRun, Loader
 from m3i_fast.pipelines.storage.shards import BucketReads
 
 logger = logging.getLogger(__name__)
@@ -185,13 +187,11 @@ class Trainer:
         self._stop = StopFlag(self.world)
         self._watchdog = Watchdog(Path(), seconds=math.inf)
 
-    def _open_shards(self) -> Loader:
-        loader = Loader(
-            self.cfg.data,
+    def _open_shards(self) -> Loader | PackedLoader:
+        loader = open_loader(
+            self.cfg,
             rank=self.world.rank,
             num_ranks=self.world.size,
-            accumulate=self.cfg.parallel.accumulate,
-            images_per_input=self.cfg.objective.mixing.images_per_input,
             device_id=(self.device.index or 0) if self.device.type == "cuda" else None,
             skipped_file=self.run_dir / "skipped_samples.jsonl",
         )
@@ -199,11 +199,11 @@ class Trainer:
         return loader
 
     def _bucket_reads(self) -> BucketReads | None:
-        return self.loader.bucket_reads() if isinstance(self.loader, Loader) else None
+        return self.loader.bucket_reads() if isinstance(self.loader, BatchesOfRun) else None
 
     def _data_record(self) -> DataRecord | None:
         """Return what the run keeps of its shards; None of data that stand in for them."""
-        if not isinstance(self.loader, Loader):
+        if not isinstance(self.loader, BatchesOfRun):
             return None
         return record_data(self.cfg, self.loader.described)
 
@@ -222,7 +222,7 @@ class Trainer:
         longer = self._watchdog.doing
         return longer if longer != A_STEP else self.log.timer.innermost or A_STEP
 
-    def next_step(self, data: Iterator[Batch] | None = None, *, monitor: bool = False) -> None:
+    def next_step(self, data: Iterator[AnyBatch] | None = None, *, monitor: bool = False) -> None:
         """Take a step on the next batches, as `train` repeats it; the host waits for data alone.
 
         data: source of the batches; the trainer's loader where it is None.
@@ -235,6 +235,7 @@ class Trainer:
             with stage("h2d"):
                 batches.append(batch.to(self.device))
         metrics = self.train_step(*batches, monitor=monitor)
+        self.log.count(batches)
         with stage("log"):
             self.log.add(metrics, self.guard.skip)
 

@@ -32,6 +32,8 @@ from m3i_fast.objectives.mixing import Mix
 from m3i_fast.objectives.monitors import target_monitors
 from m3i_fast.objectives.phi_s import PhiStandardise
 from m3i_fast.objectives.step_context import (
+    WHOLE,
+    BatchWeight,
     Encoded,
     Rows,
     Source,
@@ -364,14 +366,16 @@ class MutualInformation(nn.Module):
         monitor: bool = False,
         measure: bool = False,
         stage: Stage = no_stage,
+        weight: BatchWeight = WHOLE,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted sum, [], and metrics by name, all on the device.
 
         The metrics are each term's unweighted loss and number of members, and with `monitor` its
         weight and the collapse monitors. measure: update the balance of weights. stage: times each
-        term as `loss.NAME` and their sum as `loss.total`.
+        term as `loss.NAME` and their sum as `loss.total`. weight: of the batch in its step, a
+        factor of each loss, the logged one too.
         """
-        step = StepContext(batch, mix, encoded, targets, self.encoders(), stage)
+        step = StepContext(batch, mix, encoded, targets, self.encoders(), stage, weight)
         read_by = self._separate_views(encoded) if monitor else {}
         metrics: dict[str, Tensor] = {}
         losses: dict[str, Tensor] = {}
@@ -385,7 +389,8 @@ class MutualInformation(nn.Module):
             name = term.term.name
             monitored = log if monitor else None
             with stage(f"loss.{name}"):
-                losses[name], members = term(steps[name], monitored, **answers.get(name, {}))
+                value, members = term(steps[name], monitored, **answers.get(name, {}))
+                losses[name] = term.weigh(value, step)
             metrics[f"loss/{name}"] = losses[name].detach()
             if isinstance(members, int):
                 members = losses[name].new_full((), members)
@@ -405,7 +410,9 @@ class MutualInformation(nn.Module):
     def _shares(self, metrics: Mapping[str, Tensor], step: StepContext) -> dict[str, Tensor]:
         """Return the share of this rank's rows with a target, for terms that average over all."""
         return {
-            term.term.name: metrics[f"members/{term.term.name}"].double() / term.num_rows(step)
+            term.term.name: step.weight.own_rows
+            * metrics[f"members/{term.term.name}"].double()
+            / term.num_rows(step)
             for term in self._every_term()
             if isinstance(term, Annotation) and term.term.mean == "batch"
         }

@@ -8,14 +8,14 @@ samples, I images in inputs, C width of a token, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from m3i_fast.config.fields import Conflict, refuse
-from m3i_fast.config.objective import ObjectiveConfig
+from m3i_fast.config.any_shape import objective_conflicts
+from m3i_fast.config.fields import refuse
 from m3i_fast.models.encoder import ImageEncoder
 from m3i_fast.models.transformer.packing import to_device
 from m3i_fast.objectives.mixing import Mix
@@ -40,41 +40,40 @@ class PackedViews(Protocol):
         """Return how many of the views are global."""
 
 
-def packed_conflicts(cfg: ObjectiveConfig) -> Iterator[Conflict]:
-    """Yield what of an objective needs views of one size, with what to change."""
-    for term in cfg.active_terms:
-        if term.kind.summaries == "none":
-            yield (
-                "terms",
-                "expected terms that read a picture's mean token for views of any size, got "
-                f"{term.name!r}, which reads single cells: give it weight 0",
-            )
-    if cfg.mixing.mode != "none":
-        yield "mixing.mode", f"expected none for views of any size, got {cfg.mixing.mode}"
-
-
 def encode_packed(
     objective: MutualInformation, views: PackedViews, mix: Mix
 ) -> tuple[Encoded, Targets]:
     """Encode views of any size: what `encode_inputs` and `encode_targets` return of squares.
 
-    Each picture is one token, the mean over its cells: [I, 1, C] and [B, 1, C]. All views that the
-    online encoder sees are one pass, and those of each target encoder another. Raises ValueError
-    where the objective has terms of cells or mixes images, and where an encoder needs whole
+    Raises ValueError as `encode_packed_inputs` and `encode_packed_targets`.
+    """
+    inputs = encode_packed_inputs(objective, views, mix)
+    return inputs, encode_packed_targets(objective, views, mix)
+
+
+def encode_packed_inputs(objective: MutualInformation, views: PackedViews, mix: Mix) -> Encoded:
+    """Encode the views that the trained encoder sees, in one pass.
+
+    Each picture is one token, the mean over its cells: [I, 1, C] and [B, 1, C]. Raises ValueError
+    where the objective has terms of cells or mixes images, and where the encoder needs whole
     batches.
     """
-    refuse(packed_conflicts(objective.cfg))
+    refuse(objective_conflicts(objective.cfg))
     num_inputs = objective.cfg.num_encoded_views
     local = range(views.num_global, len(views.patches))
     means = _means(
         objective.encoder, views, [*range(num_inputs), *local], _priority(mix, num_inputs)
     )
     inputs = tuple(mean[mix.sample] for mean in means[:num_inputs])
-    return Encoded(inputs, tuple(means[num_inputs:])), _encode_targets(objective, views, mix)
+    return Encoded(inputs, tuple(means[num_inputs:]))
 
 
 @torch.no_grad()
-def _encode_targets(objective: MutualInformation, views: PackedViews, mix: Mix) -> Targets:
+def encode_packed_targets(objective: MutualInformation, views: PackedViews, mix: Mix) -> Targets:
+    """Encode the target views that a term uses, in one pass of each target encoder: [I, 1, C].
+
+    Raises ValueError where an encoder needs whole batches.
+    """
     sources = target_rows(objective.cfg.active_terms)
     tokens: dict[Source, Tensor] = {}
     for name, encoder in objective.encoders().items():

@@ -7,7 +7,7 @@ a summary, P their width, L local views.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
@@ -79,6 +79,43 @@ class Encoded:
 
 
 @dataclass(frozen=True, slots=True)
+class BatchWeight:
+    """What a batch counts for in a step whose batches have unequal numbers of pictures.
+
+    A step averages over its batches and its ranks. With these weights the average of means is the
+    mean over all pictures of the step.
+    """
+
+    own_rows: float = 1.0
+    """Weight of a mean over this rank's rows."""
+    all_rows: float = 1.0
+    """Weight of a mean over the rows of all ranks."""
+    counts: tuple[int, ...] = ()
+    """Pictures of each rank's batch; empty where all have as many."""
+
+    @classmethod
+    def of(cls, counts: Sequence[int], number: int, num_ranks: int) -> BatchWeight:
+        """Return the weight of the step's batch of this number.
+
+        counts: pictures of each batch; number m is the rank's m mod num_ranks.
+        """
+        if len(set(counts)) <= 1:
+            return cls()
+        mean = sum(counts) / len(counts)
+        first = number - number % num_ranks
+        of_ranks = tuple(counts[first : first + num_ranks])
+        return cls(
+            own_rows=counts[number] / mean,
+            all_rows=sum(of_ranks) / num_ranks / mean,
+            counts=of_ranks,
+        )
+
+
+WHOLE = BatchWeight()
+"""The weight of batches of as many pictures each."""
+
+
+@dataclass(frozen=True, slots=True)
 class StepContext:
     """What a term reads of one step: batch, mix, encoded inputs, targets and encoders."""
 
@@ -88,6 +125,7 @@ class StepContext:
     targets: Targets
     encoders: Mapping[str, ImageEncoder]  # online, and by `Term.target_encoder`
     stage: Stage = no_stage
+    weight: BatchWeight = WHOLE
     _summaries: dict[int, Tensor] = field(default_factory=dict)
     _means: dict[int, Tensor] = field(default_factory=dict)
 

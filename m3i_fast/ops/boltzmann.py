@@ -10,6 +10,7 @@ all ranks, `boltzmann_autograd` calls them in their order. This module checks ar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -159,6 +160,7 @@ def boltzmann(
     reduction: Literal["mean", "sum"] = "mean",
     process_group: dist.ProcessGroup | None = None,
     equal_sizes: bool = False,
+    sizes: Sequence[tuple[int, int]] | None = None,
 ) -> Tensor:  # [] fp32, fp64 for fp64
     """Compute -log P(z | z_hat) of the Boltzmann posterior exp(scale z_hat . z + bias) over all z.
 
@@ -215,6 +217,8 @@ def boltzmann(
         equal_sizes: promise that every rank of process_group has as many rows of z_hat, and as many
             of z, as this one, which saves a host synchronisation to exchange sizes. Where they
             differ nevertheless, the call hangs.
+        sizes: rows of z_hat and of z of each rank, where the host knows them: a promise as
+            equal_sizes, of unequal ones.
 
     Raises:
         ValueError: an argument is not as described, or contradicts another; the message names it,
@@ -236,8 +240,8 @@ def boltzmann(
     if process_group is None:
         exchange = SingleProcess()
     else:
-        sizes = z_hat.shape[0], z.shape[0]
-        exchange = Ring(process_group, *sizes, z.device, equal_sizes=equal_sizes)
+        own = z_hat.shape[0], z.shape[0]
+        exchange = Ring(process_group, *own, z.device, equal_sizes=equal_sizes, sizes=sizes)
     row_ids, all_col_ids = _pair_up(z_hat, z, targets, row_ids, col_ids, exchange)
     symmetric = symmetric and targets is None
     if form == "softmax" and process_group is None and all_col_ids is None and not symmetric:

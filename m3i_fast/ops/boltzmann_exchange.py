@@ -204,16 +204,27 @@ class Ring(SingleProcess):
         device: torch.device,
         *,
         equal_sizes: bool,
+        sizes: Sequence[tuple[int, int]] | None = None,
     ) -> None:
-        """Set up the ring; with `equal_sizes` the ranks do not exchange their sizes."""
+        """Set up the ring; with `equal_sizes` or `sizes` the ranks do not exchange their sizes.
+
+        sizes: rows and columns of each rank. Raises ValueError where they are not this rank's.
+        """
         self.group = group
         self.ranks = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
         self.num_rows, self.num_columns = [num_rows] * self.ranks, [num_columns] * self.ranks
-        if not equal_sizes:
-            sizes = torch.tensor([num_rows, num_columns], device=device)
-            of_ranks = sizes.new_empty(self.ranks * 2)
-            dist.all_gather_into_tensor(of_ranks, sizes, group=group)
+        if sizes is not None:
+            if len(sizes) != self.ranks or sizes[self.rank] != (num_rows, num_columns):
+                raise ValueError(
+                    f"sizes: expected those of {self.ranks} ranks, {(num_rows, num_columns)} of "
+                    f"rank {self.rank}, got {list(sizes)}"
+                )
+            self.num_rows, self.num_columns = ([pair[i] for pair in sizes] for i in (0, 1))
+        elif not equal_sizes:
+            own = torch.tensor([num_rows, num_columns], device=device)
+            of_ranks = own.new_empty(self.ranks * 2)
+            dist.all_gather_into_tensor(of_ranks, own, group=group)
             pairs = of_ranks.view(self.ranks, 2).tolist()
             self.num_rows, self.num_columns = ([pair[i] for pair in pairs] for i in (0, 1))
         ends = [0, *accumulate(self.num_columns)]

@@ -49,6 +49,7 @@ from m3i_fast.planning.step_memory import (
     block_sizes,
     build_on_meta,
     count_parameters,
+    largest_batch,
     largest_block,
     trace,
 )
@@ -99,7 +100,11 @@ class Plan:
     card: Card
     nodes: Nodes
     batch_size: int
-    """Of a rank."""
+    """Of a rank; of a budget of tokens the mean."""
+    most_samples: int | None
+    """Samples of a rank's largest batch, of which memory is told; None where all are equal."""
+    max_tokens: int | None
+    """Tokens that a rank's batch may have; None for batches of so many samples."""
     bf16: bool
     parameters: Mapping[str, int]
     flops: Mapping[str, Flops]
@@ -168,6 +173,11 @@ def make_plan(
     more = [_FP8_RATE] if cfg.precision in FP8 else []
     if (count := cfg.parallel.accumulate) > 1:
         more.append(_ONE_OF_SEVERAL.format(count))
+    counts = counts_of(cfg, num_ranks=nodes.num_ranks)
+    most = None
+    if cfg.data.any_shape:
+        most = largest_batch(cfg).data.batch_size
+        more += _OF_ANY_SHAPE
     footprint = trace(cfg, bf16=bf16, cuda=card.is_gpu, num_shards=nodes.num_ranks)
     on_card = {"bf16": bf16, "on_gpu": card.is_gpu}
     flops = step_flops(cfg, num_ranks=nodes.num_ranks)
@@ -187,7 +197,7 @@ def make_plan(
         )
         sent = {what: traffic.total(calls) for what, calls in collectives.items()}
         cost = StepCost(
-            batch_size=cfg.data.batch_size,
+            batch_size=counts.batch_size,
             flops=flops,
             bf16=bf16,
             moved_bytes=_moved(footprint, parameters, shards=shards),
@@ -204,13 +214,15 @@ def make_plan(
     return Plan(
         card=card,
         nodes=nodes,
-        batch_size=cfg.data.batch_size,
+        batch_size=counts.batch_size,
+        most_samples=most,
+        max_tokens=cfg.data.max_tokens_per_batch or None,
         bf16=bf16,
         parameters=parameters,
         flops=flops,
         tokens=token_rows(counts_of(cfg)),
         footprint=footprint,
-        legal=legal_batches(cfg),
+        legal=[] if cfg.data.any_shape else legal_batches(cfg),
         strategies=strategies,
         loader=loader,
         assumptions=[
@@ -254,6 +266,13 @@ def source_of(
 _ONE_OF_SEVERAL = (
     "parallel.accumulate: all is of one of the {} batches of a step, as if it were a step"
 )
+_OF_ANY_SHAPE = [
+    "operations, traffic and times are of the mean batch, every size of view as likely as every "
+    "other and each with all the patches that it may have: rounding to whole rows and columns "
+    "leaves about a tenth of them out",
+    "memory is of the largest batch, that of the smallest views alone: all tokens of the budget, "
+    "and the most pictures",
+]
 _FP8_RATE = "products in FP8 run at the rate of bf16: what they gain is not predicted"
 _MEMORY_ASSUMPTIONS = [
     "every image has a label and a caption, the captions of all ranks are candidates of each",
@@ -363,7 +382,7 @@ def collectives_of(
     if cfg.objective.uses(target="caption"):
         collectives[CANDIDATES] = traffic.candidates(
             nodes,
-            num_rows=cfg.data.batch_size,
+            num_rows=counts_of(cfg).batch_size,
             dim=cfg.text.embed_dim,
             weight_bytes=weight_bytes,
             sigmoid=cfg.objective.uses(target="caption", likelihood="sigmoid"),

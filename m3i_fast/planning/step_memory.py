@@ -19,6 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.columns import ColumnConfig
+from m3i_fast.config.models.vit import ViTConfig
+from m3i_fast.costs.packed_pictures import most_samples
 from m3i_fast.engine.build import blocks_of, build_objective
 from m3i_fast.engine.cuda_graphs import REPLAYED
 from m3i_fast.engine.optim.skippable_step import steps_as_on
@@ -28,6 +30,7 @@ from m3i_fast.engine.train_step import TrainStep, draw_step_mix
 from m3i_fast.objectives.mixing import Mix
 from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.objectives.terms import Caption, CaptionTokens
+from m3i_fast.pipelines.any_shape.batch import AnyBatch
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.planning.sharded_units import GatherCounter
 from m3i_fast.planning.tensor_tracker import GRADIENTS, OTHER, TensorTracker
@@ -72,8 +75,10 @@ def trace(cfg: TrainConfig, *, bf16: bool, cuda: bool = True, num_shards: int = 
 
     A step of several batches is traced with one of them. bf16: autocast, else fp32. cuda: autocast
     widens layer norms, and optimisers take as many tensors together, as on CUDA and not on a CPU.
-    num_shards: ranks that share a gradient, for `sharded_peak`.
+    num_shards: ranks that share a gradient, for `sharded_peak`. Of a budget of tokens the largest
+    batch is traced (`largest_batch`).
     """
+    cfg = largest_batch(cfg)
     one_batch, has_graphs = replace(cfg.parallel, accumulate=1), cfg.cuda_graphs == "modules"
     casts_apart = cfg.compile or has_graphs or num_shards > 1
     cfg = replace(cfg, compile=False, cuda_graphs="none", parallel=one_batch)
@@ -107,6 +112,30 @@ def trace(cfg: TrainConfig, *, bf16: bool, cuda: bool = True, num_shards: int = 
             train_step(batch)
         footprint = stages.footprint(counter.gathers, keeps_activations=has_graphs)
         return replace(footprint, graphs=graphs)
+
+
+def largest_batch(cfg: TrainConfig) -> TrainConfig:
+    """Return a config of squares whose batch takes as much memory as any of a budget of tokens.
+
+    That is the batch of the smallest views alone: it has all the tokens that fit, and the most
+    samples, each with prefix tokens, a caption and rows of the losses. A config of squares is
+    returned as it is.
+    """
+    if not cfg.data.any_shape:
+        return cfg
+    assert isinstance(cfg.vision, ViTConfig)  # any_shape_conflicts
+    samples = most_samples(cfg.data, cfg.vision.patch_size)
+    shown, local = cfg.data.global_views, cfg.data.local_views
+    if local is not None:
+        local = replace(local, size=local.sizes[0], size_range=None, blur_kernel_size=None)
+    data = replace(
+        cfg.data,
+        max_tokens_per_batch=0,
+        batch_size=samples,
+        global_views=replace(shown, size=shown.sizes[0], size_range=None, blur_kernel_size=None),
+        local_views=local,
+    )
+    return replace(cfg, data=data, vision=replace(cfg.vision, image_size=shown.sizes[0]))
 
 
 def build_on_meta(cfg: TrainConfig) -> MutualInformation:
@@ -287,7 +316,7 @@ class _StepOfMix(TrainStep):
     def matrix_products(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def draw_mix(self, batch: Batch) -> Mix:
+    def draw_mix(self, batch: AnyBatch) -> Mix:
         return self.mix
 
 

@@ -11,6 +11,7 @@ from m3i_fast.config.train import TrainConfig
 from m3i_fast.did_you_mean import nearest
 from m3i_fast.objectives.methods import METHODS
 from m3i_fast.recipes import (
+    any_shape_vit,
     dinov2_vit,
     dinov3_vit,
     from_weights,
@@ -49,6 +50,7 @@ GROUPS: dict[str, tuple[Make, ...]] = {
         text_and_prototypes_vit.tips_vit_b,
         text_and_prototypes_vit.tips_vit_l,
     ),
+    "pictures of any shape": (any_shape_vit.any_shape_vit_b, any_shape_vit.any_shape_vit_b_finish),
     "M3I with an InternImage": (
         m3i_internimage.m3i_internimage_t,
         m3i_internimage.m3i_internimage_s,

@@ -55,7 +55,7 @@ GROUPS = {
     "losses": ("loss",),
     "norms": ("optim",),
     "monitors": ("monitor",),
-    "speeds": ("throughput", "efficiency", "memory", "bucket"),
+    "speeds": ("throughput", "batch", "efficiency", "memory", "bucket"),
 }
 # Last values that stand at the top of a run without evaluation.json.
 TILES = ("loss/total", "evaluate/knn_top1", "evaluate/caption_to_image_recall_at_5")

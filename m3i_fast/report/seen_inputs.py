@@ -101,6 +101,8 @@ def _input(
         encoded = views[0]
     hidden = 0.0 if shows is None else float((shows < 0).mean())
     told = TOLD[mixing.mode].format(k=len(members), hidden=f"{hidden:.0%}", share=f"{share:.0%}")
+    if cfg.data.any_shape:
+        told += " Here they are squares; training takes each at the aspect of its region."
     shown = SeenInput(samples=[samples[row] for row in members], encoded=encoded, told=told)
     return DrawnInput(shown, shows)
 

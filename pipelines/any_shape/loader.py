@@ -91,6 +91,7 @@ class PackedLoader(BatchesOfRun[PackedBatch]):
             patches=made.views,
             grids=made.grids,
             num_global=self.cfg.global_views.count,
+            step_counts=self._budget.counts(self._start),
             **fields_beside_views(made),
         )
         return batch if self._device_id is None else batch.to(f"cuda:{self._device_id}")

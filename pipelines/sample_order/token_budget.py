@@ -168,6 +168,13 @@ class TokenBudget:
         fits = (tokens.cumsum(0) <= self.tokens).all(1)
         return start + self._num_batches * int(fits.sum())
 
+    def counts(self, start: int) -> tuple[int, ...]:  # M
+        """Return how many samples each batch of the step has that begins at a position.
+
+        Raises ValueError for a negative start.
+        """
+        return tuple(np.diff(self.ends(start)).tolist())
+
     def positions(self, start: int, rank: int, batch: int = 0) -> Integers:
         """Return the positions of a rank's batch in the step that begins at a position, ascending.
 

@@ -117,6 +117,32 @@ mark(b"end")
 print(json.dumps(list(encoded.cells.shape)), flush=True)
 os._exit(0)  # autograd's threads may abort so short a process while it ends
 """
+TRAIN_PROGRAM = """
+import os
+from dataclasses import replace
+from m3i_fast.benchmarks.core.random_batch import draw_any_batch
+from m3i_fast.costs.gemm_shapes import gemm_shapes
+from m3i_fast.engine.parallel.ranks import World
+from m3i_fast.engine.precision.arithmetic import capabilities_of, resolve_precision
+from m3i_fast.engine.train_step import build_train_step
+from m3i_fast.recipes import recipes
+
+cfg = recipes()["any_shape_vit_b"]()
+small = replace(cfg.vision, dim=128, depth=2, num_heads=2)
+data = replace(cfg.data, max_tokens_per_batch=1200)
+cfg = replace(cfg, vision=small, text=replace(cfg.text, depth=1), data=data)
+device = torch.device("cuda")
+arithmetic = resolve_precision(
+    capabilities_of(device), gemm_shapes(cfg), cfg.precision, cfg.backend, compiled=False
+)
+step, batch = build_train_step(cfg, World(device), arithmetic), draw_any_batch(cfg)
+for number in range(3):
+    mark(f"step {number}".encode())
+    step(batch.to(device))
+mark(b"end")
+print(json.dumps(batch.batch_size), flush=True)
+os._exit(0)
+"""
 PACKED_OPTIONS = {
     "absolute": {"class_token": True},
     "rotary": {"position": "rotary", "num_registers": 4, "activation_checkpointing": "selective"},
@@ -134,5 +160,18 @@ def test_a_step_of_packed_pictures_waits_for_nothing(tmp_path: Path, name: str) 
     assert sum("flash_fwd_kernel" in kernel for kernel in kernels) == 2
     assert sum("flash_bwd_dq_dk_dv" in kernel for kernel in kernels) == 2
     assert of_kind(records, "wait") == []
+    copies = of_kind(records, "copy")
+    assert copies and not [copy for copy in copies if "pageable" in (copy["from"], copy["to"])]
+
+
+def test_a_training_step_on_views_of_any_shape_waits_for_nothing(tmp_path: Path) -> None:
+    pictures, trace = on_null(tmp_path, TRAIN_PROGRAM, card="a100")
+    assert pictures > 1
+    records = {step.name: step.records for step in split_at_marks(trace)}["step 2"]
+    kernels = [record["name"] for record in of_kind(records, "launch")]
+    # two blocks of the encoder and of the moving average, over all views of all pictures
+    assert sum("flash_fwd_kernel" in kernel for kernel in kernels) == 4
+    assert sum("flash_bwd_dq_dk_dv" in kernel for kernel in kernels) == 2
+    assert of_kind(records, "wait") == of_kind(records, "allocate") == []
     copies = of_kind(records, "copy")
     assert copies and not [copy for copy in copies if "pageable" in (copy["from"], copy["to"])]

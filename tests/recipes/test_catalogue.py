@@ -30,6 +30,10 @@ def test_a_recipe_says_what_it_is_and_needs(name: str) -> None:
     if batch is not None:
         assert int(batch[1]) == RECIPES[name]().data.batch_size
         return
+    tokens = re.search(r"([\d,]+) tokens a card", needs)
+    if tokens is not None:
+        assert int(tokens[1].replace(",", "")) == RECIPES[name]().data.max_tokens_per_batch
+        return
     assert name.startswith("demo")
 
 

@@ -25,7 +25,10 @@ _RECORD: Shape = {"step": int, "reason": str, "losses": {str: float}, "gradients
 _MEANS: Shape = {"names": [str], "sums": [float], "count": float}
 STATE_SHAPE: Shape = {
     "num_ranks?": int,
-    "config?": {"data": {"batch_size": int}, "parallel?": {"accumulate?": int}},
+    "config?": {
+        "data": {"batch_size": int, "max_tokens_per_batch?": int},
+        "parallel?": {"accumulate?": int},
+    },
     "loader?": {
         "version?": int,
         "samples?": int,

@@ -15,6 +15,7 @@ from m3i_fast.config import TrainConfig
 from m3i_fast.config.losses import LOSSES
 
 _INSTEAD = "; set --parallel.chunk, which computes losses over the whole batch in as little memory"
+_SMALLER = "; set a smaller --data.max-tokens-per-batch, or more ranks"
 
 
 def expect_additive(cfg: TrainConfig, model: nn.Module) -> None:
@@ -23,15 +24,16 @@ def expect_additive(cfg: TrainConfig, model: nn.Module) -> None:
     The error names `parallel.accumulate` and the term, balance or batch norm that needs all rows.
     """
     got = f"got parallel.accumulate = {cfg.parallel.accumulate}"
+    got += _SMALLER if cfg.data.any_shape else _INSTEAD
     if cfg.parallel.accumulate == 1:
         return
     if reason := needs_whole_batch(cfg):
-        raise ValueError(f"parallel.accumulate: expected 1 with {reason}, {got}{_INSTEAD}")
+        raise ValueError(f"parallel.accumulate: expected 1 with {reason}, {got}")
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm):
             raise ValueError(
                 f"parallel.accumulate: expected 1 with batch norm ({name}), whose statistics span "
-                f"a batch, {got}{_INSTEAD}"
+                f"a batch, {got}"
             )
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
-from m3i_fast.config import TrainConfig, differences
+from m3i_fast.config import LoaderConfig, TrainConfig, differences
 from m3i_fast.durable_files import make_directories
 from m3i_fast.engine.checkpoint.checkpoints import Checkpoint, checkpoints, latest, on_first_rank
 from m3i_fast.engine.checkpoint.saver import Saver
@@ -25,7 +25,7 @@ from m3i_fast.engine.run.layout import (
 from m3i_fast.engine.run.lock import RunLock
 from m3i_fast.engine.run.random_state import random_state, set_random_state
 from m3i_fast.observe.environment import environment
-from m3i_fast.pipelines.batch import Batch
+from m3i_fast.pipelines.any_shape.batch import AnyBatch
 
 logger = logging.getLogger(__name__)
 
@@ -47,11 +47,11 @@ class Stateful(Protocol):
 
 
 class Data(Stateful, Protocol):
-    """Where a trainer's batches come from: `pipelines.loader.Loader`, or a stand-in for it."""
+    """Where a trainer's batches come from: what `open_loader` opens, or a stand-in for it."""
 
-    def __iter__(self) -> Iterator[Batch]: ...
+    def __iter__(self) -> Iterator[AnyBatch]: ...
 
-    def __next__(self) -> Batch: ...
+    def __next__(self) -> AnyBatch: ...
 
     @property
     def samples(self) -> int:
@@ -212,7 +212,7 @@ class Run:
         compared = with_free_fields(saved, self._cfg)
         compared = replace(
             compared,
-            data=replace(compared.data, batch_size=self._cfg.data.batch_size),
+            data=_with_batches_of(compared.data, self._cfg.data),
             parallel=self._cfg.parallel,
             telemetry=self._cfg.telemetry,
         )
@@ -312,3 +312,10 @@ def _load(name: str, load: Callable[[Any], T], state: dict[str, Any]) -> T:
         raise ValueError(f"the checkpoint's state: {name}: {error}") from error
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"the checkpoint's state: {name}: damaged: {error!r}") from error
+
+
+def _with_batches_of(data: LoaderConfig, other: LoaderConfig) -> LoaderConfig:
+    """Return a loader's config with the samples, or the tokens, that another's batch has."""
+    if data.any_shape and other.any_shape:
+        data = replace(data, max_tokens_per_batch=other.max_tokens_per_batch)
+    return replace(data, batch_size=other.batch_size)

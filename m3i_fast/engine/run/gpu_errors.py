@@ -52,8 +52,11 @@ def lighter(cfg: TrainConfig) -> list[str]:
             f"--parallel.chunk {chunk}: encoders take {chunk} images at a time, their forward pass "
             "runs twice, and the loss is the same"
         )
+    if cfg.data.any_shape:
+        ways += _smaller_budget(cfg)
+        half = 0
     times = 2 * cfg.parallel.accumulate
-    divides = cfg.data.batch_size % 2 == 0 and not needs_whole_batch(cfg)
+    divides = half and cfg.data.batch_size % 2 == 0 and not needs_whole_batch(cfg)
     if divides and _allows(cfg, parallel=replace(cfg.parallel, accumulate=times)):
         ways.append(
             f"--data.batch-size {half} --parallel.accumulate {times}: the same batch in parts of "
@@ -76,6 +79,17 @@ def lighter(cfg: TrainConfig) -> list[str]:
             "in the backward pass"
         )
     return ways
+
+
+def _smaller_budget(cfg: TrainConfig) -> list[str]:
+    """Return the flags of half a budget of tokens: in two batches a step, or in smaller steps."""
+    half, times = cfg.data.max_tokens_per_batch // 2, 2 * cfg.parallel.accumulate
+    if not _allows(cfg, data=replace(cfg.data, max_tokens_per_batch=half)):
+        return []
+    flag = f"--data.max-tokens-per-batch {half}"
+    if needs_whole_batch(cfg):
+        return [f"{flag}: another run, with half the tokens in each step"]
+    return [f"{flag} --parallel.accumulate {times}: as many tokens a step, in parts of {half}"]
 
 
 def _allows(cfg: TrainConfig, **changes: object) -> bool:

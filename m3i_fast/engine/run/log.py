@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple
 from pathlib import Path
@@ -16,10 +16,12 @@ from torch import Tensor
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.parallel.ranks import World
 from m3i_fast.engine.precision.arithmetic import Arithmetic
+from m3i_fast.engine.run.counted_pictures import CountedPictures
 from m3i_fast.engine.run.telemetry import LogInterval, RunTelemetry
 from m3i_fast.observe.metrics import DeviceMeans, JsonlSink, Sink, TensorBoardSink
 from m3i_fast.observe.sinks.live import expect_live_sinks, open_live_sinks
 from m3i_fast.observe.stages import StageTimer
+from m3i_fast.pipelines.any_shape.batch import AnyBatch
 from m3i_fast.pipelines.storage.shards import BucketReads
 
 _ALWAYS_IN = {False: "loss/total", True: "evaluate/seconds"}  # a row of steps, of an evaluation
@@ -55,6 +57,7 @@ class RunLog:
         self._best = float("nan")
         self._peak_bytes = 0  # before the last time outside of steps
         self._bucket_reads, self._reads_before = bucket_reads, BucketReads()
+        self._counted = CountedPictures(cfg)
 
     def open(self, step: int) -> None:
         """Open the files at `step`, and drop rows of later steps (resume, rollback)."""
@@ -93,6 +96,7 @@ class RunLog:
     def count_from(self, step: int) -> None:
         """Start the interval that throughput is measured over at this step."""
         self._began, self._began_step = time.monotonic(), step
+        self._counted = CountedPictures(self._cfg)
         self._left_out: list[tuple[float, float]] = []
 
     @contextmanager
@@ -121,6 +125,11 @@ class RunLog:
         self.means.add(metrics, skip)
         self.timer.count_step()
 
+    def count(self, batches: Sequence[AnyBatch]) -> None:
+        """Count what a step's batches hold, where their number of samples is not the config's."""
+        if self._cfg.data.any_shape:
+            self._counted.add(batches, self._world.size)
+
     def read(self, step: int) -> dict[str, float]:
         """Return the row of the interval since the last read.
 
@@ -135,6 +144,12 @@ class RunLog:
                 values[name] *= self._world.size
         num_batches = num_steps * self._cfg.parallel.accumulate * self._world.size
         num_images = num_batches * self._cfg.data.batch_size
+        if self._cfg.data.any_shape:
+            num_images = self._counted.num_images
+            tokens = self._tokens_of_ranks()
+            values["batch/images"] = num_images / num_batches
+            values["batch/tokens"] = tokens / num_batches
+            values["throughput/tokens_s"] = tokens / self._seconds_of_steps(now)
         values["throughput/img_s"] = num_images / self._seconds_of_steps(now)
         if self._world.device.type == "cuda":
             values["memory/peak_gib"] = self._highest_bytes() / 2**30
@@ -145,9 +160,14 @@ class RunLog:
                 left_out=tuple(self._left_out),
                 num_images=num_images,
                 progress=step / self._cfg.num_steps,
+                pictures=self._counted.pictures,
             )
             values |= self._telemetry.values(interval)
         return values | self._bucket_values() | self.timer.read()
+
+    def _tokens_of_ranks(self) -> int:
+        """Return the patches of the interval's views, of all ranks."""
+        return sum(self._world.gather(self._counted.num_tokens))
 
     def _seconds_of_steps(self, now: float) -> float:
         return now - self._began - sum(end - began for began, end in self._left_out)

@@ -20,7 +20,9 @@ from dataclasses import dataclass
 
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.flops import Flops
+from m3i_fast.config.models.vit import ViTConfig
 from m3i_fast.costs.gpus import Card
+from m3i_fast.costs.packed_pictures import PackedPictures, expected_pictures
 from m3i_fast.costs.step_flops import step_flops, without_sampling
 from m3i_fast.engine.precision.arithmetic import Arithmetic
 
@@ -49,14 +51,19 @@ def efficiency(
     card: Card | None,
     num_ranks: int = 1,
     progress: float = 0.0,
+    pictures: PackedPictures | None = None,
 ) -> Efficiency:
     """Return the utilisation of a rank that trains so many images a second.
 
-    progress: of the run, 0 to 1. card: None, or the CPU, whose rates are assumed, has no MFU.
+    progress: of the run, 0 to 1. pictures: the rank's views of any shape, whose own patches are
+    counted; None for squares, and for what a budget of tokens is expected to hold. card: None, or
+    the CPU, whose rates are assumed, has no MFU.
     Raises ValueError as `step_flops` does.
     """
-    products = without_sampling(step_flops(cfg, num_ranks=num_ranks, progress=progress))
-    steps_s = images_s / cfg.data.batch_size
+    products = without_sampling(
+        step_flops(cfg, num_ranks=num_ranks, progress=progress, pictures=pictures)
+    )
+    steps_s = images_s / samples_a_batch(cfg, pictures)
     model_flop_s, hardware_flop_s = products.model * steps_s, products.hardware * steps_s
     share = fp8_share(products, arithmetic)
     rate, label, weighted = None, None, None
@@ -73,6 +80,15 @@ def efficiency(
         fp8_share=share,
         mfu_weighted=model_flop_s / weighted if weighted else None,
     )
+
+
+def samples_a_batch(cfg: TrainConfig, pictures: PackedPictures | None = None) -> float:
+    """Return the samples of a rank's batch, of views of any shape on average."""
+    if not cfg.data.any_shape:
+        return cfg.data.batch_size
+    assert isinstance(cfg.vision, ViTConfig)  # any_shape_conflicts
+    pictures = pictures or expected_pictures(cfg.data, cfg.vision.patch_size)
+    return pictures.samples_a_step
 
 
 def fp8_share(products: Flops, arithmetic: Arithmetic) -> float:

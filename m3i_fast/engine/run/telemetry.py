@@ -12,6 +12,7 @@ import torch
 
 from m3i_fast.config import TrainConfig
 from m3i_fast.costs.gpus import Card, card_of
+from m3i_fast.costs.packed_pictures import PackedPictures
 from m3i_fast.engine.parallel.ranks import World
 from m3i_fast.engine.precision.arithmetic import Arithmetic
 from m3i_fast.engine.run.mfu import efficiency, joule_per_image
@@ -33,6 +34,8 @@ class LogInterval:
     """Number of images of all ranks."""
     progress: float
     """Progress of the run, 0 to 1."""
+    pictures: PackedPictures | None = None
+    """This rank's views, where they are of any shape."""
 
     @property
     def seconds_of_steps(self) -> float:
@@ -89,14 +92,17 @@ class RunTelemetry:
     def _efficiency(self, interval: LogInterval, seconds: float) -> dict[str, float]:
         if not self._knows_flops:
             return {}
+        pictures = interval.pictures
+        own = pictures.num_samples if pictures else interval.num_images / self._world.size
         try:
             rates = efficiency(
                 self._cfg,
                 self._arithmetic,
-                images_s=interval.num_images / self._world.size / seconds,
+                images_s=own / seconds,
                 card=self._card,
                 num_ranks=self._world.size,
                 progress=interval.progress,
+                pictures=pictures,
             )
         except (ValueError, FileNotFoundError) as error:  # a teacher of unknown size
             logger.warning("efficiency: not logged: %s", error)

@@ -12,7 +12,7 @@ negatives alone stay those of a rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pkgutil import resolve_name
 from typing import Any
@@ -26,7 +26,12 @@ from m3i_fast.objectives.losses import similarity
 from m3i_fast.objectives.losses.annotations import binary_cross_entropy, known_squares
 from m3i_fast.objectives.losses.regularisers import barlow_twins, koleo, vicreg
 from m3i_fast.objectives.losses.sigreg import LeJepa, SigReg
-from m3i_fast.objectives.losses.similarity import info_nce, negative_cosine_similarity, nt_xent
+from m3i_fast.objectives.losses.similarity import (
+    info_nce,
+    negative_cosine_similarity,
+    nt_xent,
+    sizes_of_ranks,
+)
 from m3i_fast.objectives.losses.stateful import (
     Balanced,
     Centred,
@@ -72,12 +77,24 @@ def category(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFu
 
 def caption(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
     """Build the softmax over the captions of all ranks, in both directions."""
-    return partial(boltzmann, process_group=group, equal_sizes=True)
+    return _of_all_ranks(group)
 
 
 def caption_sigmoid(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
     """Build the sigmoid of every pair of a picture and a caption of all ranks."""
-    return partial(boltzmann, form="sigmoid", process_group=group, equal_sizes=True)
+    return _of_all_ranks(group, form="sigmoid")
+
+
+def _of_all_ranks(group: Group, **fixed: Any) -> LossFunction:
+    """Return `boltzmann` over the rows of all ranks, as many on each or as many as `counts` say."""
+
+    def loss(
+        z_hat: Tensor, z: Tensor, scale: Tensor, *, counts: Sequence[int] = (), **options: Any
+    ) -> Tensor:
+        sizes = sizes_of_ranks(z_hat, z, counts, group)
+        return boltzmann(z_hat, z, scale, process_group=group, **sizes, **options, **fixed)
+
+    return loss
 
 
 def labels(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:

@@ -10,6 +10,9 @@ Legend: N rows or pictures, Q cells, D features, C features of the encoder, K ro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -59,24 +62,42 @@ def expect_temperature(temperature: float) -> None:
         raise ValueError(f"temperature: expected > 0, got {temperature}")
 
 
+def sizes_of_ranks(
+    z_hat: Tensor,  # [N, D]
+    z: Tensor,  # [M, D]
+    counts: Sequence[int],
+    process_group: dist.ProcessGroup | None,
+) -> dict[str, Any]:
+    """Return the argument of `ops.boltzmann` that says how many rows each rank has.
+
+    counts: pictures of each rank, to which its rows and columns are proportional; empty where all
+    ranks have as many.
+    """
+    if process_group is None or not counts:
+        return {"equal_sizes": True}
+    own = counts[dist.get_rank(process_group)]
+    return {"sizes": [(len(z_hat) * count // own, len(z) * count // own) for count in counts]}
+
+
 def info_nce(
     z_hat: Tensor,  # [N, D] any float
     z: Tensor,  # [N, D] any float
     *,
     temperature: float,
     process_group: dist.ProcessGroup | None = None,
+    counts: Sequence[int] = (),
 ) -> Tensor:  # [] fp32
     """Return -mean_n log softmax_m(cos(z_hat_n, z_m) / temperature)_n over the batch's targets m.
 
     InfoNCE, arXiv 1807.03748; MoCo v3 (arXiv 2104.02057, algorithm 1) is 2 temperature times it.
-    With a process group the batch is that of all ranks, of which each has N rows.
+    With a process group the batch is that of all ranks, of which each has N rows, or as many as
+    `counts` say (`sizes_of_ranks`).
     """
     expect_temperature(temperature)
     z_hat, z = (F.normalize(wide(rows), dim=-1) for rows in (z_hat, z))
     scale = z_hat.new_full((), 1 / temperature)
-    return boltzmann(
-        z_hat, z, scale, symmetric=False, process_group=process_group, equal_sizes=True
-    )
+    sizes = sizes_of_ranks(z_hat, z, counts, process_group)
+    return boltzmann(z_hat, z, scale, symmetric=False, process_group=process_group, **sizes)
 
 
 @full_precision

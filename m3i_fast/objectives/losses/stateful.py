@@ -34,7 +34,8 @@ Group = dist.ProcessGroup | None
 class Queued(nn.Module):
     """Compute MoCo's loss, with a queue of the targets of earlier steps as negatives.
 
-    Ranks of a process group have equal numbers of rows, and the queue is the same on all of them.
+    The queue is the same on all ranks of a process group, which have equal numbers of rows, or as
+    many as `counts` say.
     """
 
     queue: Tensor  # [K, E] fp32, unit rows, newest first
@@ -49,21 +50,28 @@ class Queued(nn.Module):
         """Fill the queue with random unit rows."""
         self.queue.copy_(F.normalize(torch.randn_like(self.queue), dim=-1))
 
-    def forward(self, z_hat: Tensor, z: Tensor) -> Tensor:  # [N, E], [N, E] -> []
+    def forward(
+        self, z_hat: Tensor, z: Tensor, *, counts: Sequence[int] = ()
+    ) -> Tensor:  # [N, E], [N, E] -> []
         """Return the loss, and in training put the targets into the queue."""
         value = moco(z_hat, z, self.queue.clone(), temperature=self.temperature)
-        self._remember(z)
+        self._remember(z, counts)
         return value
 
     @torch.no_grad()
-    def _remember(self, z: Tensor) -> None:
+    def _remember(self, z: Tensor, counts: Sequence[int] = ()) -> None:
+        """Put the targets of all ranks into the queue; counts: of each, empty for equal ones."""
         if not self.training:
             return
         newest = F.normalize(z.to(self.queue.dtype), dim=-1)
         if self.group is not None:
-            own = newest.contiguous()
-            newest = own.new_empty(dist.get_world_size(self.group) * len(own), own.shape[1])
+            most = max(counts, default=len(newest))
+            own = F.pad(newest, (0, 0, 0, most - len(newest))).contiguous()
+            newest = own.new_empty(dist.get_world_size(self.group) * most, own.shape[1])
             dist.all_gather_into_tensor(newest, own, group=self.group)
+            if counts:
+                rows = zip(newest.split(most), counts, strict=True)
+                newest = torch.cat([of_rank[:count] for of_rank, count in rows])
         self.queue.copy_(torch.cat([newest, self.queue])[: len(self.queue)])
 
 
@@ -197,8 +205,13 @@ class Prototypes(nn.Module, ABC):
         features: Sequence[Tensor],  # [N, E] of each pair, the student's
         targets: Sequence[SoftTargets],  # of each pair
         prototypes: Tensor,  # [K, E]
+        *,
+        weight: float = 1.0,
     ) -> Tensor:  # []
-        """Return the mean cross-entropy over the rows of all pairs."""
+        """Return the mean cross-entropy over the rows of all pairs, times the weight of the rows.
+
+        weight: other than 1 where ranks have unequal numbers of rows.
+        """
         calls: dict[int, list[int]] = {}
         for place, of_pair in enumerate(targets):
             calls.setdefault(id(of_pair.column_log_scale), []).append(place)
@@ -211,7 +224,8 @@ class Prototypes(nn.Module, ABC):
             )
             value = self_distillation(rows, prototypes, of_rows, temperature=self.temperature)
             values.append(value if len(rows) == num_rows else len(rows) / num_rows * value)
-        return sum(values[1:], start=values[0])
+        mean = sum(values[1:], start=values[0])
+        return mean if weight == 1.0 else weight * mean
 
 
 def _stacked(rows: Sequence[Tensor]) -> Tensor:  # [N, E] each -> [sum of N, E]
@@ -297,7 +311,12 @@ class MeanEntropy(Prototypes):
         ]
 
     def forward(
-        self, features: Sequence[Tensor], targets: Sequence[SoftTargets], prototypes: Tensor
+        self,
+        features: Sequence[Tensor],
+        targets: Sequence[SoftTargets],
+        prototypes: Tensor,
+        *,
+        weight: float = 1.0,
     ) -> Tensor:
         """Return the mean cross-entropy, plus the mean assignment's distance from an even one."""
         spread = mean_entropy(
@@ -306,4 +325,5 @@ class MeanEntropy(Prototypes):
             temperature=self.temperature,
             process_group=self.group,
         )
-        return super().forward(features, targets, prototypes) + self.WEIGHT * spread
+        entropy = super().forward(features, targets, prototypes, weight=weight)
+        return entropy + self.WEIGHT * spread

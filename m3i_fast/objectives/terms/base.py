@@ -6,12 +6,14 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from m3i_fast.config.columns import ColumnConfig
+from m3i_fast.config.losses import LOSSES
 from m3i_fast.config.models.text import TextConfig
 from m3i_fast.config.models.vision import VisionConfig
 from m3i_fast.config.objective import ObjectiveConfig, Term
@@ -83,6 +85,21 @@ class TermModule(nn.Module, ABC):
         Labels count rows with a target, dense terms the images they predict from, the others all
         images. monitor: logs the term's monitors; None on steps that are not logged.
         """
+
+    def weigh(self, value: Tensor, step: StepContext) -> Tensor:  # [] -> []
+        """Return the term's loss times the batch's weight in its step (`BatchWeight`)."""
+        over_ranks = LOSSES[self.term.loss_key].over_ranks
+        return weighted(step.weight.all_rows if over_ranks else step.weight.own_rows, value)
+
+    def counts(self, step: StepContext) -> dict[str, Any]:
+        """Return the argument `counts` for a loss that takes it, where ranks have unequal ones."""
+        takes_counts = step.weight.counts and LOSSES[self.term.loss_key].takes_counts
+        return {"counts": step.weight.counts} if takes_counts else {}
+
+
+def weighted(weight: Tensor | float, value: Tensor) -> Tensor:  # [], [] -> []
+    """Return weight * value, the value itself for a weight of 1."""
+    return value if isinstance(weight, float) and weight == 1.0 else weight * value
 
 
 def momentum_copy(module: nn.Module, sizes: Sizes) -> nn.Module:

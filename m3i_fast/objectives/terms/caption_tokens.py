@@ -9,8 +9,8 @@ from m3i_fast.config.objective import ObjectiveConfig, Term
 from m3i_fast.models.transformer.layers import INIT_STD
 from m3i_fast.models.transformer.text_decoder import TextDecoder
 from m3i_fast.objectives.step_context import Monitor, StepContext
-from m3i_fast.objectives.terms.base import Sizes
-from m3i_fast.objectives.terms.labels import Annotation, accuracy, weighted
+from m3i_fast.objectives.terms.base import Sizes, weighted
+from m3i_fast.objectives.terms.labels import Annotation, accuracy
 from m3i_fast.ops import IGNORED
 
 

@@ -14,8 +14,8 @@ from m3i_fast.config.objective import ObjectiveConfig, Term
 from m3i_fast.objectives.heads import GlobalHead
 from m3i_fast.objectives.row_statistics import wide
 from m3i_fast.objectives.step_context import Monitor, StepContext
-from m3i_fast.objectives.terms.base import Sizes
-from m3i_fast.objectives.terms.labels import Annotation, weighted
+from m3i_fast.objectives.terms.base import Sizes, weighted
+from m3i_fast.objectives.terms.labels import Annotation
 
 
 class Labels(Annotation):

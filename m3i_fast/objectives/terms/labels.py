@@ -19,7 +19,7 @@ from m3i_fast.objectives.row_statistics import (
     wide,
 )
 from m3i_fast.objectives.step_context import Monitor, StepContext
-from m3i_fast.objectives.terms.base import Sizes, TermModule
+from m3i_fast.objectives.terms.base import Sizes, TermModule, weighted
 from m3i_fast.objectives.terms.reversal import Reversal
 from m3i_fast.ops import IGNORED
 
@@ -176,11 +176,6 @@ def accuracy(rows: Tensor, classes: Tensor, targets: Tensor) -> Tensor:
     return (best == targets).sum() / (targets != IGNORED).sum().clamp_min(1)
 
 
-def weighted(weight: Tensor | float, value: Tensor) -> Tensor:  # [], [] -> []
-    """Return weight * value, the value itself for a weight of 1."""
-    return value if isinstance(weight, float) and weight == 1.0 else weight * value
-
-
 @full_precision
 def _products(rows: Tensor, columns: Tensor, scale: Tensor) -> Tensor:  # [N, E], [K, E] -> [N, K]
     """Return the scaled cosines of rows of unit length, which autocast would round."""
@@ -227,6 +222,7 @@ class Caption(Label):
         members, values = row_ids != IGNORED, []
         for weight, rows in step.weighted_rows():
             ids_of = {"row_ids": row_ids[rows], "col_ids": ids}
-            value = self.loss(z_hat[rows], z, scale, bias=self.bias, **ids_of)
+            options = {**ids_of, **self.counts(step)}
+            value = self.loss(z_hat[rows], z, scale, bias=self.bias, **options)
             values.append(weighted(weight * self._share(members[rows]), value))
         return sum(values[1:], start=values[0]), members.sum()

@@ -56,7 +56,7 @@ class Embedding(TermModule):
         for (of, _), z in zip(pairs, targets, strict=True):
             z_hat = self.predictor(projected[of])
             log_spread(monitor, self.term.name, z_hat=z_hat, z=z)
-            values.append(self.loss(z_hat, z))
+            values.append(self.loss(z_hat, z, **self.counts(step)))
         return torch.stack(values).mean(), len(step.mix.sample)
 
     def _target(self, step: StepContext, projected: Mapping[int, Tensor], view: int) -> Tensor:
@@ -108,7 +108,9 @@ class PrototypeTerm(TermModule):
                 elif number != view or self.term.view == "same":
                     predictions.append(z_hat)
                     targets.append(z)
-        return self.loss(predictions, targets, prototypes), len(step.mix.sample)
+        own = step.weight.own_rows
+        weight = {} if own == 1.0 else {"weight": own}
+        return self.loss(predictions, targets, prototypes, **weight), len(step.mix.sample)
 
     @torch.no_grad()
     def _target_rows(

@@ -97,10 +97,12 @@ class TrainingBar(Progress):
 
 
 def figures_of(row: Mapping[str, float]) -> list[str]:
-    """Return what the bar says of a row: images a second, loss, accuracy, wait for the loader."""
+    """Return what the bar says of a row: images and tokens a second, loss, accuracy, the loader."""
     told = []
     if "throughput/img_s" in row:
         told.append(f"{row['throughput/img_s']:,.0f} img/s")
+        if "throughput/tokens_s" in row:
+            told.append(f"{row['throughput/tokens_s']:,.0f} tokens/s")
         loss = row.get("loss/total", math.nan)  # none where all steps were skipped
         told.append(f"loss {loss:.3f}")
     if "evaluate/knn_top1" in row:

@@ -28,6 +28,7 @@ _UNITS = (
     ("_percent", "_ratio", 1e-2),
     ("tflop_s", "flops_per_second", 1e12),
     ("img_s", "images_per_second", 1.0),
+    ("tokens_s", "tokens_per_second", 1.0),
     ("joule_per_image", "joules_per_image", 1.0),
     ("wait_s", "wait_seconds", 1.0),
     ("_w", "_watts", 1.0),

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from m3i_fast.benchmarks.core.random_batch import draw_any_batch
 from m3i_fast.benchmarks.training import explain_step, step
 from m3i_fast.config import TrainConfig
+from m3i_fast.config.flops import Flops
 from m3i_fast.config.models.vit import vit_demo
 from m3i_fast.costs.gemm_shapes import gemm_shapes
+from m3i_fast.costs.packed_pictures import PackedPictures
+from m3i_fast.costs.step_flops import step_flops
 from m3i_fast.engine.precision.arithmetic import capabilities_of, resolve_precision
 from m3i_fast.objectives.step_context import no_stage
+from m3i_fast.pipelines.any_shape.batch import PackedBatch
 from m3i_fast.recipes import recipes
+from tests.shared.engine.packed_run import packed_run
 
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -48,6 +56,20 @@ def test_the_stages_have_the_flops_that_torch_counts(recipe: TrainConfig) -> Non
         take()
     assert figures["gflop"] == pytest.approx(counter.get_total_flops() / 1e9, rel=1e-6)
     assert figures["gflop_s"] == pytest.approx(1e3 * figures["gflop"] / figures["step_ms"])
+
+
+def test_views_of_any_shape_are_one_batch_of_their_budget() -> None:
+    made = packed_run(Path("nowhere"), "dino", device="cpu")
+    figures = explain_step.explain(
+        explain_step.with_batch(made, batch_size=2, device="cpu"), num_samples=1
+    )
+    batch = draw_any_batch(made)
+    assert isinstance(batch, PackedBatch) and figures["batch_size"] == batch.batch_size > 2
+    lengths = tuple(Counter(batch.lengths(view)) for view in range(len(batch.patches)))
+    pictures = PackedPictures(num_steps=1, num_samples=batch.batch_size, lengths=lengths)
+    counted = sum(step_flops(made, pictures=pictures).values(), start=Flops()).hardware
+    # Boltzmann's kernels are not counted, and attention of each length by itself is.
+    assert figures["gflop"] == pytest.approx(counted / 1e9, rel=0.1)
 
 
 def test_the_times_of_a_stage_add_up_to_it(recipe: TrainConfig) -> None:

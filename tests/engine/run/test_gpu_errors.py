@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from m3i_fast.config import TrainConfig
+from m3i_fast.config import ParallelConfig, TrainConfig
+from m3i_fast.engine.parallel.accumulation import expect_additive
 from m3i_fast.engine.run.gpu_errors import explained_gpu_errors, lighter
 from m3i_fast.flags import read_flags
 from m3i_fast.objectives.methods import METHODS
 from m3i_fast.recipes import demo, demo_method, recipes
+from tests.shared.engine.packed_run import packed_run
 
 NO_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 80 GiB"
 FLAGS = re.compile(r"((?:--\S+(?: [^-\s]\S*| -1)? ?)+):")
@@ -65,3 +67,22 @@ def test_any_other_error_stays_as_it_is(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError) as raised, explained_gpu_errors(demo(), tmp_path):
         raise error
     assert raised.value is error
+
+
+def test_a_budget_of_tokens_is_halved() -> None:
+    cfg = packed_run(Path("nowhere"), "supervised")
+    half = cfg.data.max_tokens_per_batch // 2
+    ways = lighter(cfg)
+    assert ways[0] == (
+        f"--data.max-tokens-per-batch {half} --parallel.accumulate 2: as many tokens a step, in "
+        f"parts of {half}"
+    )
+    assert not any("batch-size" in way or "chunk" in way for way in ways)
+    (way, *_) = lighter(packed_run(Path("nowhere"), "clip"))
+    assert way.startswith(f"--data.max-tokens-per-batch {half}: another run")
+
+
+def test_a_budget_that_cannot_be_added_up_asks_for_a_smaller_one(tmp_path: Path) -> None:
+    cfg = packed_run(tmp_path, "clip", parallel=ParallelConfig(accumulate=2))
+    with pytest.raises(ValueError, match=r"set a smaller --data\.max-tokens-per-batch"):
+        expect_additive(cfg, torch.nn.Identity())

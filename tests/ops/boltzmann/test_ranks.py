@@ -66,6 +66,12 @@ def work(rank: int, ranks: int, folder: Path) -> None:
             counts = split(case.rows, ranks, sizes), split(case.columns, ranks, sizes)
             for dtype in (FP32, FP64):
                 results[name, sizes, dtype] = call(rank, counts, case, dtype, dist.group.WORLD)
+        for sizes in () if divides(case, ranks) else ROWS:
+            counts = split(case.rows, ranks, sizes), split(case.columns, ranks, sizes)
+            told = list(zip(*counts, strict=True))
+            results[name, f"{sizes}, told", FP64] = call(
+                rank, counts, case, FP64, dist.group.WORLD, sizes=told
+            )
         if divides(case, ranks):
             counts = [case.rows // ranks] * ranks, [case.columns // ranks] * ranks
             with patch.object(Ring, "is_settled", lambda *_: False):  # as on a GPU
@@ -94,7 +100,8 @@ def test_ranks_equal_one_process(ranks: int, tmp_path: Path) -> None:
     mp.start_processes(work, (ranks, tmp_path), nprocs=ranks, start_method="spawn")
     of_ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
     num_asked = len(CASES) * (len(ROWS) if ranks > 1 else 1) * 2
-    assert len(of_ranks[0]) == num_asked + sum(divides(case, ranks) for case in CASES.values())
+    num_told = sum(1 if divides(case, ranks) else len(ROWS) for case in CASES.values())
+    assert len(of_ranks[0]) == num_asked + num_told
     for key in of_ranks[0]:
         name, sizes, dtype = key
         expected = make(CASES[name], FP64).run(boltzmann, dtype)
@@ -144,17 +151,21 @@ def count_gathers(rank: int, folder: Path) -> None:
     store = dist.FileStore(str(folder / "store"), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     rows, one = torch.randn(3, 4, requires_grad=True), torch.tensor(1.0)
-    for equal_sizes, expected in ((False, 1), (True, 0)):
+    told = {"sizes": [(3, 3), (3, 3)]}
+    for given, expected in (({}, 1), ({"equal_sizes": True}, 0), (told, 0)):
         for form in ("softmax", "sigmoid"):
-            options = {"form": form, "equal_sizes": equal_sizes}
+            options: dict[str, Any] = {"form": form, **given}
             with Gathers() as gathers:
                 boltzmann(rows, rows, one, process_group=dist.group.WORLD, **options).backward()
             assert gathers.num_integers == expected
+    for wrong in ([(3, 3)], [(2, 3), (2, 3)]):
+        with pytest.raises(ValueError, match=r"sizes: expected those of 2 ranks, \(3, 3\) of rank"):
+            boltzmann(rows, rows, one, process_group=dist.group.WORLD, sizes=wrong)
     dist.barrier()  # a rank that leaves while the other still reads has ended in gloo's SIGABRT
     dist.destroy_process_group()
 
 
-def test_equal_sizes_are_not_asked_for(tmp_path: Path) -> None:
+def test_known_sizes_are_not_asked_for(tmp_path: Path) -> None:
     mp.start_processes(count_gathers, (tmp_path,), nprocs=2, start_method="spawn")
 
 

@@ -47,6 +47,7 @@ def test_batches_are_the_same_on_any_ranks(ranks: int, accumulate: int) -> None:
     whole = [one.positions(5, 0, batch) for batch in range(8)]
     parts = [split.positions(5, m % ranks, m // ranks) for m in range(8)]
     assert all(np.array_equal(a, b) for a, b in zip(whole, parts, strict=True))
+    assert one.counts(5) == split.counts(5) == tuple(map(len, whole))
 
 
 def test_a_run_resumes_where_a_step_ended() -> None:

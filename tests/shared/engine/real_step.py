@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import torch
 
-from m3i_fast.benchmarks.core.random_batch import draw_batch
+from m3i_fast.benchmarks.core.random_batch import draw_any_batch
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.parallel.ranks import World
 from m3i_fast.engine.precision.arithmetic import Arithmetic
@@ -26,7 +26,7 @@ def stepper(cfg: TrainConfig, *, arithmetic: Arithmetic = FP32) -> Callable[[], 
     """
     cfg = replace(cfg, compile=False, cuda_graphs="none")
     train_step = build_train_step(cfg, World(torch.device("cpu")), arithmetic)
-    batch = draw_batch(cfg)
+    batch = draw_any_batch(cfg)
 
     def step() -> None:
         with patch("m3i_fast.engine.train_step.fast_cpu_products", lambda *_: nullcontext()):

@@ -1,0 +1,90 @@
+"""How many patches the views of any shape of a step have: those of a run's log, or those expected.
+
+Legend: V views of a sample, global ones first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from m3i_fast.config.data import LoaderConfig
+from m3i_fast.config.flops import Flops
+from m3i_fast.config.models.vit import ViTConfig
+from m3i_fast.costs.encoder_flops import vit_packed
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedPictures:
+    """Hold the views of one rank's steps, by their patches."""
+
+    num_steps: float
+    """Steps of one batch each, that the views are of."""
+    num_samples: int
+    """Samples of these steps."""
+    lengths: tuple[Counter[int], ...]  # V
+    """How many views have so many patches, of each of a sample's views."""
+
+    @property
+    def samples_a_step(self) -> float:
+        """Return the samples of a step, on average."""
+        return self.num_samples / self.num_steps
+
+    @property
+    def tokens_a_step(self) -> float:
+        """Return the patches of a step, of all views, on average."""
+        return sum(map(num_tokens, self.lengths)) / self.num_steps
+
+    def encode(self, vision: ViTConfig, views: Iterable[int]) -> Flops:
+        """Count one step's pass of an encoder over these views."""
+        total: Counter[int] = Counter()
+        for view in views:
+            total += self.lengths[view]
+        return vit_packed(vision, total).scaled(1 / self.num_steps)
+
+    def tokens_of(self, views: Iterable[int], num_prefix: int) -> int:
+        """Return the tokens of a step's pass over these views, with the prefix of each."""
+        chosen = [self.lengths[view] for view in views]
+        tokens = sum(num_tokens(each) + num_prefix * each.total() for each in chosen)
+        return round(tokens / self.num_steps)
+
+
+def num_tokens(lengths: Counter[int]) -> int:
+    """Return the patches of all pictures."""
+    return sum(length * count for length, count in lengths.items())
+
+
+def expected_pictures(data: LoaderConfig, patch_size: int) -> PackedPictures:
+    """Return the views of steps that are full, each of a size as likely as every other.
+
+    A view is counted with all patches that it may have: rounding to whole rows and columns leaves
+    about a tenth of them out.
+    """
+    sides = _sides(data, patch_size)
+    num_samples = math.lcm(*(high - low + 1 for low, high in sides))
+    lengths = []
+    for low, high in sides:
+        each = num_samples // (high - low + 1)
+        lengths.append(Counter({side**2: each for side in range(low, high + 1)}))
+    tokens = sum(map(num_tokens, lengths))
+    return PackedPictures(
+        num_steps=tokens / data.max_tokens_per_batch,
+        num_samples=num_samples,
+        lengths=tuple(lengths),
+    )
+
+
+def most_samples(data: LoaderConfig, patch_size: int) -> int:
+    """Return the samples that a batch has at most: of the smallest views alone."""
+    least = sum(low**2 for low, _ in _sides(data, patch_size))
+    return data.max_tokens_per_batch // least
+
+
+def _sides(data: LoaderConfig, patch_size: int) -> Sequence[tuple[int, int]]:
+    of_global, of_local = data.patch_sides(patch_size)
+    sides = [of_global] * data.global_views.count
+    if data.local_views is not None and of_local is not None:
+        sides += [of_local] * data.local_views.count
+    return sides

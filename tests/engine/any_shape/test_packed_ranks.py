@@ -1,0 +1,103 @@
+"""Ranks and accumulated batches of unequal numbers of pictures equal one process with all of them.
+
+In fp64, so that only rounding is left of the order of sums.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from tests.engine.any_shape.packed_work import Case, run, work
+from tests.shared.engine.packed_run import packed_run
+
+# Labels, captions by softmax and by sigmoid, InfoNCE with a batch norm, a centre, rows of one rank,
+# statistics of both views, and their running correlation.
+METHODS = (
+    *("supervised", "clip", "siglip", "moco_v3", "dino", "byol", "barlow_twins", "vicreg"),
+    "unigrad",
+)
+
+PROTOTYPES = "sinkhorn", "joint_sinkhorn", "mean_entropy"
+
+
+def _regularised(dataset: Path, name: str, regulariser: str) -> Case:
+    """A method with another regulariser, of which no method without masks is."""
+    cfg = packed_run(dataset, name)
+    (term,) = cfg.objective.terms
+    term = replace(term, regulariser=regulariser, symmetric=regulariser != "queue")
+    return Case(regulariser, replace(cfg, objective=replace(cfg.objective, terms=(term,))))
+
+
+def _cases(dataset: Path) -> dict[int, list[Case]]:
+    """By the number of ranks."""
+
+    def of(name: str) -> Case:
+        return Case(name, packed_run(dataset, name))
+
+    supervised = packed_run(dataset, "supervised")
+    return {
+        2: [
+            *map(of, METHODS),
+            _regularised(dataset, "moco_v3", "queue"),
+            *(_regularised(dataset, "dino", name) for name in PROTOTYPES),
+            Case("accumulated", supervised, accumulate=2, all_labelled=True),
+            Case("sharded", supervised, accumulate=2, shard=-1, all_labelled=True),
+            Case("dino, sharded", packed_run(dataset, "dino"), shard=-1),
+        ],
+        4: [of("clip"), of("dino"), of("supervised"), of("moco_v3")],
+    }
+
+
+def _ranks(dataset: Path, folder: Path, num_ranks: int) -> Path:
+    cases = _cases(dataset)[num_ranks]
+    mp.start_processes(work, (cases, num_ranks, folder), nprocs=num_ranks, start_method="spawn")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _ranks(dataset, tmp_path_factory.mktemp("two"), 2)
+
+
+@pytest.fixture(scope="module")
+def four(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _ranks(dataset, tmp_path_factory.mktemp("four"), 4)
+
+
+def _hold(case: Case, ranks: Path, num_ranks: int, out: Path) -> None:
+    expected = run(case, num_ranks, out, None)
+    for rank in range(num_ranks):
+        found = torch.load(ranks / f"{case.name}-{rank}.pt", weights_only=True)
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            if name.endswith("num_batches_tracked"):
+                continue
+            torch.testing.assert_close(
+                found[name], value, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+@pytest.mark.parametrize("number", range(len(METHODS) + 7))
+def test_two_ranks_equal_one(number: int, two: Path, dataset: Path, tmp_path: Path) -> None:
+    _hold(_cases(dataset)[2][number], two, 2, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(4))
+def test_four_ranks_equal_one(number: int, four: Path, dataset: Path, tmp_path: Path) -> None:
+    _hold(_cases(dataset)[4][number], four, 4, tmp_path)
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_accumulated_batches_equal_one(number: int, dataset: Path, tmp_path: Path) -> None:
+    cfg = packed_run(dataset, "supervised")
+    case = Case("accumulated", cfg, accumulate=number, all_labelled=True)
+    found = run(case, 1, tmp_path / "parts", 0)
+    expected = run(case, 1, tmp_path / "whole", None)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-10, msg=name)
