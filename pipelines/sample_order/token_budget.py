@@ -138,16 +138,20 @@ class TokenBudget:
         return self.num_ranks * self.accumulate
 
     def ends(self, start: int) -> Integers:  # [M + 1]
-        """Return the first position of each batch of the step that begins at a position.
+        """Return how many samples of the run precede each batch of the step that begins there.
 
-        The last is the position at which the next step begins. Of batches that are not dealt.
-        Raises ValueError for a negative start.
+        These are the first positions of batches that are not dealt. The last is the position at
+        which the next step begins. Raises ValueError for a negative start.
         """
         if start < 0:
             raise ValueError(f"start: expected 0 or more, got {start}")
         num_batches = self._num_batches
         asked = np.arange(start, start + num_batches * self.most_samples + 1)
-        before = np.concatenate([[0], self.most_tokens(asked).sum(1).cumsum()])
+        tokens = self.most_tokens(asked).sum(1)
+        if self.dealt:
+            fits = tokens[:-1].reshape(-1, num_batches).cumsum(0) <= self.tokens
+            return start + int(fits.all(1).sum()) * np.arange(num_batches + 1)
+        before = np.concatenate([[0], tokens.cumsum()])
         ends = [0]
         for _ in range(num_batches):
             full = before[ends[-1]] + self.tokens
@@ -159,14 +163,7 @@ class TokenBudget:
 
         Raises ValueError for a negative start.
         """
-        if not self.dealt:
-            return int(self.ends(start)[-1])
-        if start < 0:
-            raise ValueError(f"start: expected 0 or more, got {start}")
-        asked = np.arange(start, start + self._num_batches * self.most_samples)
-        tokens = self.most_tokens(asked).sum(1).reshape(-1, self._num_batches)
-        fits = (tokens.cumsum(0) <= self.tokens).all(1)
-        return start + self._num_batches * int(fits.sum())
+        return int(self.ends(start)[-1])
 
     def counts(self, start: int) -> tuple[int, ...]:  # M
         """Return how many samples each batch of the step has that begins at a position.
@@ -187,9 +184,8 @@ class TokenBudget:
         ):
             if not 0 <= value < limit:
                 raise ValueError(f"{name}: expected 0 to {limit - 1}, got {value}")
-        number = batch * self.num_ranks + rank
+        ends, number = self.ends(start), batch * self.num_ranks + rank
         if self.dealt:
             first = start + (number - start) % self._num_batches
-            return np.arange(first, self.next_start(start), self._num_batches)
-        ends = self.ends(start)
+            return np.arange(first, ends[-1], self._num_batches)
         return np.arange(ends[number], ends[number + 1])

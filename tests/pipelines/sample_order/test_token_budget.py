@@ -112,6 +112,7 @@ def test_dealt_batches_have_a_residue_each_and_no_position_is_left() -> None:
         end = layout.next_start(start)
         batches = [layout.positions(start, m % 3, m // 3) for m in range(6)]
         assert len({len(batch) for batch in batches}) == 1
+        assert np.diff(layout.ends(start)).tolist() == [len(batch) for batch in batches]
         for m, batch in enumerate(batches):
             assert (batch % 6 == m).all() and (batch % 3 == m % 3).all()
         assert np.array_equal(np.sort(np.concatenate(batches)), np.arange(start, end))
