@@ -14,6 +14,8 @@ from m3i_fast.profiling.summary import read_summary
 from m3i_fast.recipes import recipes, shrink
 from tests.shared.engine.small_run import TEXT
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def runs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -49,7 +51,6 @@ def test_a_page_has_curves_of_tokens(runs: Path) -> None:
     assert "training takes each at the aspect of its region" in page
 
 
-@pytest.mark.slow
 def test_a_profile_is_of_packed_steps(runs: Path, tmp_path: Path) -> None:
     config, out = str(runs / "any_shape_vit_b.json"), str(tmp_path / "profile")
     flags = ["--out", out, "--profiler", "torch", "--warmup", "1", "--steps", "2"]

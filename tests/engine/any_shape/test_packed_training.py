@@ -23,6 +23,7 @@ from m3i_fast.engine.run.open_loader import open_loader
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.observe.metrics import read_jsonl
 from m3i_fast.pipelines.any_shape.batch import PackedBatch, step_counts
+from m3i_fast.planning.step_memory import trace
 from m3i_fast.recipes import demo
 from tests.shared.engine.packed_run import (
     in_double,
@@ -99,6 +100,20 @@ def test_squares_train_as_squares_in_single_precision(dataset: Path, tmp_path: P
     got = trained(packed, tmp_path / "packed", double=False)
     for key, value in expected.items():
         torch.testing.assert_close(got[key], value, rtol=1e-5, atol=1e-5, msg=key)
+
+
+def test_a_frozen_run_teaches_views_of_any_shape(dataset: Path, tmp_path: Path) -> None:
+    teacher = tmp_path / "teacher"
+    Trainer(replace(packed_run(dataset, "supervised"), num_steps=1), teacher).train()
+    cfg = packed_run(dataset, "global_distillation")
+    cfg = replace(cfg, objective=replace(cfg.objective, teacher=str(teacher)))
+    squares, packed = of_squares(cfg, 8)
+    expected = trained(squares, tmp_path / "squares", double=False)
+    got = trained(packed, tmp_path / "packed", double=False)
+    for key, value in expected.items():
+        torch.testing.assert_close(got[key], value, rtol=1e-5, atol=1e-5, msg=key)
+    assert trace(cfg, bf16=False, cuda=False).held
+    assert step_flops(cfg)["target encoder"].forward > 0
 
 
 def test_a_run_logs_what_its_batches_held(dataset: Path, tmp_path: Path) -> None:
