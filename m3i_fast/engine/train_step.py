@@ -154,6 +154,7 @@ class TrainStep:
     def __call__(self, *batches: AnyBatch, monitor: bool = False) -> dict[str, Tensor]:
         """Take one step without a host synchronisation and return its metrics, [] each.
 
+        Before the few steps in which a basis of PHI-S is renewed the host waits for the device.
         batches: `parallel.accumulate` of them, of squares or of views of any shape. monitor: also
         compute the collapse monitors. Afterwards `guard.skip` is 1 if the step was skipped.
         """

@@ -14,7 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from m3i_fast.costs.step_flops import step_flops, without_sampling
 from m3i_fast.objectives.mixing import Mix
-from m3i_fast.planning.step_memory import build_on_meta, draw_first_mix, empty_batch
+from m3i_fast.planning.step_memory import (
+    build_on_meta,
+    draw_first_mix,
+    empty_batch,
+    largest_batch,
+)
 from m3i_fast.recipes import recipes
 from tests.shared.flop_formulas import FORMULAS
 
@@ -35,7 +40,8 @@ class AsIfSo(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_recipe_at_its_full_size(name: str) -> None:
-    cfg = replace(recipes()[name](), compile=False)
+    # Of views of any shape the largest batch, whose squares are a case of it.
+    cfg = replace(largest_batch(recipes()[name]()), compile=False)
     mix, objective = draw_first_mix(cfg), build_on_meta(cfg).train()
     with FakeTensorMode() as fake:
         objective._apply(lambda t: torch.empty(t.shape, dtype=t.dtype))

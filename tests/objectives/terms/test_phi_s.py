@@ -22,6 +22,7 @@ from m3i_fast.objectives.phi_s import (
     read_statistics,
     write_statistics,
 )
+from m3i_fast.recipes import demo_method
 from tests.shared.small_objective import (
     NUM_CLASSES,
     TEXT,
@@ -232,3 +233,8 @@ def test_what_it_is_for() -> None:
         replace(momentum, standardise="phi_s")
     with pytest.raises(ValueError, match=r"statistics: expected none with standardise running"):
         replace(CELLS, standardise="running", statistics="file")
+    cfg = demo_method("radio")
+    with pytest.raises(
+        ValueError, match=r"objective.terms: expected a file of statistics for phi_s"
+    ):
+        replace(cfg, cuda_graphs="step", optim=replace(cfg.optim, matrices="adamw"))
