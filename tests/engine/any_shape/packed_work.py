@@ -80,3 +80,12 @@ def work(rank: int, cases: list[Case], num_ranks: int, folder: Path) -> None:
     for case in cases:
         torch.save(run(case, num_ranks, folder, rank), folder / f"{case.name}-{rank}.pt")
     dist.destroy_process_group()
+
+
+def train(rank: int, cfg: TrainConfig, num_ranks: int, folder: Path) -> None:
+    """One of `num_ranks` processes of a whole run, which reads its own batches."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), num_ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks)
+    Trainer(cfg, folder / "run").train()
+    dist.destroy_process_group()

@@ -12,7 +12,10 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from tests.engine.any_shape.packed_work import Case, run, work
+from m3i_fast.config.parallel import ParallelConfig
+from m3i_fast.engine.trainer import Trainer
+from m3i_fast.observe.metrics import read_jsonl
+from tests.engine.any_shape.packed_work import Case, run, train, work
 from tests.shared.engine.packed_run import packed_run
 
 # Labels, captions, InfoNCE with a batch norm, a centre.
@@ -114,3 +117,28 @@ def test_accumulated_batches_equal_one(number: int, dataset: Path, tmp_path: Pat
     expected = run(case, 1, tmp_path / "whole", None)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-10, msg=name)
+
+
+@pytest.mark.slow
+def test_a_run_of_two_ranks_is_that_of_two_batches_and_goes_on_as_it(
+    dataset: Path, tmp_path: Path
+) -> None:
+    """Loader, log and checkpoints included: the second half is taken by one rank."""
+    cfg = replace(packed_run(dataset, "supervised", checkpoint_every=3), num_steps=3)
+    mp.start_processes(train, (cfg, 2, tmp_path), nprocs=2, start_method="spawn")
+    alone = replace(cfg, num_steps=6, parallel=ParallelConfig(accumulate=2))
+    Trainer(alone, tmp_path / "alone").train()
+    first = read_jsonl(tmp_path / "run" / "metrics.jsonl")[-1]
+    Trainer(replace(alone, num_steps=3), tmp_path / "three").train()
+    expected = read_jsonl(tmp_path / "three" / "metrics.jsonl")[-1]
+    for name in ("batch/images", "batch/tokens", "members/category", "loss/total"):
+        assert first[name] == pytest.approx(expected[name], rel=1e-5), name
+    resumed = Trainer(alone, tmp_path / "run", resume=True, new_num_steps=True)
+    samples = resumed.train_step.samples_taken
+    assert (resumed.step, samples) == (3, round(3 * 2 * first["batch/images"]))
+    resumed.train()
+    last = read_jsonl(tmp_path / "run" / "metrics.jsonl")[-1]
+    whole = read_jsonl(tmp_path / "alone" / "metrics.jsonl")[-1]
+    assert last["step"] == whole["step"] == 6
+    assert last["batch/images"] == whole["batch/images"] != first["batch/images"]
+    assert last["batch/tokens"] == whole["batch/tokens"]
