@@ -99,9 +99,6 @@ class BatchesOfRun(ABC, Generic[AnyBatch]):
         self._skipped = SkippedSamples(skipped_file, rank)
         self._rows: TrainingRows | None = None
         self._backend: Backend | None = None
-        self.features: Mapping[str, Features] = {}
-        """What frozen encoders gave of every row of the table, which each batch is given its part
-        of, by `Batch.features`."""
 
     @property
     def described(self) -> Manifest | MixedData:
@@ -317,6 +314,9 @@ class Loader(BatchesOfRun[Batch]):
             skipped_file=skipped_file,
             opened=opened,
         )
+        self.features: Mapping[str, Features] = {}
+        """What frozen encoders gave of every row of the table, which each batch is given its part
+        of, by `Batch.features`."""
         self._expect_batch_size()
 
     @property
@@ -391,8 +391,7 @@ class Loader(BatchesOfRun[Batch]):
             for _ in range(0, len(good), self.cfg.batch_size):
                 yield _to_batch(next(made), self._open, 1, self._device_id)
         except SampleError as error:
-            command = f"m3i-fast data verify --decode {shlex.quote(place_of(self.cfg.path))}"
-            raise RuntimeError(f"{error}; check the files with: {command}") from error
+            raise _with_command(error, self.cfg.path) from error
         finally:
             made.close()
             self._open.shards.expect_no_more()
@@ -469,8 +468,7 @@ def evaluation_batches(
                 except StopIteration:
                     return
                 except SampleError as error:
-                    command = f"m3i-fast data verify --decode {shlex.quote(place_of(path))}"
-                    raise RuntimeError(f"{error}; check the files with: {command}") from error
+                    raise _with_command(error, path) from error
                 yield batch
         finally:
             if made is not None:
@@ -478,6 +476,12 @@ def evaluation_batches(
             opened.shards.close()
 
     return batches()
+
+
+def _with_command(error: SampleError, path: Path) -> RuntimeError:
+    """Return the error of a corrupt sample, with the command that reads all of its data set."""
+    command = f"m3i-fast data verify --decode {shlex.quote(place_of(path))}"
+    return RuntimeError(f"{error}; check the files with: {command}")
 
 
 def _wrong_row(rows: BatchRows, index: int, opened: OpenSplit) -> SampleError:

@@ -23,6 +23,7 @@ from m3i_fast.engine.guard.guard import not_finite
 from m3i_fast.engine.guard.skipped_steps import SkippedSteps
 from m3i_fast.engine.initial_weights import INIT_FILE, begin_from_weights
 from m3i_fast.engine.live_evaluation import LiveEvaluation, UnreadableRowsError
+from m3i_fast.engine.open_loader import open_loader
 from m3i_fast.engine.parallel.ranks import StopFlag, join_world, leave_world
 from m3i_fast.engine.parallel.watchdog import A_STEP, INIT_MINUTES, Watchdog
 from m3i_fast.engine.precision.arithmetic import (
@@ -36,7 +37,6 @@ from m3i_fast.engine.run.data_fields import expect_data, take_data_fields
 from m3i_fast.engine.run.data_record import DataRecord, record_data
 from m3i_fast.engine.run.directory import Data, Resume, Run, Stateful
 from m3i_fast.engine.run.log import RunLog
-from m3i_fast.engine.run.open_loader import open_loader
 from m3i_fast.engine.teacher_cache import cache_teachers
 from m3i_fast.engine.train_step import build_train_step
 from m3i_fast.observe.collapse import CollapseError, CollapseWatch

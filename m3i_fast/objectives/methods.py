@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
+from m3i_fast.config.mixing import MixingConfig
 from m3i_fast.config.objective import Term, m3i
 
 Family = Literal[
@@ -46,6 +47,18 @@ class Method:
     """Share of captions that are predicted in parallel, as `CaptionerConfig.parallel`."""
     differs: str = ""
     """In what this differs from the paper, in sentences; empty where in nothing."""
+
+    @property
+    def mixing(self) -> MixingConfig:
+        """Return what the encoder is shown as a config, alike from the first step to the last."""
+        return MixingConfig(
+            mode=self.mode,
+            mask_ratio=self.mask_ratio,
+            final_mask_ratio=self.mask_ratio,
+            mask_block=self.mask_block,
+            hidden=self.hidden,
+            mask_per_batch=self.mask_per_batch,
+        )
 
 
 LABEL = {"predictor": "head", "likelihood": "boltzmann", "regulariser": "negatives"}

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from m3i_fast.config.data import LoaderConfig, ViewConfig
 from m3i_fast.config.heads import ProjectorConfig
-from m3i_fast.config.mixing import MixingConfig
 from m3i_fast.config.models.vit import ViTConfig, vit_b, vit_l, vit_s
 from m3i_fast.config.objective import SHARPENING, ObjectiveConfig, Term
 from m3i_fast.config.optim import EmaConfig, OptimConfig
@@ -54,7 +53,6 @@ def for_imagenet(
     vision: ViTConfig, terms: tuple[Term, ...] = METHODS["dinov2"].terms
 ) -> TrainConfig:
     """Make the 100 epochs that DINOv2's and DINOv3's configurations for ImageNet-1k share."""
-    method = METHODS["dinov2"]
     views = ViewConfig(
         scale=(0.32, 1.0),  # [DINOv2]
         blur_probability=0.5,  # [DINOv2] 1.0 and 0.1 on its two views
@@ -79,13 +77,7 @@ def for_imagenet(
         vision=replace(vision, layer_scale_init=1e-5, drop_path_mode="subset"),  # [DINOv2]
         objective=ObjectiveConfig(
             terms=tuple(_warmed_up(term) for term in terms),
-            mixing=MixingConfig(
-                mode=method.mode,
-                hidden=method.hidden,
-                mask_ratio=method.mask_ratio,  # [DINOv2] the mean of 0.1 to 0.5
-                final_mask_ratio=method.mask_ratio,
-                mask_block=method.mask_block,
-            ),
+            mixing=METHODS["dinov2"].mixing,  # [DINOv2] the mean of its mask ratios, 0.1 to 0.5
             projector=ProjectorConfig(hidden_dim=2048, output_dim=256, num_layers=3),  # [DINOv2]
             num_prototypes=65536,  # [DINOv2]
         ),

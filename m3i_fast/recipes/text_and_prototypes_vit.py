@@ -16,7 +16,6 @@ from pathlib import Path
 
 from m3i_fast.config.data import LoaderConfig, ViewConfig
 from m3i_fast.config.heads import CaptionerConfig, ProjectorConfig
-from m3i_fast.config.mixing import MixingConfig
 from m3i_fast.config.models.text import TextConfig
 from m3i_fast.config.models.vit import ViTConfig, vit_b, vit_l, vit_s
 from m3i_fast.config.objective import ObjectiveConfig
@@ -152,13 +151,7 @@ def _with_captions(
         ),
         objective=ObjectiveConfig(
             terms=tuple(replace(t, weight=weights.get(t.name, 1.0)) for t in method.terms),
-            mixing=MixingConfig(
-                mode=method.mode,
-                hidden=method.hidden,
-                mask_ratio=method.mask_ratio,
-                final_mask_ratio=method.mask_ratio,
-                mask_block=method.mask_block,
-            ),
+            mixing=method.mixing,
             projector=ProjectorConfig(hidden_dim=2048, output_dim=256, num_layers=3),
             num_prototypes=32_768,
         ),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.parallel import ParallelConfig
-from m3i_fast.engine.run.open_loader import open_loader
+from m3i_fast.engine.open_loader import open_loader
 from m3i_fast.engine.trainer import Trainer
 from tests.shared.engine.packed_run import in_double, packed_in_double_precision, split
 from tests.shared.engine.two_ranks import full

@@ -19,7 +19,7 @@ from m3i_fast.config.models.internimage import InternImageConfig
 from m3i_fast.config.parallel import ParallelConfig
 from m3i_fast.costs.packed_pictures import PackedPictures
 from m3i_fast.costs.step_flops import step_flops, without_sampling
-from m3i_fast.engine.run.open_loader import open_loader
+from m3i_fast.engine.open_loader import open_loader
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.observe.metrics import read_jsonl
 from m3i_fast.pipelines.any_shape.batch import PackedBatch, step_counts

@@ -21,7 +21,6 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
 from m3i_fast.config.heads import CaptionerConfig, DecoderConfig, ProjectorConfig
-from m3i_fast.config.mixing import MixingConfig
 from m3i_fast.config.models.text import TextConfig
 from m3i_fast.config.models.vit import vit_demo
 from m3i_fast.config.objective import ObjectiveConfig
@@ -59,14 +58,7 @@ def build_model(method: Method) -> MutualInformation:
     """The method's model; nothing in it, its averages and memories included, is zero or equal."""
     cfg = ObjectiveConfig(
         terms=method.terms,
-        mixing=MixingConfig(
-            mode=method.mode,
-            mask_ratio=method.mask_ratio,
-            final_mask_ratio=method.mask_ratio,
-            mask_block=method.mask_block,
-            hidden=method.hidden,
-            mask_per_batch=method.mask_per_batch,
-        ),
+        mixing=method.mixing,
         decoder=DecoderConfig(dim=32, depth=1, num_heads=2),
         captioner=CaptionerConfig(dim=24, depth=2, num_heads=2, parallel=method.parallel_captions),
         projector=ProjectorConfig(hidden_dim=20, output_dim=12, predictor_hidden_dim=16),
