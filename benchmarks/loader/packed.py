@@ -216,9 +216,10 @@ def table(rows: list[dict[str, Any]]) -> Table:
         title=f"{row['num_views']} views of {row['data']} in patches of {row['patch_size']}, "
         f"squares of {row['square_size']} pixels, on {row['device']}, {row['num_threads']} threads",
         box=box.SIMPLE_HEAD,
+        collapse_padding=True,
     )
     shown.add_column("", no_wrap=True)
-    for column in ("pictures/s", "p5 - p95", "patches/s", "x squares", "CPU ms"):
+    for column in ("pictures/s", "p5 - p95", "k patches/s", "x squares", "CPU ms"):
         shown.add_column(column, justify="right", no_wrap=True)
     for name, found in row["pictures_per_s"].items():
         kind, _, backend = name.partition(", ")
@@ -227,7 +228,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
             name,
             f"{found['median']:,.0f}",
             f"{found['p5']:,.0f} - {found['p95']:,.0f}",
-            f"{row['patches_per_s'][name]['median']:,.0f}",
+            f"{row['patches_per_s'][name]['median'] / 1e3:,.0f}",
             f"{ratio:.2f}",
             f"{1e3 * row['cpu_s_per_picture'][name]:.3g}",
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from m3i_fast.benchmarks.core.timed_windows import Series, Window
 from m3i_fast.benchmarks.ledger import rows as ledger
@@ -92,6 +93,30 @@ def test_ratios_are_of_the_same_backend() -> None:
     assert found["patches_beside_squares"] == {"dali": 1.6, "torch": 1.5}
     assert found["cpu_s_per_picture"]["packed, torch"] == 0.1
     assert found["timings"]["squares, dali"]["median_ms"] == 500
+
+
+def test_no_figure_of_a_fast_loader_is_cut_off_in_eighty_columns() -> None:
+    names = [
+        f"{kind}, {backend}" for kind in ("packed", "squares") for backend in ("dali", "torch")
+    ]
+    row = {
+        "num_views": 2,
+        "data": "shards",
+        "patch_size": 4,
+        "square_size": 16,
+        "device": "cpu",
+        "num_threads": 1,
+        "pictures_per_s": dict.fromkeys(names, {"median": 98765, "p5": 87654, "p95": 99876}),
+        "patches_per_s": dict.fromkeys(names, {"median": 3_259_245.0}),
+        "patches_beside_squares": {"dali": 0.92, "torch": 0.89},
+        "cpu_s_per_picture": dict.fromkeys(names, 1.23e-3),
+    }
+    console = Console(width=80)
+    with console.capture() as shown:
+        console.print(packed.table([row]))
+    for text in ("k patches/s", "98,765", "87,654 - 99,876", "3,259", "CPU ms", "packed, torch"):
+        assert text in shown.get()
+    assert "\N{HORIZONTAL ELLIPSIS}" not in shown.get()
 
 
 def test_wrong_numbers_are_named() -> None:
