@@ -75,6 +75,10 @@ SUBJECTS = {
         "methods.main",
         "methods with one budget, M3I's ablations, few annotations, a pilot and its power",
     ),
+    "one-stage": (
+        "one_stage.main",
+        "one stage of M3I beside single targets and two stages, by a plan fixed before it runs",
+    ),
     "telemetry": (
         "training.telemetry",
         "what logging and telemetry cost a step: processor time, and A B A B",

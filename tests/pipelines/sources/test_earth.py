@@ -57,6 +57,20 @@ def test_a_training_tile_keeps_a_tile_away_from_other_splits() -> None:
             assert ((row, column) in taken) != near.any()
 
 
+def test_each_block_is_held_out_by_one_fold() -> None:
+    folds = [earth.split_blocks(BLOCKS, heldout=0.2, tune=0.1, seed=3, fold=k) for k in range(5)]
+    assert folds[0] == earth.split_blocks(BLOCKS, heldout=0.2, tune=0.1, seed=3)
+    held_out = [block for splits in folds for block in splits["heldout"]]
+    assert sorted(held_out) == BLOCKS
+    for splits in folds:
+        assert sum(map(len, splits.values())) == len(set().union(*splits.values())) == len(BLOCKS)
+
+
+def test_a_fold_past_the_last_is_named(maps: EarthMaps, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"fold: expected 0 to 3, the parts of heldout = 0.25"):
+        build(tmp_path / "earth", maps=maps, tile=TILE, fold=4)
+
+
 def test_measured_tiles_lie_side_by_side_inside_their_block() -> None:
     tiles = [*earth.measured_tiles(HEIGHT, TILE, {(2, 5), (11, 23)})]
     side = HEIGHT // 12
@@ -79,6 +93,7 @@ def test_the_data_set_holds_the_pixels_classes_and_masks(maps: EarthMaps, tmp_pa
     assert manifest.class_names == COVERS
     assert set(manifest.splits) == {"train", "tune", "heldout"}
     assert "Natural Earth" in (out / "ATTRIBUTION.txt").read_text()
+    assert len([*(masks / "annotations/tune").iterdir()]) == manifest.splits["tune"].num_samples
     assert len(open_folder(masks, "training").pairs) == manifest.splits["train"].num_samples
     folder = open_folder(masks, "validation", num_classes=len(COVERS))
     assert len(folder.pairs) == manifest.splits["heldout"].num_samples
@@ -103,6 +118,24 @@ def test_annotations_are_nested_and_drawn_apart(maps: EarthMaps, tmp_path: Path)
         assert info.num_labels == pytest.approx(share * info.num_samples, rel=0.1)
         assert info.num_captions == pytest.approx(0.5 * info.num_samples, rel=0.1)
     assert labels[0.1] < labels[0.3]
+
+
+def test_tiles_that_overlap_keep_the_same_annotation(maps: EarthMaps, tmp_path: Path) -> None:
+    options = {"maps": maps, "tile": TILE, "stride": TILE // 2, "num_merges": 100}
+    out = build(tmp_path / "earth", labelled=0.1, captioned=0.5, **options)
+    manifest = read_manifest(out)
+    table = SampleTable.open(out, manifest, "train").rows
+    splits = earth.split_blocks(BLOCKS, heldout=0.25, tune=0, seed=0)
+    tiles = training_tiles(HEIGHT, TILE, TILE // 2, splits)
+    land = [where for where in tiles if earth.is_land(maps, where, TILE)]
+    kept: dict[tuple[int, int], set[bool]] = {}
+    for row in table:
+        where = land[int(row["sample_id"])]
+        place = where.row // TILE, where.column // TILE
+        kept.setdefault(place, set()).add(bool(row["label"] >= 0))
+    assert len(table) > 3 * len(kept)
+    assert {len(ways) for ways in kept.values()} == {1}
+    assert sum(has == {True} for has in kept.values()) == pytest.approx(0.1 * len(kept), rel=0.1)
 
 
 def test_a_caption_says_where_and_never_what(maps: EarthMaps) -> None:

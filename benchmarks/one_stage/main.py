@@ -1,0 +1,284 @@
+"""One stage of M3I against the same time on single targets and on two stages, by a fixed plan.
+
+    m3i-fast bench one-stage --pack --iconify NOTO FLUENT EMOJIONE --countries FILE
+    m3i-fast bench one-stage --calibrate    time a step of each method, once for all, quietly
+    m3i-fast bench one-stage --tune         try each arm's settings on the tuning split
+    m3i-fast bench one-stage                run what counts, or go on with it
+    m3i-fast bench one-stage --table-only   table, verdict and drawing of the rows that are there
+
+A plan, benchmarks/one_stage/plans/NAME.json, says what is compared and by which rule; it is
+committed before the first run that counts, and no flag changes it. --arms, --sets and --seeds only
+choose what is run now. One process a core; what has a row is not run again, and a run that was
+stopped goes on from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.progress import Progress
+from rich.table import Table
+
+from m3i_fast.benchmarks.core.child_processes import child_processes
+from m3i_fast.benchmarks.core.command import read_command
+from m3i_fast.benchmarks.ledger.rows import append_row, read_rows
+from m3i_fast.benchmarks.one_stage import datasets
+from m3i_fast.benchmarks.one_stage.arms import Stage, Tuning, stage_config
+from m3i_fast.benchmarks.one_stage.plan import NUM_CLASSES, Plan, Run, SetName, read_plan
+from m3i_fast.benchmarks.one_stage.train import Job, run_job
+from m3i_fast.planning.step_budget import step_seconds
+from m3i_fast.terminal import make_console
+
+SUBJECT = "one_stage"
+ROUNDS = 3  # of all methods in turn, so that a busy neighbour meets all alike
+console = make_console(stderr=True)
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    plan: str = "first"
+    """Name of a file of benchmarks/one_stage/plans."""
+    pack: bool = False
+    """Write the plan's data sets, with --iconify and --countries, and run nothing."""
+    calibrate: bool = False
+    """Time a step of each method, write the plan's file of step times, and run nothing else."""
+    tune: bool = False
+    """Run what settings are chosen by, and print what to write into the plan."""
+    table_only: bool = False
+    """Print and draw what the ledger's rows say, and run nothing."""
+    arms: tuple[str, ...] = ()
+    """Run these arms of the plan now; all unless given."""
+    sets: tuple[SetName, ...] = ()
+    """Run on these data sets of the plan now; all unless given."""
+    seeds: tuple[int, ...] = ()
+    """Run these seeds of the plan now; all unless given."""
+    jobs: int = os.cpu_count() or 1
+    """Runs at a time, of one thread each."""
+    iconify: tuple[Path, ...] = ()
+    """With --pack: icons.json of npm's @iconify-json/noto, fluent-emoji-flat and emojione."""
+    countries: Path | None = None
+    """With --pack: countries-50m.json of npm's world-atlas."""
+    data: Path = Path("data/one-stage")
+    """Folder of the plan's data sets."""
+    out: Path = Path("runs/one-stage")
+    """Where the run directories go."""
+    ledger: Path | None = None
+    """Folder of the ledger and the picture; None: benchmarks/results of the checkout."""
+
+    def __post_init__(self) -> None:
+        if self.jobs < 1:
+            raise ValueError(f"jobs: expected at least 1, got {self.jobs}")
+        asked = [n for n in ("pack", "calibrate", "tune", "table_only") if getattr(self, n)]
+        if len(asked) > 1:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in asked)
+            raise ValueError(f"{asked[0]}: expected one of these flags at most, got {flags}")
+
+    def wants(self, run: Run) -> bool:
+        """Return whether a run of the plan is asked for now."""
+        return (
+            (not self.sets or run.data_set in self.sets)
+            and (not self.arms or run.arm in self.arms)
+            and (not self.seeds or run.seed in self.seeds)
+        )
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = read_command(Config, "one-stage", argv)
+    plan = read_plan(cfg.plan)
+    _expect_known(cfg, plan)
+    if cfg.pack:
+        datasets.pack(plan, cfg.data, iconify=cfg.iconify, countries=cfg.countries)
+        found = json.dumps(datasets.digests(plan, cfg.data), indent=2)
+        make_console().print(f"data of the plan: {found}", highlight=False, soft_wrap=True)
+        return
+    if cfg.calibrate:
+        time_steps(cfg, plan)
+        return
+    if not cfg.table_only:
+        datasets.expect_data(plan, cfg.data)
+        if not cfg.tune:
+            plan.expect_tuned()
+            plan.expect_committed()
+        run_missing(cfg, plan, plan.tuning_runs() if cfg.tune else plan.counted_runs())
+    rows = finished(plan, cfg.ledger)
+    if cfg.tune:
+        make_console().print(tuning_table(plan, rows))
+        make_console().print(chosen(plan, rows), highlight=False)
+        return
+    make_console().print(counted_table(plan, rows))
+
+
+def _expect_known(cfg: Config, plan: Plan) -> None:
+    of_plan = {"arms": plan.arms, "sets": tuple(plan.primary), "seeds": plan.seeds}
+    for name, known in of_plan.items():
+        if unknown := [each for each in getattr(cfg, name) if each not in known]:
+            raise ValueError(
+                f"{name}: expected some of {', '.join(map(str, known))}, which {plan.path.name} "
+                f"has, got {unknown}; another plan is another file"
+            )
+
+
+# ---- Runs ----------------------------------------------------------------------------------------
+
+
+def finished(plan: Plan, ledger: Path | None) -> dict[Run, dict[str, Any]]:
+    """Return the figures of the plan's rows.
+
+    Raises ValueError where a counted row is of this plan's name with other files, or counted twice.
+    """
+    found: dict[Run, dict[str, Any]] = {}
+    for row in read_rows(SUBJECT, folder=ledger):
+        figures = row["figures"]
+        if figures["plan"] != plan.name:
+            continue
+        tuning = Tuning(lr=figures["lr"], label_weight=figures["label_weight"])
+        names = ("data_set", "arm", "seed", "is_counted")
+        run = Run(tuning=tuning, **{name: figures[name] for name in names})
+        if run.is_counted:
+            if figures["plan_sha256"] != plan.digest:
+                raise ValueError(
+                    f"{plan.path}: expected the plan that {run.name} was run by, SHA-256 "
+                    f"{figures['plan_sha256'][:12]}, got {plan.digest[:12]}; restore it, and give "
+                    "a changed plan another name"
+                )
+            if run in found:
+                raise ValueError(f"{SUBJECT}.jsonl: expected {run.name} once, got it twice")
+        elif figures["steps"] != list(plan.steps(run)):
+            continue  # tried before the plan had today's step times
+        found[run] = figures
+    return found
+
+
+def run_missing(cfg: Config, plan: Plan, runs: Iterable[Run]) -> None:
+    """Run what is asked for and has no row, `jobs` at a time. Raises RuntimeError for failures."""
+    done = finished(plan, cfg.ledger)
+    todo = [run for run in runs if cfg.wants(run) and run not in done]
+    failures: dict[str, str] = {}
+    with Progress(console=console) as bar:
+        task = bar.add_task("runs", total=len(todo))
+        for run, future in _as_they_end(cfg, plan, todo):
+            if (error := future.exception()) is None:
+                _record(cfg, plan, run, future.result())
+            else:
+                failures[run.name] = f"{type(error).__name__}: {error}"
+            bar.advance(task)
+    if failures:
+        told = "; ".join(f"{name}: {why}" for name, why in failures.items())
+        raise RuntimeError(f"{told}; the same command goes on from what has ended well")
+
+
+def _as_they_end(
+    cfg: Config, plan: Plan, todo: list[Run]
+) -> Iterator[tuple[Run, Future[dict[str, Any]]]]:
+    """Yield each run as it ends; a process a run, so that where one is killed others go on."""
+    left = list(reversed(todo))
+    running: dict[Future[dict[str, Any]], tuple[Run, Executor]] = {}
+    try:
+        while left or running:
+            while left and len(running) < cfg.jobs:  # so that Ctrl-C leaves none to be started
+                run, pool = left.pop(), child_processes(1)
+                running[pool.submit(run_job, job_of(cfg, plan, run))] = run, pool
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                run, pool = running.pop(future)
+                pool.shutdown()
+                yield run, future
+    finally:
+        for _, pool in running.values():
+            pool.shutdown(cancel_futures=True)
+
+
+def job_of(cfg: Config, plan: Plan, run: Run) -> Job:
+    """Return what a process needs to know of a run of the plan."""
+    return Job(
+        run=run,
+        steps=plan.steps(run),
+        data=cfg.data / plan.folder(run, is_whole=False),
+        whole=cfg.data / plan.folder(run, is_whole=True),
+        masks=cfg.data / datasets.masks_of(plan, run),
+        out=cfg.out / plan.name,
+    )
+
+
+def _record(cfg: Config, plan: Plan, run: Run, found: dict[str, Any]) -> None:
+    about = asdict(run)
+    tuning = about.pop("tuning")
+    about |= {"plan": plan.name, "steps": list(plan.steps(run)), "fold": plan.fold(run)}
+    about["plan_sha256"] = plan.digest if run.is_counted else None
+    append_row(SUBJECT, {**about, **tuning, **found}, folder=cfg.ledger)
+    console.print(run.name, highlight=False, soft_wrap=True)
+
+
+def time_steps(cfg: Config, plan: Plan) -> None:
+    """Time a step of each method on each data set in turn, `jobs` at a time as they will be run."""
+    rounds: dict[SetName, dict[str, list[float]]] = {
+        name: defaultdict(list) for name in plan.primary
+    }
+    with Progress(console=console) as bar, child_processes(cfg.jobs) as pool:
+        waiting = []
+        for _ in range(ROUNDS):
+            for name in plan.primary:
+                run = next(run for run in plan.tuning_runs() if run.data_set == name)
+                data = cfg.data / plan.folder(run, is_whole=False)
+                for method in plan.methods:
+                    train = stage_config(Stage(method), num_classes=NUM_CLASSES[name], data=data)
+                    waiting.append((name, method, pool.submit(step_seconds, train)))
+        for name, method, job in bar.track(waiting, description="steps of each method"):
+            rounds[name][method].append(job.result())
+    console.print(f"wrote {plan.write_step_times(rounds, jobs=cfg.jobs)}", soft_wrap=True)
+
+
+# ---- Tables --------------------------------------------------------------------------------------
+
+
+def tuning_table(plan: Plan, rows: dict[Run, dict[str, Any]]) -> Table:
+    """Show what each setting of each arm reached on the tuning split."""
+    shown = Table(title=f"{plan.tuning.seconds:g} s a run, tuning split, %", box=box.SIMPLE_HEAD)
+    for head in ("data", "arm", "lr x", "labels x", "measure"):
+        shown.add_column(head, justify="left" if head in ("data", "arm") else "right")
+    for run in plan.tuning_runs():
+        if run in rows:
+            value = 100 * rows[run]["measured"]["trained"][plan.tuning.measure[run.data_set]]
+            factors = (f"{run.tuning.lr:g}", f"{run.tuning.label_weight:g}")
+            shown.add_row(run.data_set, run.arm, *factors, f"{value:.1f}")
+    return shown
+
+
+def chosen(plan: Plan, rows: dict[Run, dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
+    """Return the best setting of each arm whose every setting has a row; of equals the first."""
+    best: dict[str, dict[str, dict[str, float]]] = {}
+    for name in plan.primary:
+        for arm in plan.arms:
+            runs = [r for r in plan.tuning_runs() if (r.data_set, r.arm) == (name, arm)]
+            if all(run in rows for run in runs):
+                measure = plan.tuning.measure[name]
+                run = max(runs, key=lambda run: rows[run]["measured"]["trained"][measure])
+                best.setdefault(name, {})[arm] = asdict(run.tuning)
+    return best
+
+
+def counted_table(plan: Plan, rows: dict[Run, dict[str, Any]]) -> Table:
+    """Show the primary measure of every run that counts."""
+    shown = Table(title=f"{plan.name}: {plan.primary}, %", box=box.SIMPLE_HEAD)
+    for head in ("data", "arm", *map(str, plan.seeds)):
+        shown.add_column(head)
+    values: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
+    for run, figures in rows.items():
+        if run.is_counted:
+            measured = figures["measured"]
+            for who, of in measured.items():
+                arm = run.arm if who == "trained" else who
+                if plan.primary[run.data_set] in of:
+                    values[run.data_set, arm][run.seed] = of[plan.primary[run.data_set]]
+    for (name, arm), of in sorted(values.items()):
+        shown.add_row(name, arm, *(f"{100 * of[s]:.1f}" if s in of else "" for s in plan.seeds))
+    return shown

@@ -1,0 +1,278 @@
+"""What a trained run is worth on held-out data, in counts by cluster of which figures are made.
+
+    styles   linear probe with all labels on frozen features of held-out concepts, and more
+    earth    linear probe of frozen patches to land cover, on tiles of held-out blocks
+
+A cluster is what is drawn anew by an interval: near-duplicate concepts, or a block of 15 degrees.
+Counts of clusters add up, and the figure is a function of the sum: [hits, items] give their ratio,
+[3, K] of `overlaps` the mean IoU.
+
+Legend: T tiles, N patches of a tile, K classes of land cover.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from m3i_fast.config import TrainConfig
+from m3i_fast.engine.evaluator import (
+    Evaluation,
+    build_untrained,
+    evaluate,
+    evaluate_untrained,
+    load_objective,
+)
+from m3i_fast.engine.precision.arithmetic import autocast, resolve_device
+from m3i_fast.evaluation.dense.correspondence import patch_pixels
+from m3i_fast.evaluation.dense.patch_probe import STRENGTHS, mean_iou, overlaps
+from m3i_fast.evaluation.feature_extraction import collect_features
+from m3i_fast.evaluation.probes.accuracy import grouped_folds
+from m3i_fast.evaluation.probes.cross_validation import (
+    NUM_FOLDS,
+    Examples,
+    cross_validated_linear,
+)
+from m3i_fast.pipelines.dataset.manifest import read_manifest
+from m3i_fast.pipelines.loader import evaluation_batches
+from m3i_fast.pipelines.optional_imports import require
+from m3i_fast.pipelines.sources.earth import BLOCK
+from m3i_fast.pipelines.sources.earth_maps import COVERS
+from m3i_fast.pipelines.sources.styles import SEEN_STYLE
+
+Counts = dict[str, dict[str, list[Any]]]
+"""Measure -> {"cluster": C ids, "counts": C lists}; json's lists."""
+EARTH_HEIGHT = 2700  # pixels of Blue Marble from pole to pole
+FIT_PATCHES = 16  # of a tile that the probe is fitted to: neighbours are alike
+# Land cover of 1 % or more of the land tiles' pixels: of the others a fold has a block or none.
+COMMON = tuple(
+    COVERS.index(name)
+    for name in (
+        "water",
+        "evergreen needleleaf forest",
+        "evergreen broadleaf forest",
+        "deciduous broadleaf forest",
+        "mixed forest",
+        "open shrubland",
+        "woody savanna",
+        "savanna",
+        "grassland",
+        "cropland",
+        "snow and ice",
+        "barren",
+    )
+)
+_HITS = ("knn_top1", "linear_top1", "few_label_top1", "caption_to_image_recall_at_5")
+_PICTURES_A_PASS = 128
+
+# ---- Styles --------------------------------------------------------------------------------------
+
+
+def measure_styles(run: Path, whole: Path, split: str) -> Counts:
+    """Measure a run on held-out concepts drawn in a style that it trained on, and in another.
+
+    whole: the run's data with all labels and captions. split: `SEEN_STYLE`, to which the style that
+    no run has seen is added, or "tune".
+    """
+    evaluation = evaluate(run, split=split, baselines=False, data=whole)
+    found, held_out = _by_cluster(evaluation, "trained"), evaluation.held_out
+    if split != SEEN_STYLE:
+        return found
+    unseen = _by_cluster(evaluate(run, split="heldout", baselines=False, data=whole), "trained")
+    found |= {f"{name}_unseen_style": counts for name, counts in unseen.items()}
+    cfg = TrainConfig.load(run / "config.json")
+    of_group = dict(zip(held_out.group.tolist(), held_out.cluster.tolist(), strict=True))
+    return found | across_styles(load_objective(run, cfg), cfg, whole, of_group)
+
+
+def measure_untrained_styles(cfg: TrainConfig, split: str) -> dict[str, Counts]:
+    """Measure what runs of `cfg` start from, and raw pixels, on the run's data."""
+    evaluation = evaluate_untrained(cfg, split=split)
+    return {who: _by_cluster(evaluation, who) for who in ("untrained", "pixels")}
+
+
+def _by_cluster(evaluation: Evaluation, who: str) -> Counts:
+    """Sum the item-wise hits of a source over clusters, on all items and on the hard half."""
+    held_out, hits = evaluation.held_out, evaluation.measured[who].hits
+    return {
+        name + ending: sum_by_cluster(hits[name][rows], held_out.cluster[rows])
+        for ending in ("", "_hard")
+        for rows in [held_out.rows(ending)]
+        for name in _HITS
+        if name in hits
+    }
+
+
+def sum_by_cluster(
+    hits: Tensor,  # [M] fp64 in 0..1, NaN for an item that was not asked
+    cluster: Tensor,  # [M] int64
+) -> dict[str, list[Any]]:
+    """Return the hits and the items of each cluster, in ascending order of their ids."""
+    asked = ~hits.isnan()
+    distinct, row = cluster[asked].unique(return_inverse=True)
+    sums = torch.zeros(len(distinct), 2, dtype=torch.float64)
+    sums.index_add_(0, row, torch.stack([hits[asked], torch.ones_like(hits[asked])], 1))
+    return {
+        "cluster": distinct.tolist(),
+        "counts": [[round(x, 4) for x in s] for s in sums.tolist()],
+    }
+
+
+@torch.no_grad()
+def across_styles(
+    objective: Any, cfg: TrainConfig, whole: Path, cluster_of: Mapping[int, int]
+) -> Counts:
+    """Find each held-out concept's drawing of the new style by that of a style trained on.
+
+    A hit: of all held-out drawings in the new style the nearest one, by the cosine of the mean
+    patch token, is the concept's own. cluster_of: of the concepts as `SEEN_STYLE` numbers them.
+    """
+    device = resolve_device(cfg.device)
+    num_styles = len(read_manifest(whole).settings["styles"])
+    tokens, groups = [], []
+    for split in (SEEN_STYLE, "heldout"):
+        pictures = evaluation_batches(
+            whole,
+            split,
+            image_size=cfg.vision.image_size,
+            batch_size=_PICTURES_A_PASS,
+            representatives_only=True,
+            max_pixels=cfg.data.max_pixels,
+            device_id=0 if device.type == "cuda" else None,
+            bucket_fields_of=cfg.data,
+        )
+        with autocast(cfg.precision, device):
+            found = collect_features(
+                pictures, objective.embed_images, objective.embed_captions, device
+            )
+        tokens.append(F.normalize(found.encoder.double(), dim=1))
+        groups.append(found.group)
+    concepts = [group // num_styles for group in groups]  # ids count the styles of each concept
+    nearest = (tokens[0] @ tokens[1].T).argmax(1)
+    hits = (concepts[1][nearest] == concepts[0]).double()
+    hits[~torch.isin(concepts[0], concepts[1])] = math.nan  # its plainest drawing is another one
+    cluster = torch.tensor([cluster_of[int(group)] for group in groups[0]])
+    return {"across_styles_top1": sum_by_cluster(hits, cluster)}
+
+
+# ---- Earth ---------------------------------------------------------------------------------------
+
+
+def measure_earth(run: Path, masks: Path, part: str) -> Counts:
+    """Measure a run on the tiles of a part of `masks`, "validation" or "tune"."""
+    cfg = TrainConfig.load(run / "config.json")
+    return measure_patches(_patch_tokens(load_objective(run, cfg), cfg), cfg, masks, part)
+
+
+def measure_untrained_earth(cfg: TrainConfig, masks: Path, part: str) -> dict[str, Counts]:
+    """Measure what runs of `cfg` start from, and raw pixels."""
+    return {
+        "untrained": measure_patches(_patch_tokens(build_untrained(cfg), cfg), cfg, masks, part),
+        "pixels": measure_patches(
+            partial(patch_pixels, grid=cfg.vision.grid), cfg, masks, part, STRENGTHS[:-1]
+        ),
+    }
+
+
+def measure_patches(
+    embed: Callable[[Tensor], Tensor],  # [B, 3, S, S] uint8 -> [B, N, D]
+    cfg: TrainConfig,
+    masks: Path,
+    part: str,
+    strengths: Sequence[float] = STRENGTHS,
+) -> Counts:
+    """Fit a linear probe from patches to their land cover, and count its hits in each block.
+
+    It is fitted to patches of training tiles that do not overlap, where every tile has its land
+    cover whatever share of the labels training saw; a block counts once. The class of a patch is
+    that of most of its pixels. strengths: as of `choose_linear`; a probe of raw pixels, which are
+    nearly collinear, does not converge at the weakest one.
+    """
+    pictures, covers, block = read_tiles(masks, "training", cfg.vision.image_size)
+    label = patch_cover(covers, cfg.vision.grid)
+    rng = torch.Generator().manual_seed(0)
+    kept = torch.rand(label.shape, generator=rng).argsort(1)[:, :FIT_PATCHES]
+    rows = torch.arange(len(label))[:, None]
+    group = block[:, None].expand(-1, FIT_PATCHES).flatten()
+    examples = Examples(
+        features=_embedded(embed, pictures)[rows, kept].flatten(0, 1),
+        label=label[rows, kept].flatten(),
+        group=group,
+        fold=grouped_folds(group, num_folds=NUM_FOLDS, seed=0),
+    )
+    pictures, covers, block = read_tiles(masks, part, cfg.vision.image_size)
+    label = patch_cover(covers, cfg.vision.grid)
+    queries = _embedded(embed, pictures).flatten(0, 1)
+    predicted, _ = cross_validated_linear(examples, queries, strengths)
+    group = block[:, None].expand_as(label).flatten()
+    hits = sum_by_cluster((predicted == label.flatten()).double(), group)
+    counts = overlaps(label.flatten(), predicted, group, len(COVERS))
+    return {
+        "patch_miou": {"cluster": hits["cluster"], "counts": counts.tolist()},
+        "patch_top1": hits,
+    }
+
+
+def read_tiles(
+    masks: Path, part: str, tile: int
+) -> tuple[Tensor, Tensor, Tensor]:  # [T, 3, S, S] uint8, [T, S, S] uint8, [T] int64
+    """Return the tiles of a part that do not overlap, the land cover of pixels, and the block."""
+    open_image = require("PIL.Image", extra="eval").open
+    pictures, covers, blocks = [], [], []
+    for path in sorted((masks / "images" / part).iterdir()):
+        corner = np.array([int(each) for each in path.stem.split("-")])
+        if part == "training" and (corner % tile).any():
+            continue
+        pictures.append(np.asarray(open_image(path)))
+        covers.append(np.asarray(open_image(masks / "annotations" / part / path.name)) - 1)
+        row, column = (corner + tile // 2) // (EARTH_HEIGHT * BLOCK // 180)
+        blocks.append(int(row) * (360 // BLOCK) + int(column))
+    if not pictures:
+        raise FileNotFoundError(f"{masks}/images/{part}: expected tiles, got none")
+    views = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+    return views, torch.from_numpy(np.stack(covers)), torch.tensor(blocks)
+
+
+def patch_cover(covers: Tensor, grid: int) -> Tensor:  # [T, S, S] uint8 -> [T, N] int64
+    """Return the class of most pixels of each patch; of equals, the first one of COVERS."""
+    side = covers.shape[-1] // grid
+    patches = covers.unflatten(2, (grid, side)).unflatten(1, (grid, side)).transpose(2, 3)
+    pixels = patches.flatten(3).flatten(1, 2).long()  # [T, N, pixels]
+    counts = torch.zeros(*pixels.shape[:2], len(COVERS), dtype=torch.int64)
+    return counts.scatter_add_(2, pixels, torch.ones_like(pixels)).argmax(2)
+
+
+@torch.no_grad()
+def _embedded(embed: Callable[[Tensor], Tensor], views: Tensor) -> Tensor:  # -> [T, N, D] fp32
+    return torch.cat([embed(part).float().cpu() for part in views.split(_PICTURES_A_PASS)])
+
+
+def _patch_tokens(objective: Any, cfg: TrainConfig) -> Callable[[Tensor], Tensor]:
+    device = resolve_device(cfg.device)
+
+    def embed(views: Tensor) -> Tensor:
+        with autocast(cfg.precision, device):
+            tokens: Tensor = objective.embed_images(views.to(device))[0]
+        return tokens
+
+    return embed
+
+
+# ---- Figures -------------------------------------------------------------------------------------
+
+
+def figure(counts: Any) -> Any:  # [..., n, 2] or [..., n, 3, K] of n clusters -> [...]
+    """Return what the summed counts of clusters say: a share of hits, or the mean IoU of COMMON."""
+    summed = np.asarray(counts, np.float64)
+    if summed.shape[-1] == 2:
+        hits, items = np.moveaxis(summed.sum(-2), -1, 0)
+        return hits / items
+    return mean_iou(summed.sum(-3)[..., COMMON])

@@ -1,0 +1,125 @@
+"""One run of the experiment, in a process of its own: its stages one after the other, measured."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from m3i_fast.benchmarks.methods.run import is_trained, training_figures
+from m3i_fast.benchmarks.one_stage.arms import ARMS, OURS, stage_config
+from m3i_fast.benchmarks.one_stage.measures import (
+    figure,
+    measure_earth,
+    measure_styles,
+    measure_untrained_earth,
+    measure_untrained_styles,
+)
+from m3i_fast.benchmarks.one_stage.plan import BASELINES, Run
+from m3i_fast.config import TrainConfig
+from m3i_fast.engine.checkpoint import checkpoints as checkpoint
+from m3i_fast.engine.trainer import Trainer
+from m3i_fast.observe.metrics import read_jsonl
+from m3i_fast.pipelines.sources.styles import SEEN_STYLE
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What a process needs to know of a run."""
+
+    run: Run
+    steps: tuple[int, ...]
+    """Of each stage."""
+    data: Path
+    """What is trained on."""
+    whole: Path
+    """The same pictures with all labels and captions, which measures use."""
+    masks: Path
+    """Tiles and land cover of the Earth's data set."""
+    out: Path
+    """Folder of the run's stages."""
+
+    def configs(self) -> list[TrainConfig]:
+        """Return the config of each stage; those after the first start from the one before."""
+        configs = []
+        for number, (stage, num_steps) in enumerate(
+            zip(ARMS[self.run.arm], self.steps, strict=True)
+        ):
+            cfg = stage_config(
+                stage, num_classes=self.run.num_classes, data=self.data, seed=self.run.seed
+            )
+            init = f"run:{self.stage_folder(number - 1)}" if number else cfg.init
+            configs.append(replace(self.run.tuning.of(cfg), num_steps=num_steps, init=init))
+        return configs
+
+    def stage_folder(self, number: int) -> Path:
+        return self.out / self.run.name / f"stage-{number}"
+
+
+def run_job(job: Job) -> dict[str, Any]:
+    """Train a run, or go on with it, and return its row's figures.
+
+    Raises InterruptedError after a checkpoint at SIGINT or SIGTERM, and what Trainer raises.
+    """
+    torch.set_num_threads(1)
+    if job.run.arm == BASELINES:
+        return {"stages": [], **_with_figures(_measure_baselines(job))}
+    stages = []
+    for number, cfg in enumerate(job.configs()):
+        out = job.stage_folder(number)
+        if not (out.exists() and is_trained(out)):
+            _train(cfg, out)
+        stages.append(training_figures(cfg, read_jsonl(out / "metrics.jsonl")))
+    return {"stages": stages, **_with_figures({"trained": _measure(job, out)})}
+
+
+def _train(cfg: TrainConfig, out: Path) -> None:
+    resume = bool(checkpoint.checkpoints(out / "checkpoints"))
+    if resume:
+        if (then := TrainConfig.load(out / "config.json")) != cfg:
+            raise ValueError(
+                f"{out}: expected a run of this plan, got one of another config; remove it\n"
+                + "\n".join(_differences(then, cfg))
+            )
+    elif out.exists():  # stopped before its first checkpoint
+        shutil.rmtree(out)
+    outcome = Trainer(cfg, out, resume=resume).train()
+    if outcome.signal is not None:
+        raise InterruptedError(
+            f"signal {outcome.signal} at step {outcome.step} of {cfg.num_steps}; the same command "
+            "goes on from there"
+        )
+
+
+def _measure(job: Job, out: Path) -> Any:
+    if job.run.data_set == "styles":
+        return measure_styles(out, job.whole, SEEN_STYLE if job.run.is_counted else "tune")
+    return measure_earth(out, job.masks, "validation" if job.run.is_counted else "tune")
+
+
+def _measure_baselines(job: Job) -> Any:
+    cfg = stage_config(
+        ARMS[OURS][0], num_classes=job.run.num_classes, data=job.whole, seed=job.run.seed
+    )
+    if job.run.data_set == "styles":
+        return measure_untrained_styles(cfg, SEEN_STYLE)
+    return measure_untrained_earth(cfg, job.masks, "validation")
+
+
+def _with_figures(found: dict[str, Any]) -> dict[str, Any]:
+    """Put each measure's figure beside the counts that it is made of."""
+    figures = {
+        who: {name: float(figure(of["counts"])) for name, of in counts.items()}
+        for who, counts in found.items()
+    }
+    return {"measured": figures, "clusters": found}
+
+
+def _differences(then: TrainConfig, now: TrainConfig) -> Sequence[str]:
+    from m3i_fast.config.convert import differences
+
+    return differences(then, now)
