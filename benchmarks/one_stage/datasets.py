@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from m3i_fast.benchmarks.one_stage.arms import Tuning
 from m3i_fast.benchmarks.one_stage.plan import Plan, Run, SetName
 from m3i_fast.pipelines.dataset.manifest import is_dataset, read_manifest
 from m3i_fast.pipelines.sources import earth, styles
@@ -52,8 +53,6 @@ def folders(plan: Plan) -> Iterator[Folder]:
 
 
 def _one_a_fold(plan: Plan) -> Iterator[Run]:
-    from m3i_fast.benchmarks.one_stage.arms import Tuning
-
     for seed in plan.seeds:
         for name in plan.primary:
             yield Run(data_set=name, arm=plan.arms[0], seed=seed, tuning=Tuning(), is_counted=True)

@@ -154,7 +154,7 @@ class Plan:
         times = self._step_ms[run.data_set]
         return tuple(
             max(round(1000 * seconds * stage.share / times[stage.method]), 1)
-            for stage in ARMS[run.arm]
+            for stage in ARMS.get(run.arm, ())  # baselines have none
         )
 
     @cached_property
@@ -256,4 +256,4 @@ def read_plan(name: str) -> Plan:
         known = ", ".join(sorted(p.stem for p in FOLDER.glob("*.json") if "_step_" not in p.name))
         raise FileNotFoundError(f"plan: expected one of {known}, got {name}")
     tree = json.loads(path.read_text())
-    return from_tree(Plan, {**tree, "name": name}, path)
+    return from_tree(Plan, {**tree, "name": name}, str(path))

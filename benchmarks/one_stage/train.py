@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from m3i_fast.benchmarks.methods.run import is_trained, training_figures
 from m3i_fast.benchmarks.one_stage.arms import ARMS, OURS, stage_config
 from m3i_fast.benchmarks.one_stage.measures import (
+    Counts,
     figure,
     measure_earth,
     measure_styles,
@@ -21,6 +21,7 @@ from m3i_fast.benchmarks.one_stage.measures import (
 )
 from m3i_fast.benchmarks.one_stage.plan import BASELINES, Run
 from m3i_fast.config import TrainConfig
+from m3i_fast.config.convert import differences
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.observe.metrics import read_jsonl
@@ -83,7 +84,7 @@ def _train(cfg: TrainConfig, out: Path) -> None:
         if (then := TrainConfig.load(out / "config.json")) != cfg:
             raise ValueError(
                 f"{out}: expected a run of this plan, got one of another config; remove it\n"
-                + "\n".join(_differences(then, cfg))
+                + "\n".join(differences(then, cfg))
             )
     elif out.exists():  # stopped before its first checkpoint
         shutil.rmtree(out)
@@ -95,13 +96,13 @@ def _train(cfg: TrainConfig, out: Path) -> None:
         )
 
 
-def _measure(job: Job, out: Path) -> Any:
+def _measure(job: Job, out: Path) -> Counts:
     if job.run.data_set == "styles":
         return measure_styles(out, job.whole, SEEN_STYLE if job.run.is_counted else "tune")
     return measure_earth(out, job.masks, "validation" if job.run.is_counted else "tune")
 
 
-def _measure_baselines(job: Job) -> Any:
+def _measure_baselines(job: Job) -> dict[str, Counts]:
     cfg = stage_config(
         ARMS[OURS][0], num_classes=job.run.num_classes, data=job.whole, seed=job.run.seed
     )
@@ -110,16 +111,10 @@ def _measure_baselines(job: Job) -> Any:
     return measure_untrained_earth(cfg, job.masks, "validation")
 
 
-def _with_figures(found: dict[str, Any]) -> dict[str, Any]:
+def _with_figures(found: dict[str, Counts]) -> dict[str, Any]:
     """Put each measure's figure beside the counts that it is made of."""
     figures = {
         who: {name: float(figure(of["counts"])) for name, of in counts.items()}
         for who, counts in found.items()
     }
     return {"measured": figures, "clusters": found}
-
-
-def _differences(then: TrainConfig, now: TrainConfig) -> Sequence[str]:
-    from m3i_fast.config.convert import differences
-
-    return differences(then, now)

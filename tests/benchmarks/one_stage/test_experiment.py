@@ -1,0 +1,107 @@
+"""A small plan from packing to the table: rows once, the same bits again, and what failed told."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from m3i_fast.benchmarks.ledger.rows import read_rows
+from m3i_fast.benchmarks.one_stage import datasets
+from m3i_fast.benchmarks.one_stage import plan as plans
+from m3i_fast.benchmarks.one_stage.main import SUBJECT, finished, main
+from m3i_fast.benchmarks.one_stage.plan import BASELINES, read_plan
+from m3i_fast.pipelines.sources import earth, styles
+from m3i_fast.pipelines.sources.earth_maps import COVERS, EarthMaps
+from tests.benchmarks.one_stage.test_plan import TREE, _commit, _git
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def maps() -> EarthMaps:
+    """An Earth in squares of one land cover each, whose brightness tells it."""
+    rng = np.random.default_rng(0)
+    cover = np.kron(rng.integers(len(COVERS), size=(90, 180)), np.ones((30, 30), int))
+    return EarthMaps(
+        picture=np.repeat(15 * cover[..., None], 3, 2).astype(np.uint8),
+        cover=cover.astype(np.uint8),
+        climate=np.where(cover > 0, 2, 0).astype(np.uint8),
+        country=np.where(cover > 0, 0, -1).astype(np.int32),
+        country_names=("Land",),
+    )
+
+
+def test_a_plan_is_packed_run_and_told(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    maps: EarthMaps,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "plans"
+    folder.mkdir()
+    monkeypatch.setattr(plans, "FOLDER", folder)
+    monkeypatch.setattr(styles, "build", partial(styles.build, limit=200))
+    monkeypatch.setattr(earth, "build", partial(earth.build, stride=64))
+    monkeypatch.setattr(datasets, "read_maps", lambda path: maps)
+    monkeypatch.setattr(earth, "versions", dict)
+    arms = ["m3i", "two stages"]
+    tree = {**TREE, "arms": arms, "seeds": [0], "tuned": {
+        name: dict.fromkeys(arms, {"lr": 1, "label_weight": 1}) for name in ("styles", "earth")
+    }}  # fmt: skip
+    path = folder / "small.json"
+    path.write_text(json.dumps(tree))
+    plan = read_plan("small")
+    steps = {"m3i": 4.0, "siameseim": 2.0, "category + caption": 1.0}
+    plan.write_step_times({n: {m: [s] for m, s in steps.items()} for n in plan.primary}, jobs=1)
+    here = ["--plan", "small", "--jobs", "2"]
+    for name in ("data", "out", "ledger"):
+        here += [f"--{name}", f"{tmp_path / name}"]
+    with pytest.raises(ValueError, match="countries: expected countries-50m.json"):
+        main([*here, "--pack"])
+    main([*here, "--pack", "--countries", "none.json"])
+    told = capsys.readouterr().out
+    digests = json.loads(told[told.index("{") :])
+    assert len(digests) == 8
+    with pytest.raises(ValueError, match=r"styles-fold-0-tune: expected the data set of the plan"):
+        main(here)
+    path.write_text(json.dumps({**tree, "data": digests}))
+    with pytest.raises(ValueError, match="not committed"):
+        main(here)
+    _git(folder, "init", "--quiet")
+    _commit(folder)
+    main([*here, "--sets", "styles"])
+    main(here)
+    rows = [*read_rows(SUBJECT, folder=tmp_path / "ledger")]
+    plan = read_plan("small")
+    found = finished(plan, tmp_path / "ledger")
+    assert len(rows) == len(found) == 6 and {*found} == {*plan.counted_runs()}
+    for run, figures in found.items():
+        measure = plan.primary[run.data_set]
+        if run.arm == BASELINES:
+            assert set(figures["measured"]) == {"untrained", "pixels"}
+            continue
+        assert [stage["num_steps"] for stage in figures["stages"]] == list(plan.steps(run))
+        clusters = figures["clusters"]["trained"][measure]["cluster"]
+        assert len(clusters) == len(set(clusters)) > 3
+        assert 0 <= figures["measured"]["trained"][measure] <= 1
+    styles_m3i = next(f for r, f in found.items() if (r.data_set, r.arm) == ("styles", "m3i"))
+    assert {"across_styles_top1", "knn_top1_unseen_style"} <= set(styles_m3i["measured"]["trained"])
+
+    main(here)  # what has a row is not run again
+    assert len([*read_rows(SUBJECT, folder=tmp_path / "ledger")]) == 6
+    again = [*here[:-2], "--ledger", f"{tmp_path / 'again'}"]
+    again[again.index("--out") + 1] = f"{tmp_path / 'out_again'}"
+    main([*again, "--arms", "two stages"])
+    repeated = finished(plan, tmp_path / "again")
+    assert len(repeated) == 2
+    for run, figures in repeated.items():  # the same bits
+        assert figures["clusters"] == found[run]["clusters"]
+        losses = [stage["final_loss"] for stage in figures["stages"]]
+        assert losses == [stage["final_loss"] for stage in found[run]["stages"]]
+    capsys.readouterr()
+    main([*here, "--table-only"])
+    assert "two stages" in capsys.readouterr().out
