@@ -4,7 +4,7 @@
     earth    linear probe of frozen patches to land cover, on tiles of held-out blocks
 
 A cluster is what is drawn anew by an interval: near-duplicate concepts, or a block of 15 degrees.
-Counts of clusters add up, and the figure is a function of the sum: [hits, items] give their ratio,
+Found of clusters add up, and the figure is a function of the sum: [hits, items] give their ratio,
 [3, K] of `overlaps` the mean IoU.
 
 Legend: T tiles, N patches of a tile, K classes of land cover.
@@ -21,8 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
+from m3i_fast.benchmarks.methods.run import pack, unpack
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.evaluator import (
     Evaluation,
@@ -48,8 +50,9 @@ from m3i_fast.pipelines.sources.earth import BLOCK
 from m3i_fast.pipelines.sources.earth_maps import COVERS
 from m3i_fast.pipelines.sources.styles import SEEN_STYLE
 
-Counts = dict[str, dict[str, list[Any]]]
-"""Measure -> {"cluster": C ids, "counts": C lists}; json's lists."""
+Found = dict[str, dict[str, Any]]
+"""Measure -> {"cluster": of each item, "hits": as of `pack`}, or {"cluster": C ids, "counts": C x 3
+x K}; what json can hold."""
 EARTH_HEIGHT = 2700  # pixels of Blue Marble from pole to pole
 FIT_PATCHES = 16  # of a tile that the probe is fitted to: neighbours are alike
 # Land cover of 1 % or more of the land tiles' pixels: of the others a fold has a block or none.
@@ -76,7 +79,7 @@ _PICTURES_A_PASS = 128
 # ---- Styles --------------------------------------------------------------------------------------
 
 
-def measure_styles(run: Path, whole: Path, split: str) -> Counts:
+def measure_styles(run: Path, whole: Path, split: str) -> Found:
     """Measure a run on held-out concepts drawn in a style that it trained on, and in another.
 
     whole: the run's data with all labels and captions. split: `SEEN_STYLE`, to which the style that
@@ -93,17 +96,17 @@ def measure_styles(run: Path, whole: Path, split: str) -> Counts:
     return found | across_styles(load_objective(run, cfg), cfg, whole, of_group)
 
 
-def measure_untrained_styles(cfg: TrainConfig, split: str) -> dict[str, Counts]:
+def measure_untrained_styles(cfg: TrainConfig, split: str) -> dict[str, Found]:
     """Measure what runs of `cfg` start from, and raw pixels, on the run's data."""
     evaluation = evaluate_untrained(cfg, split=split)
     return {who: _by_cluster(evaluation, who) for who in ("untrained", "pixels")}
 
 
-def _by_cluster(evaluation: Evaluation, who: str) -> Counts:
+def _by_cluster(evaluation: Evaluation, who: str) -> Found:
     """Sum the item-wise hits of a source over clusters, on all items and on the hard half."""
     held_out, hits = evaluation.held_out, evaluation.measured[who].hits
     return {
-        name + ending: sum_by_cluster(hits[name][rows], held_out.cluster[rows])
+        name + ending: by_item(hits[name][rows], held_out.cluster[rows])
         for ending in ("", "_hard")
         for rows in [held_out.rows(ending)]
         for name in _HITS
@@ -111,25 +114,18 @@ def _by_cluster(evaluation: Evaluation, who: str) -> Counts:
     }
 
 
-def sum_by_cluster(
+def by_item(
     hits: Tensor,  # [M] fp64 in 0..1, NaN for an item that was not asked
     cluster: Tensor,  # [M] int64
-) -> dict[str, list[Any]]:
-    """Return the hits and the items of each cluster, in ascending order of their ids."""
-    asked = ~hits.isnan()
-    distinct, row = cluster[asked].unique(return_inverse=True)
-    sums = torch.zeros(len(distinct), 2, dtype=torch.float64)
-    sums.index_add_(0, row, torch.stack([hits[asked], torch.ones_like(hits[asked])], 1))
-    return {
-        "cluster": distinct.tolist(),
-        "counts": [[round(x, 4) for x in s] for s in sums.tolist()],
-    }
+) -> dict[str, Any]:
+    """Return what a row keeps of a measure that is a mean over items."""
+    return {"cluster": cluster.tolist(), "hits": pack(hits.tolist())}
 
 
 @torch.no_grad()
 def across_styles(
     objective: Any, cfg: TrainConfig, whole: Path, cluster_of: Mapping[int, int]
-) -> Counts:
+) -> Found:
     """Find each held-out concept's drawing of the new style by that of a style trained on.
 
     A hit: of all held-out drawings in the new style the nearest one, by the cosine of the mean
@@ -160,19 +156,19 @@ def across_styles(
     hits = (concepts[1][nearest] == concepts[0]).double()
     hits[~torch.isin(concepts[0], concepts[1])] = math.nan  # its plainest drawing is another one
     cluster = torch.tensor([cluster_of[int(group)] for group in groups[0]])
-    return {"across_styles_top1": sum_by_cluster(hits, cluster)}
+    return {"across_styles_top1": by_item(hits, cluster)}
 
 
 # ---- Earth ---------------------------------------------------------------------------------------
 
 
-def measure_earth(run: Path, masks: Path, part: str) -> Counts:
+def measure_earth(run: Path, masks: Path, part: str) -> Found:
     """Measure a run on the tiles of a part of `masks`, "validation" or "tune"."""
     cfg = TrainConfig.load(run / "config.json")
     return measure_patches(_patch_tokens(load_objective(run, cfg), cfg), cfg, masks, part)
 
 
-def measure_untrained_earth(cfg: TrainConfig, masks: Path, part: str) -> dict[str, Counts]:
+def measure_untrained_earth(cfg: TrainConfig, masks: Path, part: str) -> dict[str, Found]:
     """Measure what runs of `cfg` start from, and raw pixels."""
     return {
         "untrained": measure_patches(_patch_tokens(build_untrained(cfg), cfg), cfg, masks, part),
@@ -188,7 +184,7 @@ def measure_patches(
     masks: Path,
     part: str,
     strengths: Sequence[float] = STRENGTHS,
-) -> Counts:
+) -> Found:
     """Fit a linear probe from patches to their land cover, and count its hits in each block.
 
     It is fitted to patches of training tiles that do not overlap, where every tile has its land
@@ -213,11 +209,11 @@ def measure_patches(
     queries = _embedded(embed, pictures).flatten(0, 1)
     predicted, _ = cross_validated_linear(examples, queries, strengths)
     group = block[:, None].expand_as(label).flatten()
-    hits = sum_by_cluster((predicted == label.flatten()).double(), group)
+    hits = (predicted.view_as(label) == label).double().mean(1)  # share of a tile's patches
     counts = overlaps(label.flatten(), predicted, group, len(COVERS))
     return {
-        "patch_miou": {"cluster": hits["cluster"], "counts": counts.tolist()},
-        "patch_top1": hits,
+        "patch_miou": {"cluster": block.unique().tolist(), "counts": counts.tolist()},
+        "patch_top1": by_item(hits, block),
     }
 
 
@@ -267,6 +263,21 @@ def _patch_tokens(objective: Any, cfg: TrainConfig) -> Callable[[Tensor], Tensor
 
 
 # ---- Figures -------------------------------------------------------------------------------------
+
+
+def counts_by_cluster(found: dict[str, Any]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Return the clusters of a measure [C] in ascending order, and their counts [C, ...].
+
+    [C, 2] are hits and items, without those that were not asked; [C, 3, K] as of `overlaps`.
+    """
+    cluster = np.asarray(found["cluster"])
+    if "counts" in found:
+        return cluster, np.asarray(found["counts"], np.float64)
+    hits = np.asarray(unpack(found["hits"]))
+    asked = ~np.isnan(hits)
+    distinct, row = np.unique(cluster[asked], return_inverse=True)
+    sums = [np.bincount(row, weights) for weights in (hits[asked], np.ones(int(asked.sum())))]
+    return distinct, np.stack(sums, 1)
 
 
 def figure(counts: Any) -> Any:  # [..., n, 2] or [..., n, 3, K] of n clusters -> [...]

@@ -12,7 +12,8 @@ import torch
 from m3i_fast.benchmarks.methods.run import is_trained, training_figures
 from m3i_fast.benchmarks.one_stage.arms import ARMS, OURS, stage_config
 from m3i_fast.benchmarks.one_stage.measures import (
-    Counts,
+    Found,
+    counts_by_cluster,
     figure,
     measure_earth,
     measure_styles,
@@ -75,7 +76,10 @@ def run_job(job: Job) -> dict[str, Any]:
         if not (out.exists() and is_trained(out)):
             _train(cfg, out)
         stages.append(training_figures(cfg, read_jsonl(out / "metrics.jsonl")))
-    return {"stages": stages, **_with_figures({"trained": _measure(job, out)})}
+    found = _with_figures({"trained": _measure(job, out)})
+    if not job.run.is_counted:  # settings are chosen by figures
+        found = {"measured": found["measured"]}
+    return {"stages": stages, **found}
 
 
 def _train(cfg: TrainConfig, out: Path) -> None:
@@ -96,13 +100,13 @@ def _train(cfg: TrainConfig, out: Path) -> None:
         )
 
 
-def _measure(job: Job, out: Path) -> Counts:
+def _measure(job: Job, out: Path) -> Found:
     if job.run.data_set == "styles":
         return measure_styles(out, job.whole, SEEN_STYLE if job.run.is_counted else "tune")
     return measure_earth(out, job.masks, "validation" if job.run.is_counted else "tune")
 
 
-def _measure_baselines(job: Job) -> dict[str, Counts]:
+def _measure_baselines(job: Job) -> dict[str, Found]:
     cfg = stage_config(
         ARMS[OURS][0], num_classes=job.run.num_classes, data=job.whole, seed=job.run.seed
     )
@@ -111,10 +115,22 @@ def _measure_baselines(job: Job) -> dict[str, Counts]:
     return measure_untrained_earth(cfg, job.masks, "validation")
 
 
-def _with_figures(found: dict[str, Counts]) -> dict[str, Any]:
-    """Put each measure's figure beside the counts that it is made of."""
+def _with_figures(found: dict[str, Found]) -> dict[str, Any]:
+    """Put each measure's figure beside what it is made of, and each list of clusters once."""
     figures = {
-        who: {name: float(figure(of["counts"])) for name, of in counts.items()}
-        for who, counts in found.items()
+        who: {name: float(figure(counts_by_cluster(of)[1])) for name, of in measures.items()}
+        for who, measures in found.items()
     }
-    return {"measured": figures, "clusters": found}
+    lists: list[Any] = []
+    for measures in found.values():
+        for of in measures.values():
+            if of["cluster"] not in lists:
+                lists.append(of["cluster"])
+            of["cluster"] = lists.index(of["cluster"])
+    return {"measured": figures, "clusters": lists, "found": found}
+
+
+def measure_of(figures: dict[str, Any], who: str, name: str) -> dict[str, Any]:
+    """Return a measure of a row as `measures` made it."""
+    found: dict[str, Any] = figures["found"][who][name]
+    return {**found, "cluster": figures["clusters"][found["cluster"]]}

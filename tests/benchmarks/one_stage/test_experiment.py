@@ -13,7 +13,9 @@ from m3i_fast.benchmarks.ledger.rows import read_rows
 from m3i_fast.benchmarks.one_stage import datasets
 from m3i_fast.benchmarks.one_stage import plan as plans
 from m3i_fast.benchmarks.one_stage.main import SUBJECT, finished, main
+from m3i_fast.benchmarks.one_stage.measures import counts_by_cluster, figure
 from m3i_fast.benchmarks.one_stage.plan import BASELINES, read_plan
+from m3i_fast.benchmarks.one_stage.train import measure_of
 from m3i_fast.pipelines.sources import earth, styles
 from m3i_fast.pipelines.sources.earth_maps import COVERS, EarthMaps
 from tests.benchmarks.one_stage.test_plan import TREE, _commit, _git
@@ -48,14 +50,14 @@ def test_a_plan_is_packed_run_and_told(
     monkeypatch.setattr(earth, "build", partial(earth.build, stride=64))
     monkeypatch.setattr(datasets, "read_maps", lambda path: maps)
     monkeypatch.setattr(earth, "versions", dict)
-    arms = ["m3i", "two stages"]
+    arms = ["two stages"]
     tree = {**TREE, "arms": arms, "seeds": [0], "tuned": {
         name: dict.fromkeys(arms, {"lr": 1, "label_weight": 1}) for name in ("styles", "earth")
     }}  # fmt: skip
     path = folder / "small.json"
     path.write_text(json.dumps(tree))
     plan = read_plan("small")
-    steps = {"m3i": 4.0, "siameseim": 2.0, "category + caption": 1.0}
+    steps = {"siameseim": 2.0, "category + caption": 1.0}
     plan.write_step_times({n: {m: [s] for m, s in steps.items()} for n in plan.primary}, jobs=1)
     here = ["--plan", "small", "--jobs", "2"]
     for name in ("data", "out", "ledger"):
@@ -73,35 +75,34 @@ def test_a_plan_is_packed_run_and_told(
         main(here)
     _git(folder, "init", "--quiet")
     _commit(folder)
-    main([*here, "--sets", "styles"])
+    main([*here, "--sets", "earth"])
     main(here)
     rows = [*read_rows(SUBJECT, folder=tmp_path / "ledger")]
     plan = read_plan("small")
     found = finished(plan, tmp_path / "ledger")
-    assert len(rows) == len(found) == 6 and {*found} == {*plan.counted_runs()}
+    assert len(rows) == len(found) == 4 and {*found} == {*plan.counted_runs()}
     for run, figures in found.items():
         measure = plan.primary[run.data_set]
         if run.arm == BASELINES:
             assert set(figures["measured"]) == {"untrained", "pixels"}
             continue
         assert [stage["num_steps"] for stage in figures["stages"]] == list(plan.steps(run))
-        clusters = figures["clusters"]["trained"][measure]["cluster"]
-        assert len(clusters) == len(set(clusters)) > 3
-        assert 0 <= figures["measured"]["trained"][measure] <= 1
-    styles_m3i = next(f for r, f in found.items() if (r.data_set, r.arm) == ("styles", "m3i"))
-    assert {"across_styles_top1", "knn_top1_unseen_style"} <= set(styles_m3i["measured"]["trained"])
+        told, counts = counts_by_cluster(measure_of(figures, "trained", measure))
+        assert len(told) == len(set(told)) > 3
+        assert figures["measured"]["trained"][measure] == pytest.approx(float(figure(counts)))
+        also = {"styles": "across_styles_top1", "earth": "patch_top1"}[run.data_set]
+        assert 0 <= figures["measured"]["trained"][also] <= 1
 
     main(here)  # what has a row is not run again
-    assert len([*read_rows(SUBJECT, folder=tmp_path / "ledger")]) == 6
+    assert len([*read_rows(SUBJECT, folder=tmp_path / "ledger")]) == 4
     again = [*here[:-2], "--ledger", f"{tmp_path / 'again'}"]
     again[again.index("--out") + 1] = f"{tmp_path / 'out_again'}"
-    main([*again, "--arms", "two stages"])
-    repeated = finished(plan, tmp_path / "again")
-    assert len(repeated) == 2
-    for run, figures in repeated.items():  # the same bits
-        assert figures["clusters"] == found[run]["clusters"]
-        losses = [stage["final_loss"] for stage in figures["stages"]]
-        assert losses == [stage["final_loss"] for stage in found[run]["stages"]]
+    main([*again, "--sets", "earth", "--arms", "two stages"])
+    [(run, figures)] = finished(plan, tmp_path / "again").items()  # the same bits
+    for what in ("measured", "clusters", "found"):
+        assert figures[what] == found[run][what]
+    losses = [stage["final_loss"] for stage in figures["stages"]]
+    assert losses == [stage["final_loss"] for stage in found[run]["stages"]]
     capsys.readouterr()
     main([*here, "--table-only"])
     assert "two stages" in capsys.readouterr().out

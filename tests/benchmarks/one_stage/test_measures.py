@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -19,11 +20,12 @@ from m3i_fast.benchmarks.one_stage.arms import OURS, Stage, stage_config
 from m3i_fast.benchmarks.one_stage.measures import (
     COMMON,
     across_styles,
+    by_item,
+    counts_by_cluster,
     figure,
     measure_patches,
     patch_cover,
     read_tiles,
-    sum_by_cluster,
 )
 from m3i_fast.evaluation.dense.patch_probe import overlaps
 from m3i_fast.pipelines.sources import earth, styles
@@ -34,10 +36,12 @@ from m3i_fast.recipes import DEMO_MERGES
 def test_hits_are_summed_by_cluster() -> None:
     hits = torch.tensor([1.0, 0.5, math.nan, 0.0, 1.0, math.nan], dtype=torch.float64)
     cluster = torch.tensor([7, 3, 3, 7, 9, 11])
-    found = sum_by_cluster(hits, cluster)
-    assert found == {"cluster": [3, 7, 9], "counts": [[0.5, 1], [1, 2], [1, 1]]}
-    assert figure(found["counts"]) == pytest.approx(2.5 / 4)
-    assert figure(np.stack([found["counts"]] * 2)).shape == (2,)
+    found = by_item(hits, cluster)
+    assert json.loads(json.dumps(found)) == found
+    ids, counts = counts_by_cluster(found)
+    assert ids.tolist() == [3, 7, 9] and counts.tolist() == [[0.5, 1], [1, 2], [1, 1]]
+    assert figure(counts) == pytest.approx(2.5 / 4)
+    assert figure(np.stack([counts] * 2)).shape == (2,)
 
 
 def test_mean_iou_is_that_of_scikit_learn_over_common_classes() -> None:
@@ -97,14 +101,17 @@ def test_patches_are_probed_on_tiles_that_do_not_overlap(masks: Path) -> None:
     colours = measures.partial(_mean_colour, grid=cfg.vision.grid)
     found = measure_patches(colours, cfg, masks, "validation")
     assert set(found) == {"patch_miou", "patch_top1"}
-    assert figure(found["patch_top1"]["counts"]) > 0.95
-    assert figure(found["patch_miou"]["counts"]) > 0.9
-    assert np.array(found["patch_top1"]["counts"])[:, 1].sum() == 18 * 64
+    tiles, patches = (counts_by_cluster(found[name]) for name in ("patch_top1", "patch_miou"))
+    assert figure(tiles[1]) > 0.95
+    right, labelled, _ = patches[1].sum((0, 2))
+    assert figure(tiles[1]) == pytest.approx(right / labelled, abs=1e-3)
+    assert figure(patches[1]) > 0.9
+    assert tiles[1][:, 1].sum() == 18 and labelled == 18 * 64
     blocks = {24 * ((1400 + 32 + 64 * r) // 225) + (262 + 225 * c) // 225
               for r in range(2) for c in range(9)}  # fmt: skip
-    assert found["patch_miou"]["cluster"] == sorted(blocks)
+    assert patches[0].tolist() == tiles[0].tolist() == sorted(blocks)
     blind = measure_patches(lambda views: torch.ones(len(views), 64, 2), cfg, masks, "validation")
-    assert figure(blind["patch_top1"]["counts"]) < 0.2
+    assert figure(counts_by_cluster(blind["patch_top1"])[1]) < 0.2
     with pytest.raises(FileNotFoundError):
         measure_patches(colours, cfg, masks, "tune")
 
@@ -153,8 +160,10 @@ def test_a_drawing_is_found_in_another_style(
     shift = 0
     clusters = {int(i): int(i) for i in range(100_000)}
     found = across_styles(model, cfg, out, clusters)["across_styles_top1"]
-    assert figure(found["counts"]) == 1  # each concept's caption is its own, in both styles
-    assert sum(items for _, items in found["counts"]) == 12
+    counts = counts_by_cluster(found)[1]
+    assert figure(counts) == 1  # each concept's caption is its own, in both styles
+    assert counts[:, 1].sum() == 12
     assert sorted(said[0].tolist()) == sorted(said[1].tolist())
     shift = 1
-    assert figure(across_styles(model, cfg, out, clusters)["across_styles_top1"]["counts"]) < 0.5
+    found = across_styles(model, cfg, out, clusters)["across_styles_top1"]
+    assert figure(counts_by_cluster(found)[1]) < 0.5
