@@ -24,17 +24,26 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.progress import Progress
-from rich.table import Table
 
 from m3i_fast.benchmarks.core.child_processes import child_processes
 from m3i_fast.benchmarks.core.command import read_command
-from m3i_fast.benchmarks.ledger.rows import append_row, read_rows
+from m3i_fast.benchmarks.ledger.rows import append_row, read_rows, results_dir
 from m3i_fast.benchmarks.one_stage import datasets
 from m3i_fast.benchmarks.one_stage.arms import Stage, Tuning, stage_config
 from m3i_fast.benchmarks.one_stage.plan import NUM_CLASSES, Plan, Run, SetName, read_plan
+from m3i_fast.benchmarks.one_stage.plot import draw
+from m3i_fast.benchmarks.one_stage.tables import (
+    Rows,
+    chosen,
+    comparisons,
+    counted_table,
+    is_complete,
+    tuning_table,
+)
 from m3i_fast.benchmarks.one_stage.train import Job, run_job
+from m3i_fast.benchmarks.one_stage.verdict import comparison_table, judge, sentences
+from m3i_fast.durable_files import write_atomically
 from m3i_fast.planning.step_budget import step_seconds
 from m3i_fast.terminal import make_console
 
@@ -113,9 +122,34 @@ def main(argv: list[str] | None = None) -> None:
     rows = finished(plan, cfg.ledger)
     if cfg.tune:
         make_console().print(tuning_table(plan, rows))
-        make_console().print(chosen(plan, rows), highlight=False)
+        told = json.dumps(chosen(plan, rows), indent=2)
+        make_console().print(f"tuned of the plan: {told}", highlight=False, soft_wrap=True)
         return
-    make_console().print(counted_table(plan, rows))
+    show(plan, rows)
+    draw_arms(cfg, plan, rows)
+
+
+def show(plan: Plan, rows: Rows) -> None:
+    """Print the runs that count, the arms compared, and the verdict once all have run."""
+    out = make_console()
+    out.print(counted_table(plan, rows))
+    compared = comparisons(plan, rows)
+    for each in compared.values():
+        out.print(comparison_table(each))
+    if is_complete(plan, rows):
+        for sentence in sentences(judge(compared)):
+            out.print(sentence, highlight=False)
+
+
+def draw_arms(cfg: Config, plan: Plan, rows: Rows) -> None:
+    """Draw what all arms have run to one_stage_PLAN.svg beside the ledger."""
+    compared = comparisons(plan, rows)
+    if not compared:
+        return
+    title = plan.title + ("" if is_complete(plan, rows) else ", so far")
+    path = (cfg.ledger or results_dir()) / f"{SUBJECT}_{plan.name}.svg"
+    write_atomically(path, draw(compared, title).encode())
+    logger.info("drawn to %s", path)
 
 
 def _expect_known(cfg: Config, plan: Plan) -> None:
@@ -131,12 +165,12 @@ def _expect_known(cfg: Config, plan: Plan) -> None:
 # ---- Runs ----------------------------------------------------------------------------------------
 
 
-def finished(plan: Plan, ledger: Path | None) -> dict[Run, dict[str, Any]]:
+def finished(plan: Plan, ledger: Path | None) -> Rows:
     """Return the figures of the plan's rows.
 
     Raises ValueError where a counted row is of this plan's name with other files, or counted twice.
     """
-    found: dict[Run, dict[str, Any]] = {}
+    found: Rows = {}
     for row in read_rows(SUBJECT, folder=ledger):
         figures = row["figures"]
         if figures["plan"] != plan.name:
@@ -169,6 +203,8 @@ def run_missing(cfg: Config, plan: Plan, runs: Iterable[Run]) -> None:
         for run, future in _as_they_end(cfg, plan, todo):
             if (error := future.exception()) is None:
                 _record(cfg, plan, run, future.result())
+                if run.is_counted:
+                    draw_arms(cfg, plan, finished(plan, cfg.ledger))
             else:
                 failures[run.name] = f"{type(error).__name__}: {error}"
             bar.advance(task)
@@ -235,50 +271,3 @@ def time_steps(cfg: Config, plan: Plan) -> None:
         for name, method, job in bar.track(waiting, description="steps of each method"):
             rounds[name][method].append(job.result())
     console.print(f"wrote {plan.write_step_times(rounds, jobs=cfg.jobs)}", soft_wrap=True)
-
-
-# ---- Tables --------------------------------------------------------------------------------------
-
-
-def tuning_table(plan: Plan, rows: dict[Run, dict[str, Any]]) -> Table:
-    """Show what each setting of each arm reached on the tuning split."""
-    shown = Table(title=f"{plan.tuning.seconds:g} s a run, tuning split, %", box=box.SIMPLE_HEAD)
-    for head in ("data", "arm", "lr x", "labels x", "measure"):
-        shown.add_column(head, justify="left" if head in ("data", "arm") else "right")
-    for run in plan.tuning_runs():
-        if run in rows:
-            value = 100 * rows[run]["measured"]["trained"][plan.tuning.measure[run.data_set]]
-            factors = (f"{run.tuning.lr:g}", f"{run.tuning.label_weight:g}")
-            shown.add_row(run.data_set, run.arm, *factors, f"{value:.1f}")
-    return shown
-
-
-def chosen(plan: Plan, rows: dict[Run, dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
-    """Return the best setting of each arm whose every setting has a row; of equals the first."""
-    best: dict[str, dict[str, dict[str, float]]] = {}
-    for name in plan.primary:
-        for arm in plan.arms:
-            runs = [r for r in plan.tuning_runs() if (r.data_set, r.arm) == (name, arm)]
-            if all(run in rows for run in runs):
-                measure = plan.tuning.measure[name]
-                run = max(runs, key=lambda run: rows[run]["measured"]["trained"][measure])
-                best.setdefault(name, {})[arm] = asdict(run.tuning)
-    return best
-
-
-def counted_table(plan: Plan, rows: dict[Run, dict[str, Any]]) -> Table:
-    """Show the primary measure of every run that counts."""
-    shown = Table(title=f"{plan.name}: {plan.primary}, %", box=box.SIMPLE_HEAD)
-    for head in ("data", "arm", *map(str, plan.seeds)):
-        shown.add_column(head)
-    values: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
-    for run, figures in rows.items():
-        if run.is_counted:
-            measured = figures["measured"]
-            for who, of in measured.items():
-                arm = run.arm if who == "trained" else who
-                if plan.primary[run.data_set] in of:
-                    values[run.data_set, arm][run.seed] = of[plan.primary[run.data_set]]
-    for (name, arm), of in sorted(values.items()):
-        shown.add_row(name, arm, *(f"{100 * of[s]:.1f}" if s in of else "" for s in plan.seeds))
-    return shown

@@ -29,6 +29,8 @@ from m3i_fast.benchmarks.one_stage.arms import (
     has_label_weight,
     recipe_tree,
 )
+from m3i_fast.benchmarks.one_stage.resampling import CONFIDENCE, NUM_DRAWS
+from m3i_fast.benchmarks.one_stage.verdict import MARGIN
 from m3i_fast.config.convert import from_tree
 from m3i_fast.durable_files import write_atomically
 from m3i_fast.json_files import read_json
@@ -61,13 +63,14 @@ class TuningGrid:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rule:
-    """When a difference is claimed, and when it is ruled out."""
+    """When a difference is claimed, and when it is ruled out: what `verdict` does."""
 
-    level: float
+    level: float = CONFIDENCE
     """Of the two-sided intervals."""
-    margin: float
-    """The claim is refuted where the upper bound is below it on each set."""
-    draws: int
+    margin: float = MARGIN
+    """In points; the claim is refuted where the upper bound is below it on each set."""
+    draws: int = NUM_DRAWS
+    """Of the arms' means, by which the intervals are made."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +100,15 @@ class Plan:
             raise ValueError(f"{self.name}.arms: expected some of {', '.join(ARMS)}, got {unknown}")
         if unknown := [name for name in self.primary if name not in NUM_CLASSES]:
             raise ValueError(f"{self.name}.primary: expected styles and earth, got {unknown}")
+        if self.rule != Rule():
+            raise ValueError(f"{self.name}.rule: expected {Rule()}, got {self.rule}")
+
+    @property
+    def title(self) -> str:
+        return (
+            f"{self.seconds:g} s a run, classes of {100 * self.labelled:g} %, captions of "
+            f"{100 * self.captioned:g} %"
+        )
 
     @property
     def num_folds(self) -> int:

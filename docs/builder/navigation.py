@@ -17,7 +17,7 @@ CONTENTS = {
     ),
     "measure": (
         *("planning", "profile", "performance", "roofline", "launches", "comparing"),
-        *("evaluate", "results", "one_stage", "methods", "faults"),
+        *("evaluate", "results", "one_stage", "first_h100s", "methods", "faults"),
     ),
     "extend": ("new_method", "new_op", "machine_code", "new_source", "ops", "emulator"),
     "reference": (

@@ -17,6 +17,7 @@ from m3i_fast.recipes import (
     from_weights,
     m3i_internimage,
     m3i_vit,
+    one_stage_vit,
     own_data,
     text_and_prototypes_vit,
 )
@@ -36,6 +37,11 @@ GROUPS: dict[str, tuple[Make, ...]] = {
         *(m3i_vit.m3i_vit_b, m3i_vit.m3i_vit_b_a100, m3i_vit.m3i_vit_b_h100),
         *(m3i_vit.m3i_vit_l, m3i_vit.m3i_vit_l_a100, m3i_vit.m3i_vit_l_h100),
         *(m3i_vit.m3i_vit_h, m3i_vit.m3i_vit_h_a100, m3i_vit.m3i_vit_h_h100),
+    ),
+    "M3I beside its parts, on eight cards": (
+        *(one_stage_vit.one_stage_m3i_vit_s, one_stage_vit.one_stage_m3i_vit_b),
+        *(one_stage_vit.one_stage_siameseim_vit_s, one_stage_vit.one_stage_siameseim_vit_b),
+        *(one_stage_vit.one_stage_supervised_vit_s, one_stage_vit.one_stage_supervised_vit_b),
     ),
     "other methods over prototypes, from random weights": (
         *(dinov2_vit.dinov2_vit_s, dinov2_vit.dinov2_vit_b, dinov2_vit.dinov2_vit_l),

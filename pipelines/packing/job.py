@@ -23,6 +23,7 @@ from m3i_fast.pipelines.dataset.manifest import REFUSED_NAME, Manifest
 from m3i_fast.pipelines.dataset.pack import DatasetInfo, write_manifest
 from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
 from m3i_fast.pipelines.packing.bucket_output import BucketOutput
+from m3i_fast.pipelines.packing.class_shares import share_columns, told, with_shares
 from m3i_fast.pipelines.packing.items import Listing, Refusal, SourceOptions
 from m3i_fast.pipelines.packing.near_duplicates import Grouped, HashTask, group, hash_tasks
 from m3i_fast.pipelines.packing.output import FolderOutput, Output
@@ -115,7 +116,9 @@ def _pack_locked(
     settings = replace(settings, source=replace(settings.source, spool=spool))
     console.print(f"source: {why}", soft_wrap=True, highlight=False)
     listing = make_reader(settings.source).list()
+    shares = settings.plan.class_shares
     columns = with_context(listing.columns, settings.shard.context_length)
+    columns += share_columns(listing, shares)
     settings = replace(settings, shard=replace(settings.shard, columns=columns))
     if out.is_shared:
         listing.forget_times()
@@ -143,6 +146,9 @@ def _pack_locked(
             "groups": grouped.num_groups,
             "in_another_split": grouped.num_elsewhere,
         }
+    numbered = with_shares(numbered, shares, settings.plan.seed)
+    for note in told(numbered, shares):
+        console.print(f"  {note}", soft_wrap=True, highlight=False)
     shards = make_shards(numbered, settings.plan)
     total = sum(map(len, numbered.values()))
     tasks = list(_tasks(settings, out, shards))
@@ -225,6 +231,8 @@ def _describe(settings: PackSettings, listing: Listing) -> dict[str, Any]:
     plan = asdict(settings.plan)
     if plan["near_duplicate_bits"] is None:
         del plan["near_duplicate_bits"]  # as before there was such a setting
+    if not plan["class_shares"]:
+        del plan["class_shares"]  # the same
     digest = hashlib.sha256()
     for name, (size, _) in listing.files.items():
         digest.update(json.dumps([name, size]).encode() + b"\n")

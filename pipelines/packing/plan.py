@@ -24,6 +24,7 @@ class PlanSettings:
     seed: int = 0
     samples_per_shard: int = 4096
     near_duplicate_bits: int | None = None  # None: groups are those of the source
+    class_shares: tuple[str, ...] = ()  # NAME=SHARE
 
     def __post_init__(self) -> None:
         bits = self.near_duplicate_bits

@@ -56,6 +56,10 @@ class Pack:
     """Named column beside class and captions, as NAME:KIND or NAME:KIND=COLUMN; may be given
     several times. Kinds: class; labels, a set, in a text table with ; between them; numbers, of
     which there may be several, NAME:numbers=COLUMN,COLUMN; text. An empty cell is not known."""
+    class_share: Annotated[tuple[str, ...], Several] = ()
+    """Column of kind class, as NAME=SHARE, that has the class of a share of each class's pictures,
+    split by split, drawn by the seed: a larger share contains a smaller one. May be given several
+    times; the class itself stays whole, for probes."""
     group_column: str | None = None
     """Column of groups of near-duplicates, which are positives of each other and in one split."""
     group_near_duplicates: int | None = None
@@ -174,6 +178,7 @@ class Pack:
                 seed=self.seed,
                 samples_per_shard=self.samples_per_shard,
                 near_duplicate_bits=self.group_near_duplicates,
+                class_shares=self.class_share,
             ),
             shard=ShardSettings(
                 num_merges=self.num_merges,

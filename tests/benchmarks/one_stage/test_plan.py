@@ -48,7 +48,7 @@ TREE: dict[str, Any] = {
         name: dict.fromkeys(ARM_NAMES, {"lr": 2, "label_weight": 1}) for name in ("styles", "earth")
     },
     "data": {},
-    "rule": {"level": 0.95, "margin": 0.01, "draws": 1000},
+    "rule": {"level": 0.95, "margin": 1.0, "draws": 10000},
 }
 STEP_S = {"m3i": 0.1, "siameseim": 0.05, "category + caption": 0.02, "slip": 0.1}
 

@@ -1,0 +1,106 @@
+"""What the rows of a plan say: tried settings, runs that count, and the arms compared."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.table import Table
+
+from m3i_fast.benchmarks.one_stage.measures import counts_by_cluster, figure
+from m3i_fast.benchmarks.one_stage.plan import Plan, Run, SetName
+from m3i_fast.benchmarks.one_stage.resampling import (
+    ClusterCounts,
+    Floats,
+    balanced_seeds,
+    resample,
+)
+from m3i_fast.benchmarks.one_stage.train import measure_of
+from m3i_fast.benchmarks.one_stage.verdict import Comparison, compare
+
+Rows = dict[Run, dict[str, Any]]
+TITLES = {
+    "linear_top1": "linear probe",
+    "linear_top1_hard": "linear probe, hard half",
+    "patch_miou": "mean IoU of patches",
+}
+
+
+def tuning_table(plan: Plan, rows: Rows) -> Table:
+    """Show what each setting of each arm reached on the tuning split."""
+    shown = Table(title=f"{plan.tuning.seconds:g} s a run, tuning split, %", box=box.SIMPLE_HEAD)
+    for head in ("data", "arm", "lr x", "labels x", "measure"):
+        shown.add_column(head, justify="left" if head in ("data", "arm") else "right")
+    for run in plan.tuning_runs():
+        if run in rows:
+            value = 100 * rows[run]["measured"]["trained"][plan.tuning.measure[run.data_set]]
+            factors = (f"{run.tuning.lr:g}", f"{run.tuning.label_weight:g}")
+            shown.add_row(run.data_set, run.arm, *factors, f"{value:.1f}")
+    return shown
+
+
+def chosen(plan: Plan, rows: Rows) -> dict[str, dict[str, dict[str, float]]]:
+    """Return the best setting of each arm whose every setting has a row; of equals the first."""
+    best: dict[str, dict[str, dict[str, float]]] = {}
+    for name in plan.primary:
+        for arm in plan.arms:
+            runs = [r for r in plan.tuning_runs() if (r.data_set, r.arm) == (name, arm)]
+            if all(run in rows for run in runs):
+                measure = plan.tuning.measure[name]
+                run = max(runs, key=lambda run: rows[run]["measured"]["trained"][measure])
+                best.setdefault(name, {})[arm] = asdict(run.tuning)
+    return best
+
+
+def counted_table(plan: Plan, rows: Rows) -> Table:
+    """Show the primary measure of every run that counts."""
+    shown = Table(title=f"{plan.title}: primary measures, %", box=box.SIMPLE_HEAD)
+    for head in ("data", "arm", *map(str, plan.seeds)):
+        shown.add_column(head)
+    values: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
+    for run, figures in rows.items():
+        if run.is_counted:
+            measured = figures["measured"]
+            for who, of in measured.items():
+                arm = run.arm if who == "trained" else who
+                if plan.primary[run.data_set] in of:
+                    values[run.data_set, arm][run.seed] = of[plan.primary[run.data_set]]
+    for (name, arm), of in sorted(values.items()):
+        shown.add_row(name, arm, *(f"{100 * of[s]:.1f}" if s in of else "" for s in plan.seeds))
+    return shown
+
+
+def is_complete(plan: Plan, rows: Rows) -> bool:
+    """Return whether every run of the plan has a row."""
+    return all(run in rows for run in plan.counted_runs())
+
+
+def comparisons(plan: Plan, rows: Rows) -> dict[str, Comparison]:
+    """Compare the arms on each data set by the seeds that all of them have run, two at least."""
+    compared: dict[str, Comparison] = {}
+    for name, measure in plan.primary.items():
+        runs = {arm: _of_seeds(rows, name, arm, measure) for arm in plan.arms}
+        seeds = balanced_seeds(runs)
+        if len(seeds) > 1:
+            shared = {arm: {seed: of[seed] for seed in seeds} for arm, of in runs.items()}
+            drawn = resample(shared, percent, num_draws=plan.rule.draws)
+            compared[name] = compare(f"{name}: {TITLES.get(measure, measure)}, %", drawn)
+    return compared
+
+
+def percent(counts: Floats) -> Floats:  # [R, ...] summed over clusters -> [R]
+    """Return `figure` in percent."""
+    return np.asarray(100 * figure(counts[:, None]))
+
+
+def _of_seeds(rows: Rows, name: SetName, arm: str, measure: str) -> dict[int, ClusterCounts]:
+    """Return what an arm's runs got on each cluster, by seed."""
+    found = {}
+    for run, figures in rows.items():
+        if run.is_counted and (run.data_set, run.arm) == (name, arm):
+            cluster, counts = counts_by_cluster(measure_of(figures, "trained", measure))
+            found[run.seed] = ClusterCounts(cluster=cluster, counts=counts)
+    return found

@@ -1,0 +1,86 @@
+"""From rows to comparison, verdict and drawing, by the seeds that all arms have run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from m3i_fast.benchmarks.one_stage import main as command
+from m3i_fast.benchmarks.one_stage.main import Config
+from m3i_fast.benchmarks.one_stage.plan import BASELINES, Plan, Run, read_plan
+from m3i_fast.benchmarks.one_stage.resampling import ClusterCounts, accuracy, resample
+from m3i_fast.benchmarks.one_stage.tables import chosen, comparisons, counted_table, is_complete
+from m3i_fast.benchmarks.one_stage.verdict import compare
+from tests.benchmarks.one_stage.test_plan import folder  # noqa: F401 (a fixture)
+
+
+def _rows(plan: Plan) -> dict[Run, dict[str, Any]]:
+    rng = np.random.default_rng(0)
+    rows = {}
+    for run in plan.counted_runs():
+        measure, clusters = plan.primary[run.data_set], [100 * (run.seed % 5) + i for i in range(9)]
+        found: dict[str, Any] = {"counts": rng.integers(1, 9, (9, 3, 17)).tolist(), "cluster": 0}
+        if run.data_set == "styles":
+            clusters = 4 * clusters
+            found = {"hits": "".join(map(str, rng.integers(2, size=36))), "cluster": 0}
+        who = "untrained" if run.arm == BASELINES else "trained"
+        rows[run] = {
+            "found": {who: {measure: found}},
+            "clusters": [clusters],
+            "measured": {who: {measure: 0.5}},
+        }
+    return rows
+
+
+def test_arms_are_compared_by_their_counts() -> None:
+    plan = read_plan("small")
+    rows = _rows(plan)
+    assert is_complete(plan, rows)
+    compared = comparisons(plan, rows)
+    assert list(compared) == ["styles", "earth"]
+    runs: dict[str, dict[int, ClusterCounts]] = {arm: {} for arm in plan.arms}
+    for run, figures in rows.items():
+        if run.data_set == "styles" and run.arm != BASELINES and run.seed < 5:
+            hits = np.array([*map(int, figures["found"]["trained"]["linear_top1_hard"]["hits"])])
+            cluster = figures["clusters"][0][:9]  # four items each
+            counts = np.stack([hits.reshape(4, 9).sum(0), np.full(9, 4)], 1).astype(np.float64)
+            runs[run.arm][run.seed] = ClusterCounts(cluster=np.array(cluster), counts=counts)
+    by_hand = compare("styles: linear probe, hard half, %", resample(runs, accuracy))
+    assert compared["styles"].seeds == (0, 1, 2, 3, 4)  # seed 5 holds out the fold of seed 0 again
+    assert compared["styles"].minus_best.low == pytest.approx(by_hand.minus_best.low, abs=1e-9)
+    assert compared["styles"].means.keys() == by_hand.means.keys()
+    left_out = next(run for run in rows if (run.arm, run.seed) == ("slip", 1))
+    del rows[left_out]
+    assert not is_complete(plan, rows)
+    assert comparisons(plan, rows)[left_out.data_set].seeds == (0, 2, 3, 4)
+
+
+def test_rows_are_shown_and_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = read_plan("small")
+    rows = _rows(plan)
+    monkeypatch.setattr(command, "finished", lambda *_: rows)
+    command.main(["--plan", "small", "--table-only", "--ledger", f"{tmp_path}"])
+    told = capsys.readouterr().out
+    assert "One stage is better than the best other arm on every set:" in told
+    assert "untrained" in told and "best other" in told
+    assert "so far" not in (tmp_path / "one_stage_small.svg").read_text()
+    rows.pop(next(iter(rows)))
+    command.draw_arms(Config(ledger=tmp_path), plan, rows)
+    assert "so far" in (tmp_path / "one_stage_small.svg").read_text()
+    assert len(counted_table(plan, rows).columns) == 2 + len(plan.seeds)
+
+
+def test_the_best_setting_is_chosen_once_all_were_tried() -> None:
+    plan, rows = read_plan("small"), {}
+    for place, run in enumerate(plan.tuning_runs()):
+        rows[run] = {"measured": {"trained": {plan.tuning.measure[run.data_set]: -place}}}
+    best = chosen(plan, rows)
+    assert best["styles"]["m3i"] == best["earth"]["slip"] == {"lr": 0.5, "label_weight": 0.1}
+    assert best["earth"]["siameseim"] == {"lr": 0.5, "label_weight": 1.0}
+    del rows[run]  # the last one: of two stages on earth
+    assert set(chosen(plan, rows)["earth"]) == set(plan.arms) - {"two stages"}
