@@ -81,6 +81,17 @@ class ClusterCounts:
         if not bool(np.isfinite(counts).all()):
             raise ValueError("counts: expected finite values, got NaN or infinity")
 
+    @classmethod
+    def of_hits(
+        cls,
+        hits: Floats,  # [I] in 0..1
+        cluster: npt.NDArray[np.int64],  # [I]
+    ) -> ClusterCounts:
+        """Count hits and items of each cluster, as `accuracy` takes them."""
+        distinct, place = np.unique(cluster, return_inverse=True)
+        sums = np.bincount(place, np.asarray(hits, np.float64))
+        return cls(cluster=distinct, counts=np.stack([sums, np.bincount(place)], 1))
+
 
 Runs = Mapping[str, Mapping[int, ClusterCounts]]  # arm -> seed -> counts
 

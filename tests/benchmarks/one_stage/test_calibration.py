@@ -149,6 +149,22 @@ def test_intervals_are_wide_where_seeds_make_no_variance() -> None:
 
 
 @pytest.mark.slow
+def test_an_arm_that_varies_more_than_the_others_is_covered_less_often() -> None:
+    """Runs' variance is pooled over arms, which the module says the price of."""
+
+    def unequal(design: Design, means: Floats, rng: np.random.Generator) -> Any:
+        counts = _hits(design, means, rng)
+        more = design.seed / math.sqrt(2) * math.sqrt(1.5**2 - 1)
+        extra = rng.normal(0, more, (design.num_folds, design.seeds_a_fold, 1))
+        counts[:, :, 0, :, 0] += counts[:, :, 0, :, 1] * extra / 100  # of M3I alone
+        return counts
+
+    covered, holds, _ = _rates(LINEAR, np.zeros(5), 2000, make=unequal)
+    assert covered == pytest.approx(0.935, abs=_band(0.935, 2000))
+    assert holds <= 0.025
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds_a_fold", [1, 3])
 def test_intervals_of_mean_iou_cover(seeds_a_fold: int) -> None:
     """Five arms that are alike, so that the true differences of a ratio are known: 0."""

@@ -119,6 +119,24 @@ def test_curves_run_over_the_shares_that_there_are() -> None:
     assert len(last) == len(ARMS)
 
 
+def test_bars_over_labels_are_the_intervals_of_differences_from_ours() -> None:
+    each = _comparison("styles: linear, %")
+    root = _root(draw_shares({0.03: {"styles": each}}, "One"))
+    dots = _dots(root)
+    place = {arm: dots[f"{arm}, 3 % of labels: {m.value:.1f}"] for arm, m in each.means.items()}
+    values = [mean.value for mean in each.means.values()]
+    slope, start = np.polyfit(values, [place[arm][1] for arm in each.means], 1)
+    bars = {}
+    for node in root.iter(f"{SVG}path"):
+        if node.get("stroke-opacity"):
+            x, low, high = map(float, node.attrib["d"][1:].replace("V", " ").split())
+            bars[x] = [(low - start) / slope, (high - start) / slope]
+    assert len(bars) == len(each.minus)
+    for arm, minus in each.minus.items():
+        ours = each.means["m3i"].value
+        assert bars[place[arm][0]] == pytest.approx([ours - minus.high, ours - minus.low], abs=0.2)
+
+
 def test_one_share_alone_is_drawn_at_its_place() -> None:
     each = _comparison("styles: linear, %")
     for share in (0.03, 1.0, 0.5):

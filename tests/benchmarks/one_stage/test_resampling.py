@@ -207,6 +207,14 @@ def test_draws_are_those_of_their_seed() -> None:
     assert whole.draws.mean(0) == pytest.approx(whole.means, abs=0.1)
 
 
+def test_hits_of_items_are_counted_by_cluster() -> None:
+    found = ClusterCounts.of_hits(np.array([1, 0, 0.5, 1.0]), np.array([7, 3, 7, 3]))
+    assert found.cluster.tolist() == [3, 7] and found.counts.tolist() == [[1, 2], [1.5, 2]]
+    assert accuracy(found.counts.sum(0)[None]).tolist() == [62.5]
+    with pytest.raises(ValueError):
+        ClusterCounts.of_hits(np.ones(3), np.array([1, 2]))
+
+
 # ---- Requests ------------------------------------------------------------------------------------
 
 
