@@ -507,7 +507,7 @@ def test_a_wrong_field_is_named(field: str, value: object, message: str) -> None
 # ---- Recipes -------------------------------------------------------------------------------------
 
 
-UNMEASURED = {"cappa", "coca", "dinov3", "lejepa", "radio"}
+UNMEASURED = {"cappa", "coca", "dinov3", "lejepa", "locca", "radio"}
 """Methods that have no row yet: `m3i-fast bench methods --methods cappa,coca` writes them."""
 
 
