@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from m3i_fast.config.columns import NO_CLASS
 from m3i_fast.config.data import MAX_PIXELS, BackendName, LoaderConfig, ViewConfig
 from m3i_fast.ops.views import view_specs
 from m3i_fast.pipelines.backends import start_backend
@@ -221,10 +222,7 @@ class BatchesOfRun(ABC, Generic[AnyBatch]):
             tokenizer=self.manifest.tokenizer,
             max_pixels=cfg.max_pixels,
             caption_member=caption_member(self.manifest),
-            alternates=cfg.alternates
-            and cfg.augment
-            and cfg.global_views.count > 1
-            and self._open.split.max_alternates > 0,
+            alternates=_cuts_alternates(cfg, self._open),
             batch_size=self._layout.most_samples,
             num_threads=cfg.num_threads,
             cores=self.placement.cores,
@@ -528,6 +526,12 @@ def _to_batch(
     return batch if device_id is None else batch.to(f"cuda:{device_id}")
 
 
+def _cuts_alternates(cfg: LoaderConfig, opened: OpenSplit) -> bool:
+    """Return whether view 1 is cut of another picture of the sample."""
+    several = cfg.augment and cfg.global_views.count > 1
+    return cfg.alternates and several and opened.split.max_alternates > 0
+
+
 def fields_beside_views(made: MadeBatch, opened: OpenSplit, cfg: LoaderConfig) -> dict[str, Any]:
     """Return the fields of a batch that do not depend on the shape of its views, by name."""
     rows = made.rows
@@ -538,6 +542,8 @@ def fields_beside_views(made: MadeBatch, opened: OpenSplit, cfg: LoaderConfig) -
             columns[column.name] = shown.of(
                 columns[column.name], made.params.numpy(), made.image_size.numpy(), rows.positions
             )
+            if _cuts_alternates(cfg, opened):  # whose regions are not known
+                columns[column.name][:, 1] = NO_CLASS
     return {
         "boxes": made.params[:, :, :5].contiguous(),
         "image_size": made.image_size.float(),

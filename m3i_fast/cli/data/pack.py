@@ -55,7 +55,9 @@ class Pack:
     column: Annotated[tuple[str, ...], Several] = ()
     """Named column beside class and captions, as NAME:KIND or NAME:KIND=COLUMN; may be given
     several times. Kinds: class; labels, a set, in a text table with ; between them; numbers, of
-    which there may be several, NAME:numbers=COLUMN,COLUMN; text. An empty cell is not known."""
+    which there may be several, NAME:numbers=COLUMN,COLUMN; text; regions, boxes with a text each,
+    also of a file beside the pictures, NAME:regions=FILE.json or .jsonl. An empty cell is not
+    known."""
     group_column: str | None = None
     """Column of groups of near-duplicates, which are positives of each other and in one split."""
     group_near_duplicates: int | None = None

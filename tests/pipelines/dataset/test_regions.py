@@ -227,6 +227,26 @@ def test_evaluation_has_the_regions_of_the_centre_square(path: Path) -> None:
     assert expect_regions(batch, LoaderConfig(min_region_share=0.5, max_regions=4)) > 10
 
 
+def test_a_view_of_another_picture_has_none(cfg: LoaderConfig, tmp_path: Path) -> None:
+    """Its boxes are of the first one; without alternates the view is of that, too."""
+    pictures = [encode_image(smooth_picture(i, 24, 36)) for i in range(2)]
+    whole = [((0.0, 0.0, 1.0, 1.0), [1, 2])]
+    samples = [
+        sample(i, pictures[0], alternates=(pictures[1],), columns={"objects": whole})
+        for i in range(6)
+    ]
+    about = info(columns=(OBJECTS,))
+    out = write_dataset(tmp_path / "d", {"train": samples}, about, seed=0, samples_per_shard=6)
+    cfg = replace(cfg, path=out, min_region_share=0.01)
+    for backend in ("dali", "torch"):
+        for alternates in (True, False):
+            loader = Loader(replace(cfg, backend=backend, alternates=alternates))  # type: ignore[arg-type]
+            mask = Regions.of(next(loader).columns["objects"]).mask.any(2)
+            assert mask[:, [0, 2, 3, 4]].all()
+            assert (mask[:, 1] == (not alternates)).all()
+            loader.close()
+
+
 def test_a_mixture_has_no_regions_where_a_data_set_has_none(
     path: Path, cfg: LoaderConfig, tmp_path: Path
 ) -> None:
