@@ -155,7 +155,7 @@ def build_on_meta(cfg: TrainConfig) -> MutualInformation:
 def count_parameters(objective: MutualInformation) -> dict[str, int]:
     """Count the trained parameters by part, all frozen ones, and all that follow by EMA."""
     counts = {ENCODER: _count(objective.encoder), DECODER: _count(objective.decoders)}
-    counts[DECODER] += sum(_count(term.decoder) for term in objective.terms_of(TextTokens))
+    counts[DECODER] += sum(map(_count, _captioners(objective)))
     counts[TEXT] = sum(_count(term.text_encoder) for term in objective.terms_of(Caption))
     counts["heads"] = _count(objective) - sum(counts.values())
     frozen, averages = _untrained(objective)
@@ -230,6 +230,10 @@ def _count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
+def _captioners(objective: MutualInformation) -> list[nn.Module]:
+    return [t.decoder for t in objective.terms.values() if isinstance(t, TextTokens)]
+
+
 def _untrained(
     objective: MutualInformation,
 ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -260,7 +264,7 @@ def _book_what_is_held(
 def _name_parts(tracker: TensorTracker, objective: MutualInformation) -> None:
     """Tell what is allocated in modules that the loss calls, and gradients when they are done."""
     named: list[tuple[str, nn.Module]] = [(DECODER, m) for m in objective.decoders.values()]
-    named += [(DECODER, term.decoder) for term in objective.terms_of(TextTokens)]
+    named += [(DECODER, module) for module in _captioners(objective)]
     named += [(TEXT, term.text_encoder) for term in objective.terms_of(Caption)]
     for part, module in named:
         module.register_forward_pre_hook(lambda *_, part=part: setattr(tracker, "part", part))

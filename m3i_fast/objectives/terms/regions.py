@@ -123,7 +123,8 @@ def box_iou(first: Tensor, second: Tensor) -> Tensor:  # [..., 4], [..., 4] -> [
     """Return the intersection over union of boxes: top, left, bottom and right."""
 
     def area(box: Tensor) -> Tensor:
-        return (box[..., 2:] - box[..., :2]).clamp_min(0).prod(-1)
+        height, width = (box[..., 2:] - box[..., :2]).clamp_min(0).unbind(-1)
+        return height * width  # torch compiles `prod` at its first call on a GPU
 
     low = torch.maximum(first[..., :2], second[..., :2])
     high = torch.minimum(first[..., 2:], second[..., 2:])

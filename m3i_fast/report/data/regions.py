@@ -68,6 +68,6 @@ class ShownRegions:
             left=left,
             bottom=bottom,
             right=right,
-            text=self._tokenizer.decode(ids),
+            text=self._tokenizer.decode(np.array(ids, np.int32)),
             number=number,
         )
