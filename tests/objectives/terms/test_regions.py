@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import box_iou as torchvision_iou
 
+from m3i_fast.config.any_shape import objective_conflicts
 from m3i_fast.config.columns import REGION_UNIT, REGION_WIDTH
 from m3i_fast.config.heads import CaptionerConfig
 from m3i_fast.config.objective import Term
@@ -224,6 +225,12 @@ def test_pixels_become_the_tokens_of_exact_arithmetic() -> None:
             assert token - WORDS in allowed
             compared += 1
     assert compared > 300
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_views_of_any_shape_refuse_the_terms_by_name(name: str) -> None:
+    told = dict(objective_conflicts(objective(name)))
+    assert told.keys() == {"terms"} and repr(name) in told["terms"]
 
 
 def test_a_run_without_such_regions_is_refused() -> None:
