@@ -45,6 +45,8 @@ class Purpose(IntEnum):
     """How many patches each view of a sample may have, where views are of any size."""
     SLICES = 12
     """The random directions of a step, on which embeddings are projected."""
+    REGIONS = 13
+    """Which regions a view has, where it shows more than a batch has room for."""
 
 
 def uniform(

@@ -16,12 +16,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from m3i_fast.config.columns import NO_CLASS
 from m3i_fast.config.data import MAX_PIXELS, BackendName, LoaderConfig, ViewConfig
 from m3i_fast.ops.views import view_specs
 from m3i_fast.pipelines.backends import start_backend
 from m3i_fast.pipelines.batch import Batch, copy_to_device
 from m3i_fast.pipelines.batch_rows import BatchRows, TrainingRows, good_rows, ordered_rows
 from m3i_fast.pipelines.dataset.manifest import Manifest
+from m3i_fast.pipelines.dataset.regions import RegionViews
 from m3i_fast.pipelines.dataset.sample_table import SampleTable
 from m3i_fast.pipelines.mixed_table import MixedTable
 from m3i_fast.pipelines.mixture import MixedData
@@ -220,10 +222,7 @@ class BatchesOfRun(ABC, Generic[AnyBatch]):
             tokenizer=self.manifest.tokenizer,
             max_pixels=cfg.max_pixels,
             caption_member=caption_member(self.manifest),
-            alternates=cfg.alternates
-            and cfg.augment
-            and cfg.global_views.count > 1
-            and self._open.split.max_alternates > 0,
+            alternates=_cuts_alternates(cfg, self._open),
             batch_size=self._layout.most_samples,
             num_threads=cfg.num_threads,
             cores=self.placement.cores,
@@ -344,7 +343,7 @@ class Loader(BatchesOfRun[Batch]):
         )
 
     def _to_batch(self, made: MadeBatch) -> Batch:
-        batch = _to_batch(made, self._open, self.cfg.global_views.count, self._device_id)
+        batch = _to_batch(made, self._open, self.cfg, self.cfg.global_views.count, self._device_id)
         if not self.features:
             return batch
         of_rows = {name: stored.take(made.rows.samples) for name, stored in self.features.items()}
@@ -389,7 +388,7 @@ class Loader(BatchesOfRun[Batch]):
         made = with_captions(start_backend(self.cfg.backend, ordered, work), self.manifest)
         try:
             for _ in range(0, len(good), self.cfg.batch_size):
-                yield _to_batch(next(made), self._open, 1, self._device_id)
+                yield _to_batch(next(made), self._open, self.cfg, 1, self._device_id)
         except SampleError as error:
             raise _with_command(error, self.cfg.path) from error
         finally:
@@ -464,7 +463,7 @@ def evaluation_batches(
             made = with_captions(start_backend(backend, ordered, work), opened.manifest)
             while True:
                 try:
-                    batch = _to_batch(next(made), opened, 1, device_id)
+                    batch = _to_batch(next(made), opened, cfg, 1, device_id)
                 except StopIteration:
                     return
                 except SampleError as error:
@@ -511,7 +510,9 @@ def expect_allowed(rows: BatchRows, opened: OpenSplit) -> None:
         raise _wrong_row(rows, int(np.flatnonzero(wrong)[0]), opened)
 
 
-def _to_batch(made: MadeBatch, opened: OpenSplit, num_global: int, device_id: int | None) -> Batch:
+def _to_batch(
+    made: MadeBatch, opened: OpenSplit, cfg: LoaderConfig, num_global: int, device_id: int | None
+) -> Batch:
     """Make a `Batch` of what a backend made, on a GPU where one is given.
 
     Raises SampleError as `expect_allowed`.
@@ -520,14 +521,29 @@ def _to_batch(made: MadeBatch, opened: OpenSplit, num_global: int, device_id: in
     batch = Batch(
         global_views=made.views[:num_global],
         local_views=made.views[num_global:],
-        **fields_beside_views(made),
+        **fields_beside_views(made, opened, cfg),
     )
     return batch if device_id is None else batch.to(f"cuda:{device_id}")
 
 
-def fields_beside_views(made: MadeBatch) -> dict[str, Any]:
+def _cuts_alternates(cfg: LoaderConfig, opened: OpenSplit) -> bool:
+    """Return whether view 1 is cut of another picture of the sample."""
+    several = cfg.augment and cfg.global_views.count > 1
+    return cfg.alternates and several and opened.split.max_alternates > 0
+
+
+def fields_beside_views(made: MadeBatch, opened: OpenSplit, cfg: LoaderConfig) -> dict[str, Any]:
     """Return the fields of a batch that do not depend on the shape of its views, by name."""
     rows = made.rows
+    columns = dict(rows.columns)
+    shown = RegionViews(most=cfg.max_regions, least_share=cfg.min_region_share, seed=cfg.seed)
+    for column in opened.described.columns:
+        if column.kind == "regions":
+            columns[column.name] = shown.of(
+                columns[column.name], made.params.numpy(), made.image_size.numpy(), rows.positions
+            )
+            if _cuts_alternates(cfg, opened):  # whose regions are not known
+                columns[column.name][:, 1] = NO_CLASS
     return {
         "boxes": made.params[:, :, :5].contiguous(),
         "image_size": made.image_size.float(),
@@ -537,5 +553,5 @@ def fields_beside_views(made: MadeBatch) -> dict[str, Any]:
         "sample_id": torch.from_numpy(rows.sample_id.copy()),
         "group_id": torch.from_numpy(rows.group_id),
         "position": torch.from_numpy(rows.positions.copy()),
-        "columns": {name: torch.from_numpy(values) for name, values in rows.columns.items()},
+        "columns": {name: torch.from_numpy(values) for name, values in columns.items()},
     }

@@ -91,6 +91,10 @@ assert (train.num_samples, train.num_captions, train.num_labels) == (4, 2, 2)
 assert 0 <= top1 <= 1 and results.encoders[0].figures().keys() >= {("zero-shot", "top 5")}
 assert any(Path("cache/features").iterdir())
 """,
+    "start/pack.md": """
+assert regions.boxes.shape == (4, 2, 4, 4) and regions.token_ids.shape[:3] == regions.mask.shape
+assert regions.mask.any() and 0 <= regions.boxes.min() < regions.boxes.max() <= 1
+""",
     "extend/new_method.md": """
 from m3i_fast.recipes import recipes
 (term,) = recipes()["demo_simdino"]().objective.terms
@@ -152,6 +156,11 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         r"```text\n(file,.*?)```", (ROOT / "docs/start/data.md").read_text(), re.S
     )
     (place / "pictures.csv").write_text(table)
+    page = (ROOT / "docs/start/pack.md").read_text().partition("## Regions with a text\n")[2]
+    (lines,) = re.findall(r"```text\n(.*?)```", page, re.S)
+    (place / "pictures" / "regions.jsonl").write_text(lines)
+    pack = ["data", "pack", str(place / "pictures"), str(place / "data" / "regions")]
+    assert main([*pack, "--column", "regions:regions=regions.jsonl"]) == 0
     return place
 
 

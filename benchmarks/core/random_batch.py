@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from m3i_fast.config import TextConfig, TrainConfig
-from m3i_fast.config.columns import NO_CLASS, ColumnConfig
+from m3i_fast.config.columns import NO_CLASS, REGION_TOKENS, REGION_UNIT, ColumnConfig
 from m3i_fast.config.data import ViewConfig
 from m3i_fast.config.models.vit import ViTConfig
 from m3i_fast.pipelines.any_shape.batch import AnyBatch, PackedBatch
@@ -121,8 +121,26 @@ def _beside_views(
         "sample_id": torch.arange(count),
         "group_id": torch.arange(count),
         "position": torch.arange(count),
-        "columns": {column.name: _column(column, count, text, rng) for column in cfg.columns},
+        "columns": {
+            column.name: _regions(count, num_views, cfg.data.max_regions, text, rng)
+            if column.kind == "regions"
+            else _column(column, count, text, rng)
+            for column in cfg.columns
+        },
     }
+
+
+def _regions(
+    count: int, num_views: int, most: int, text: TextConfig, rng: torch.Generator
+) -> Tensor:
+    """Draw as many regions as a view may have, with texts as long as a region's may be."""
+    shape = count, num_views, most
+    corner = torch.rand(*shape, 2, generator=rng) * 0.5
+    side = 0.1 + torch.rand(*shape, 2, generator=rng) * 0.3
+    box = (torch.cat([corner, corner + side], -1).double() * REGION_UNIT).int()
+    size = (*shape, REGION_TOKENS)
+    ids = torch.randint(1, text.vocab_size, size, generator=rng, dtype=torch.int32)
+    return torch.cat([box, ids], -1)
 
 
 def _column(column: ColumnConfig, count: int, text: TextConfig, rng: torch.Generator) -> Tensor:

@@ -12,7 +12,14 @@ NO_CLASS = -1
 """Class of a sample without one, and what follows its last label or token."""
 NO_LABELS = -2
 """Every label of a sample whose labels are not known; one that is known to have none has -1."""
-ColumnKind = Literal["class", "labels", "numbers", "text"]
+ColumnKind = Literal["class", "labels", "numbers", "text", "regions"]
+REGION_TOKENS = 32
+"""Most token ids of a region's text, the first and the last one among them."""
+REGION_WIDTH = 4 + REGION_TOKENS
+"""Integers of a region: top, left, bottom and right of its box, then the token ids, -1 after the
+last one."""
+REGION_UNIT = 1 << 30
+"""What the whole height, or width, of a picture or a view is in these coordinates."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,11 +29,11 @@ class ColumnConfig(Checked):
     name: str
     """Name of the column, which terms give."""
     kind: ColumnKind
-    """What a sample has: a class, a set of labels, numbers or a text."""
+    """What a sample has: a class, a set of labels, numbers, a text, or regions with a text each."""
     num_names: Annotated[int, ROWS] = 0
-    """Classes, labels or numbers that there are; 0 for a text."""
+    """Classes, labels or numbers that there are; 0 for a text and for regions."""
     size: Annotated[int, SOME_ROWS] = 1
-    """Most values of a sample: labels, numbers or tokens; 1 for a class."""
+    """Most values of a sample: labels, numbers, tokens or regions; 1 for a class."""
     mean: tuple[float, ...] = ()
     """Mean of each number over the samples that have it; of other kinds none."""
     std: tuple[float, ...] = ()
@@ -43,5 +50,8 @@ class ColumnConfig(Checked):
                 yield field, f"expected {count} of {self.kind}, got {got}"
         if min(self.std, default=1.0) <= 0:
             yield "std", f"expected above 0, got {min(self.std)}"
-        if (self.kind == "text") == (self.num_names > 0):
-            yield "num_names", f"expected 0 for a text alone, got {self.num_names} of {self.kind}"
+        if (self.kind in ("text", "regions")) == (self.num_names > 0):
+            yield (
+                "num_names",
+                f"expected 0 for a text and for regions alone, got {self.num_names} of {self.kind}",
+            )

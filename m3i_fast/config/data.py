@@ -183,6 +183,12 @@ class LoaderConfig(Checked):
     augment: bool = True
     """Cut random crops and change their colours. False: every view is the largest centred square of
     the picture, at every step the same, whatever the views' scale, mirror and colours say."""
+    max_regions: Annotated[int, range(1, 257)] = 4
+    """Regions that a view has, of each column of regions: a batch has room for so many of every
+    view. Where a view shows more, so many are drawn anew at every step."""
+    min_region_share: float = 0.5
+    """Share of a region's area that a view has to show; others are left out of that view. At a
+    half, what a text tells is more often in the view than not."""
     alternates: bool = True
     """Cut the second global view out of another picture of the same thing, where the data set has
     such (data styles --alternates): one of them, drawn anew at every step."""
@@ -219,6 +225,9 @@ class LoaderConfig(Checked):
         load = self.hw_decoder_load
         yield from unmet(
             self, hw_decoder_load=(load is None or 0 <= load <= 1, "a share in [0, 1]")
+        )
+        yield from unmet(
+            self, min_region_share=(0 < self.min_region_share <= 1, "a share in (0, 1]")
         )
         if self.exact_decode and load:
             yield "hw_decoder_load", f"expected None or 0 with exact_decode, got {load}"

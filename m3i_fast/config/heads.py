@@ -60,6 +60,9 @@ class CaptionerConfig(Checked):
     """Share of the captions that are predicted from the image alone: the decoder reads a mask in
     the place of every token, and a token attends to those after it too (CapPa: 0.75). Which ones,
     is drawn by the position of each sample."""
+    coordinate_bins: Annotated[int, WIDTHS] = 500
+    """Equal parts of a view's side, a token each, that a coordinate of a region's box is one of:
+    with 500 less than a pixel of a view of 224 to 448."""
     activation_checkpointing: Recompute = "none"
     """Activations that each block recomputes in the backward pass, as text's."""
 

@@ -37,9 +37,10 @@ class LossSizes:
 
     rows: int
     """Rows of z_hat. category, caption, labels, numbers: images and local views; caption_tokens:
-    tokens but the first one of each image's caption; pixels, features: cells asked; embedding,
-    summary: images; mean_embedding: images of all views; prototypes: pairs of an input view and a
-    target view; cell_prototypes: cells of those pairs."""
+    tokens but the first one of each image's caption; grounded_caption, referring_box: those of each
+    region; pixels, features: cells asked; embedding, summary: images; mean_embedding: images of all
+    views; prototypes: pairs of an input view and a target view; cell_prototypes: cells of those
+    pairs."""
     dim: int
     """Features of a row of z_hat and of z; of prototypes, those of one."""
     targets: int
@@ -243,6 +244,20 @@ LOSSES: dict[LossKey, Loss] = {
     ("caption_tokens", "boltzmann", "negatives"): Loss(
         formula="-log exp(z_hat . z) / sum_z' exp(z_hat . z'), z' all tokens of the vocabulary, "
         "the mean over tokens",
+        build=f"{_BUILDERS}:category",
+        flops=_all_targets,
+        over_ranks=True,
+    ),
+    ("grounded_caption", "boltzmann", "negatives"): Loss(
+        formula="-log exp(z_hat . z) / sum_z' exp(z_hat . z'), z' all words and coordinates, the "
+        "mean over tokens of boxes and their texts",
+        build=f"{_BUILDERS}:category",
+        flops=_all_targets,
+        over_ranks=True,
+    ),
+    ("referring_box", "boltzmann", "negatives"): Loss(
+        formula="-log exp(z_hat . z) / sum_z' exp(z_hat . z'), z' all words and coordinates, the "
+        "mean over tokens of texts and their boxes",
         build=f"{_BUILDERS}:category",
         flops=_all_targets,
         over_ranks=True,

@@ -31,12 +31,13 @@ class Term(Checked):
     """Name of the term in metrics and tables."""
     target: str
     """Target z, a row of `m3i_fast.config.targets.TARGETS`. category: embedding of the class;
-    caption: embedding of the caption; caption_tokens: its tokens, one after another; labels: which
-    of many the picture has; numbers: of the picture; pixels: of a patch, normalised; features: of a
-    patch; gram: the cosines of all pairs of patches; embedding: one of the view; prototypes: the
-    view's assignment to them; cell_prototypes: that of a cell; summary: the encoder's own mean of
-    the view, which nothing predicts; mean_embedding: the mean over both global views of their
-    embeddings."""
+    caption: embedding of the caption; caption_tokens: its tokens, one after another;
+    grounded_caption: those of a region's box and then of its text; referring_box: of its text and
+    then of its box; labels: which of many the picture has; numbers: of the picture; pixels: of a
+    patch, normalised; features: of a patch; gram: the cosines of all pairs of patches; embedding:
+    one of the view; prototypes: the view's assignment to them; cell_prototypes: that of a cell;
+    summary: the encoder's own mean of the view, which nothing predicts; mean_embedding: the mean
+    over both global views of their embeddings."""
     view: Literal["same", "other"] = "same"
     """View of the target: the input's, or another one of the same picture."""
     asked: Literal["first", "last", "all"] = "all"
@@ -72,7 +73,7 @@ class Term(Checked):
     combinations."""
     column: str = ""
     """Named column of the data that holds an annotation; empty: the data set's class, or its
-    captions."""
+    captions. Regions have no such default."""
     reversal: float = 0.0
     """Factor of the gradient that the encoder gets with the opposite sign, so that it forgets the
     class, labels or numbers that the term's head learns to tell: a scanner, a hospital, a camera
@@ -156,7 +157,11 @@ class Term(Checked):
             ),
             reversal=(
                 self.reversal == 0
-                or (self.reversal > 0 and self.is_annotation and self.kind.column != "text"),
+                or (
+                    self.reversal > 0
+                    and self.is_annotation
+                    and self.kind.column not in ("text", "regions")
+                ),
                 f">= 0, and 0 for {self.target} (it is for category, labels and numbers)",
             ),
             reversal_steps=(not self.reversal_steps or self.reversal > 0, "0 without reversal"),

@@ -39,7 +39,7 @@ class Target:
     term, `costs.step_sizes.StepCounts` and the operations by part; or the function itself."""
     summaries: Literal["none", "global", "all"] = "none"
     """Encoded views of which the term reads the mean: none, the global ones, or local ones too."""
-    column: Literal["", "class", "labels", "numbers", "text"] = ""
+    column: Literal["", "class", "labels", "numbers", "text", "regions"] = ""
     """Kind of the named column that z is taken from, where a term names one; empty: from none."""
     has_default: bool = False
     """Whether every data set has such a column without a name: its class, its captions."""
@@ -96,6 +96,24 @@ TARGETS: dict[str, Target] = {
         count=f"{_COUNTS}:add_caption_tokens",
         column="text",
         has_default=True,
+    ),
+    "grounded_caption": Target(
+        help="tokens of the box of each region, then of its text, each after those before it",
+        of="annotation",
+        predictors=("captioner",),
+        encoders=("none",),
+        build=f"{_TERMS}.regions:GroundedCaption",
+        count=f"{_COUNTS}:add_region_tokens",
+        column="regions",
+    ),
+    "referring_box": Target(
+        help="tokens of the text of each region, then of its box, each after those before it",
+        of="annotation",
+        predictors=("captioner",),
+        encoders=("none",),
+        build=f"{_TERMS}.regions:ReferringBox",
+        count=f"{_COUNTS}:add_region_tokens",
+        column="regions",
     ),
     "labels": Target(
         help="which labels the picture has, of a set",

@@ -141,18 +141,20 @@ def text_decoder(
     num_cells: int,
     input_dim: int,
     input_grad: bool = True,
+    num_texts: int = 1,
 ) -> Flops:
     """Count the decoder of captions: a block over the tokens, and attention to the cells.
 
-    num_tokens: those that are predicted, of each image. num_cells, input_dim: of what is read,
-    which takes a gradient with input_grad.
+    num_tokens: those that are predicted, of each text. num_texts: of each image, that read the same
+    cells. num_cells, input_dim: of what is read, which takes a gradient with input_grad.
     """
-    dim, rows, cells = cfg.dim, num_images * num_tokens, num_images * num_cells
+    texts, cells = num_images * num_texts, num_images * num_cells
+    dim, rows = cfg.dim, texts * num_tokens
     one = (
-        block(num_images, num_tokens, dim, mlp_ratio=cfg.mlp_ratio)
+        block(texts, num_tokens, dim, mlp_ratio=cfg.mlp_ratio)
         + layer(rows, dim, dim) * 2
         + layer(cells, input_dim, 2 * dim, input_grad=input_grad)
-        + attention(num_images, num_tokens, num_cells, dim)
+        + attention(num_images, num_texts * num_tokens, num_cells, dim)
     )
     if cfg.activation_checkpointing == "full":
         one = one.recomputed(but=linear(rows, int(dim * cfg.mlp_ratio), dim).forward)

@@ -189,9 +189,11 @@ def _passes(counts: StepCounts, stride: int) -> dict[str, ModuleCall]:
     for term in counts.objective.active_terms:
         if term.target == "caption":
             passes["text encoder"] = ModuleCall(counts.batch_size, counts.text.context_length)
-        if term.target == "caption_tokens":
-            images = counts.num_images
-            passes[f"captioner of {term.name}"] = ModuleCall(images, counts.num_caption_tokens)
+        if term.predictor == "captioner":
+            images, tokens = counts.num_images, counts.num_caption_tokens
+            if term.kind.column == "regions":
+                tokens = counts.num_regions * counts.num_region_tokens
+            passes[f"captioner of {term.name}"] = ModuleCall(images, tokens)
             passes[f"cells read by {term.name}"] = ModuleCall(images, counts.num_tokens)
         if term.predictor == "decoder":
             asked, queries = counts.num_asked(term.asked), counts.num_queries(term)

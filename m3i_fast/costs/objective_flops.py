@@ -217,6 +217,24 @@ def add_caption_tokens(term: Term, counts: StepCounts, parts: Parts) -> None:
     parts[LIKELIHOODS] += _loss(term, counts, rows=rows, dim=cfg.dim, targets=vocabulary)
 
 
+def add_region_tokens(term: Term, counts: StepCounts, parts: Parts) -> None:
+    """Add the tokens of regions, of as many as a view may have, padding included."""
+    images, cfg = counts.num_images, counts.objective.captioner
+    regions, tokens = counts.num_regions, counts.num_region_tokens
+    decoded = text_decoder(
+        cfg,
+        num_images=images,
+        num_texts=regions,
+        num_tokens=tokens,
+        num_cells=counts.num_tokens,
+        input_dim=counts.vision.dim,
+        input_grad=counts.encoder_grad,
+    )
+    parts[DECODER] += _chunked(counts, images, decoded)
+    rows, vocabulary = images * regions * tokens, counts.text.vocab_size + cfg.coordinate_bins
+    parts[LIKELIHOODS] += _loss(term, counts, rows=rows, dim=cfg.dim, targets=vocabulary)
+
+
 def add_dense(term: Term, counts: StepCounts, parts: Parts) -> None:
     """Add pixels or features of cells."""
     if term.predictor == "projector":

@@ -43,6 +43,7 @@ def counts_of(
         num_ranks=num_ranks,
         num_local=local.count if local is not None else 0,
         local_size=local.size if local is not None else 0,
+        num_regions=cfg.data.max_regions,
         encoder_grad=not cfg.optim.freeze_encoder,
         chunk=cfg.parallel.chunk,
         teachers=teachers,

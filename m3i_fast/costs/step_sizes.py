@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from m3i_fast.config.columns import ColumnConfig
+from m3i_fast.config.columns import REGION_WIDTH, ColumnConfig
 from m3i_fast.config.models.text import TextConfig
 from m3i_fast.config.models.vision import VisionConfig
 from m3i_fast.config.objective import ObjectiveConfig, Term
@@ -33,6 +33,8 @@ class StepCounts:
     """Ranks whose rows are gathered by the losses over all pairs."""
     num_local: int = 0
     local_size: int = 0
+    num_regions: int = 1
+    """Regions that a view may have, of each column of regions."""
     encoder_grad: bool = True
     """Whether the image encoder trains; a frozen one has no backward pass."""
     chunk: int = 0
@@ -118,6 +120,11 @@ class StepCounts:
     def num_caption_tokens(self) -> int:
         """Return the tokens of a caption that are predicted: all but the first."""
         return self.text.context_length - 1
+
+    @property
+    def num_region_tokens(self) -> int:
+        """Return the tokens of a region and its box that are predicted: all but the first."""
+        return REGION_WIDTH - 1
 
     def num_asked(self, rows: Rows) -> int:
         """Return how many images a dense term asks, or a target encoder sees."""

@@ -72,6 +72,12 @@ CAPTION_TOKENS = Term(
     likelihood="boltzmann",
     regulariser="negatives",
 )
+GROUNDED_CAPTION = replace(
+    CAPTION_TOKENS, name="grounded_caption", target="grounded_caption", column="regions"
+)
+REFERRING_BOX = replace(
+    CAPTION_TOKENS, name="referring_box", target="referring_box", column="regions"
+)
 
 pixels = partial(
     Term,
@@ -219,6 +225,16 @@ METHODS: dict[str, Method] = {
         terms=(CAPTION, replace(CAPTION_TOKENS, weight=2.0)),
         differs="The caption's encoder and decoder share no layers, and both read the picture's "
         "cells without attention pooling; as CLIP here.",
+    ),
+    "locca": Method(
+        title="LocCa",
+        paper="arXiv 2403.19596",
+        family="weakly supervised",
+        terms=(CAPTION_TOKENS, GROUNDED_CAPTION, REFERRING_BOX),
+        differs="Its authors published no code. Each of the three tasks has a decoder of its own, "
+        "in the place of one that is told the task by a prefix; a coordinate is a token of its own "
+        "beside the text vocabulary; all tokens of a region but the start of its text are "
+        "predicted, one after another, of up to four regions that the view shows.",
     ),
     "autoencoder": Method(
         title="Auto-encoder",

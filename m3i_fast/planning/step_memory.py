@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.config.columns import ColumnConfig
+from m3i_fast.config.columns import REGION_WIDTH, ColumnConfig
 from m3i_fast.config.models.vit import ViTConfig
 from m3i_fast.costs.packed_pictures import most_samples
 from m3i_fast.engine.build import blocks_of, build_objective
@@ -29,7 +29,7 @@ from m3i_fast.engine.precision.arithmetic import Arithmetic
 from m3i_fast.engine.train_step import TrainStep, draw_step_mix
 from m3i_fast.objectives.mixing import Mix
 from m3i_fast.objectives.objective import MutualInformation
-from m3i_fast.objectives.terms import Caption, CaptionTokens
+from m3i_fast.objectives.terms import Caption, TextTokens
 from m3i_fast.pipelines.any_shape.batch import AnyBatch
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.planning.sharded_units import GatherCounter
@@ -155,7 +155,7 @@ def build_on_meta(cfg: TrainConfig) -> MutualInformation:
 def count_parameters(objective: MutualInformation) -> dict[str, int]:
     """Count the trained parameters by part, all frozen ones, and all that follow by EMA."""
     counts = {ENCODER: _count(objective.encoder), DECODER: _count(objective.decoders)}
-    counts[DECODER] += sum(_count(term.decoder) for term in objective.terms_of(CaptionTokens))
+    counts[DECODER] += sum(map(_count, _captioners(objective)))
     counts[TEXT] = sum(_count(term.text_encoder) for term in objective.terms_of(Caption))
     counts["heads"] = _count(objective) - sum(counts.values())
     frozen, averages = _untrained(objective)
@@ -202,7 +202,7 @@ def empty_batch(cfg: TrainConfig) -> Batch:
         sample_id=torch.empty(size, dtype=torch.int64),
         group_id=torch.empty(size, dtype=torch.int64),
         position=torch.arange(size, device="cpu"),
-        columns={column.name: _empty_column(column, size) for column in cfg.columns},
+        columns={column.name: _empty_column(cfg, column) for column in cfg.columns},
     )
 
 
@@ -212,7 +212,11 @@ def _empty_features(cfg: TrainConfig, objective: MutualInformation) -> dict[str,
     return {name: torch.empty(*shape, each.dim) for name, each in objective.teachers.items()}
 
 
-def _empty_column(column: ColumnConfig, size: int) -> Tensor:
+def _empty_column(cfg: TrainConfig, column: ColumnConfig) -> Tensor:
+    size, local = cfg.data.batch_size, cfg.data.local_views
+    if column.kind == "regions":
+        views = cfg.data.global_views.count + (local.count if local is not None else 0)
+        return torch.empty(size, views, cfg.data.max_regions, REGION_WIDTH, dtype=torch.int32)
     dtype = {"numbers": torch.float32, "text": torch.int32}.get(column.kind, torch.int64)
     shape = (size,) if column.kind == "class" else (size, column.size)
     return torch.empty(shape, dtype=dtype)
@@ -224,6 +228,10 @@ def _faked(fake: FakeTensorMode, value: Any) -> Any:
 
 def _count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def _captioners(objective: MutualInformation) -> list[nn.Module]:
+    return [t.decoder for t in objective.terms.values() if isinstance(t, TextTokens)]
 
 
 def _untrained(
@@ -256,7 +264,7 @@ def _book_what_is_held(
 def _name_parts(tracker: TensorTracker, objective: MutualInformation) -> None:
     """Tell what is allocated in modules that the loss calls, and gradients when they are done."""
     named: list[tuple[str, nn.Module]] = [(DECODER, m) for m in objective.decoders.values()]
-    named += [(DECODER, term.decoder) for term in objective.terms_of(CaptionTokens)]
+    named += [(DECODER, module) for module in _captioners(objective)]
     named += [(TEXT, term.text_encoder) for term in objective.terms_of(Caption)]
     for part, module in named:
         module.register_forward_pre_hook(lambda *_, part=part: setattr(tracker, "part", part))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from m3i_fast.config.columns import ColumnConfig
 from m3i_fast.config.data import LoaderConfig, ViewConfig
 from m3i_fast.config.heads import CaptionerConfig, DecoderConfig, ProjectorConfig
 from m3i_fast.config.mixing import MixingConfig
@@ -110,7 +111,10 @@ def demo_method(name: str, *, data: Path = Path("data/openmoji"), seed: int = 0)
     objective = replace(cfg.objective, terms=method.terms, mixing=mixing, captioner=captioner)
     if objective.uses(encoder="snapshot"):  # of a thousand steps, as 10,000 of a million
         objective = replace(objective, snapshot_every=100)
-    return replace(cfg, data=loader, objective=objective)
+    # its data have to have them; how many of a picture, no network depends on
+    of_regions = {term.column for term in method.terms if term.kind.column == "regions"}
+    columns = tuple(ColumnConfig(name=name, kind="regions") for name in sorted(of_regions))
+    return replace(cfg, data=loader, objective=objective, columns=columns)
 
 
 def demo_internimage(*, data: Path = Path("data/openmoji"), seed: int = 0) -> TrainConfig:

@@ -114,6 +114,19 @@ class PatchPca:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ShownRegion:
+    """A region of a picture or of a view, in shares of its height and width."""
+
+    top: float
+    left: float
+    bottom: float
+    right: float
+    text: str
+    number: int
+    """Of the region in its picture, by which it is found again in the views."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ShownView:
     """A view as training sees it, and the region of the upright picture that it was cut of."""
 
@@ -125,6 +138,7 @@ class ShownView:
     is_mirrored: bool
     is_local: bool
     is_of_alternate: bool = False  # cut out of another picture of the same thing
+    regions: Sequence[ShownRegion] = ()
 
     def __post_init__(self) -> None:
         check_picture("ShownView.picture", self.picture)
@@ -141,6 +155,7 @@ class ShownSample:
     caption: str  # "": none
     category: str  # "": none
     views: Sequence[ShownView] = ()
+    regions: Sequence[ShownRegion] = ()
 
     def __post_init__(self) -> None:
         check_picture("ShownSample.picture", self.picture)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from m3i_fast.report.inputs import ShownSample, ShownView
+from m3i_fast.report.inputs import ShownRegion, ShownSample, ShownView
 from m3i_fast.report.pictures import photo
 
 NUM_COLOURS = 3  # of boxes of global views
+NUM_REGION_COLOURS = 6
+MOST_REGIONS = 12
+"""Regions that are drawn on a picture, the first ones; the page says how many there are."""
 
 
 def printable(text: str) -> str:
@@ -42,7 +46,25 @@ def sample_card(sample: ShownSample) -> dict[str, Any]:
         "height": height,
         "global_views": [view for view in views if not view["is_local"]],
         "local_views": [view for view in views if view["is_local"]],
+        "regions": _regions(sample.regions[:MOST_REGIONS]),
+        "more_regions": len(sample.regions[MOST_REGIONS:]),
     }
+
+
+def _regions(regions: Sequence[ShownRegion]) -> list[dict[str, Any]]:
+    """Return boxes of a drawing of 1 x 1, each with its text, number and colour."""
+    return [
+        {
+            "number": region.number,
+            "text": printable(region.text),
+            "colour": f"r{region.number % NUM_REGION_COLOURS}",
+            "x": round(region.left, 5),
+            "y": round(region.top, 5),
+            "width": round(region.right - region.left, 5),
+            "height": round(region.bottom - region.top, 5),
+        }
+        for region in regions
+    ]
 
 
 def _view(view: ShownView, index: int, sample: ShownSample) -> dict[str, Any]:
@@ -57,6 +79,7 @@ def _view(view: ShownView, index: int, sample: ShownSample) -> dict[str, Any]:
         "is_mirrored": view.is_mirrored,
         "is_of_alternate": view.is_of_alternate,
         "picture": photo(view.picture, ", ".join(words)),
+        "regions": _regions(view.regions),
         "box": {"x": view.x, "y": view.y, "width": view.width, "height": view.height},
         "corner": _corner(view, width, height, at_end=index == 1 and not view.is_local),
     }

@@ -92,6 +92,6 @@ class PackedLoader(BatchesOfRun[PackedBatch]):
             grids=made.grids,
             num_global=self.cfg.global_views.count,
             step_counts=self._budget.counts(self._start),
-            **fields_beside_views(made),
+            **fields_beside_views(made, self._open, self.cfg),
         )
         return batch if self._device_id is None else batch.to(f"cuda:{self._device_id}")

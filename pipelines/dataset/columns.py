@@ -19,14 +19,22 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from m3i_fast.config.columns import NO_CLASS, NO_LABELS
+from m3i_fast.config.columns import NO_CLASS, NO_LABELS, REGION_WIDTH
 from m3i_fast.config.columns import ColumnKind as Kind
 from m3i_fast.durable_files import replaced_atomically
+from m3i_fast.pipelines.dataset.regions import (
+    MOST_REGIONS,
+    region_rows,
+    region_values,
+    wrong_regions,
+)
 
 Values = Mapping[str, NDArray[Any]]
 """Arrays of N samples by column, as `Batch.columns` has them as tensors."""
 NONE = NO_CLASS
 COLUMNS_SUFFIX = ".columns"
+UNNAMED: tuple[Kind, ...] = ("text", "regions")
+"""Kinds of which no name of a value is kept."""
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,39}")
 MOST_VALUES = 1 << 16
 """Most labels, numbers or tokens of a sample."""
@@ -39,15 +47,16 @@ class ColumnInfo:
     class: one of `names`, [N] int64, -1 for none. labels: a set of `names`, [N, M] int64, -1 after
     the last one and -2 where the set is not known. numbers: one for each of `names`, [N, K] fp32,
     NaN where it is not known. text: token ids of the data set's tokenizer, [N, T] int32, -1 after
-    the last one and where there is none.
+    the last one and where there is none. regions: a box and the token ids of a text each, [N, M, W]
+    int32 as `regions` says, -1 after the last one and -2 where they are not known.
     """
 
     name: str
     kind: Kind
     names: tuple[str, ...] = ()
-    """Of the classes, labels or numbers, by their index; of a text none."""
+    """Of the classes, labels or numbers, by their index; of a text and of regions none."""
     size: int = 1
-    """Numbers that a row has: 1, M, K or T."""
+    """Values that a row has: 1, M labels, K numbers, T token ids or M regions."""
 
     def __post_init__(self) -> None:
         """Raise ValueError for a name, kind or size that no column has."""
@@ -59,14 +68,18 @@ class ColumnInfo:
             raise ValueError(
                 f"column {self.name}: expected kind {', '.join(get_args(Kind))}, got {self.kind!r}"
             )
-        if (self.kind == "text") == bool(self.names):
+        if (self.kind in UNNAMED) == bool(self.names):
             raise ValueError(
-                f"column {self.name}: expected names of all but a text, got {len(self.names)} of "
-                f"{self.kind}"
+                f"column {self.name}: expected names of all but a text and regions, got "
+                f"{len(self.names)} of {self.kind}"
             )
         if len(set(self.names)) < len(self.names):
             raise ValueError(f"column {self.name}: expected each name once, got one twice")
-        sizes = {"class": (1, 1), "numbers": (len(self.names),) * 2}
+        sizes = {
+            "class": (1, 1),
+            "numbers": (len(self.names),) * 2,
+            "regions": (1, MOST_REGIONS),
+        }
         least, most = sizes.get(self.kind, (1, MOST_VALUES))
         if not least <= self.size <= most:
             raise ValueError(
@@ -77,21 +90,30 @@ class ColumnInfo:
     def dtype(self) -> np.dtype[Any]:
         """Return the type of a sample's values in the file."""
         scalar = "<f4" if self.kind == "numbers" else "<i4"
+        if self.kind == "regions":
+            return np.dtype((scalar, (self.size, REGION_WIDTH)))
         return np.dtype(scalar if self.kind == "class" else (scalar, (self.size,)))
 
     @property
     def missing(self) -> float:
         """Return what a row holds where nothing is known."""
-        return {"labels": NO_LABELS, "numbers": math.nan}.get(self.kind, NONE)
+        unknown = {"labels": NO_LABELS, "regions": NO_LABELS, "numbers": math.nan}
+        return unknown.get(self.kind, NONE)
 
-    def row(self, value: Sequence[float | None] | int | None) -> NDArray[Any]:
-        """Return a sample's row: of an index, indices, numbers (None: unknown) or ids.
+    def row(self, value: Sequence[Any] | int | None) -> NDArray[Any]:
+        """Return a sample's row: of an index, indices, numbers (None: unknown), ids or regions.
 
-        None: nothing is known. Raises ValueError for a value out of range, or too many.
+        A region is (box, token ids), as `regions.region_rows` takes it. None: nothing is known.
+        Raises ValueError for a value out of range, or too many.
         """
         row = np.full(self.dtype.shape, self.missing, self.dtype.base)
         if value is None:
             return row
+        if self.kind == "regions":
+            try:
+                return region_rows(value, self.size)  # type: ignore[arg-type]
+            except ValueError as error:
+                raise ValueError(f"{self.name}: {error}") from None
         given: list[Any] = [value] if isinstance(value, Integral) else list(value)  # type: ignore[arg-type]
         if self.kind == "labels":
             row[:] = NONE
@@ -116,6 +138,8 @@ class ColumnInfo:
         found = np.asarray(row).reshape(-1)
         if not known(self, found[None])[0]:
             return None
+        if self.kind == "regions":
+            return region_values(found.reshape(self.dtype.shape))
         if self.kind == "numbers":
             return [None if math.isnan(each) else each for each in found.tolist()]
         kept = found[found != NONE].tolist()
@@ -245,6 +269,10 @@ def rows_fault(
         if column.kind == "numbers":
             wrong = np.isinf(rows[column.name]).any(1)
             expected = "finite numbers or NaN"
+        elif column.kind == "regions":
+            of_regions = wrong_regions(rows[column.name], vocab_size)
+            wrong = of_regions.any(1)
+            expected = f"boxes in the picture, with token ids below {vocab_size}, -1 at the end"
         else:
             values = rows[column.name].reshape(len(rows), -1)
             limit = vocab_size if column.kind == "text" else len(column.names)
@@ -256,6 +284,9 @@ def rows_fault(
         if wrong.any():
             first = int(np.argmax(wrong))
             got = rows[column.name][first].tolist()
+            if column.kind == "regions":
+                number = int(np.argmax(of_regions[first]))
+                got = f"{got[number]} as region {number}"
             return f"row {numbers[first]}: {column.name}: expected {expected}, got {got}"
     return None
 
@@ -315,8 +346,8 @@ class ColumnTable:
 
 def as_values(column: ColumnInfo, stored: NDArray[Any]) -> NDArray[Any]:
     """Return stored values as a batch has them: classes and labels as int64."""
-    dtype = {"numbers": np.float32, "text": np.int32}.get(column.kind, np.int64)
-    return np.ascontiguousarray(stored, dtype=dtype)
+    dtype = {"numbers": np.float32, "text": np.int32, "regions": np.int32}
+    return np.ascontiguousarray(stored, dtype=dtype.get(column.kind, np.int64))
 
 
 def missing_values(column: ColumnInfo, count: int) -> NDArray[Any]:  # [N, ...]
@@ -360,7 +391,7 @@ def moved(
     if own.kind in ("class", "labels"):
         values = np.where(values < 0, values, places[values])  # below 0: what marks missing ones
     room = whole.size - own.size
-    if values.ndim == 2 and room:
+    if values.ndim > 1 and room:
         last = np.where(values[:, :1] == whole.missing, whole.missing, NONE)
         values = np.concatenate([values, last.repeat(room, 1)], axis=1)
     return values

@@ -20,9 +20,9 @@ MANIFEST_NAME = "manifest.json"
 REFUSED_NAME = "refused.jsonl"  # what packing or indexing left out, beside the manifest
 FORMAT = "m3i-fast-shards"
 # Format versions: the first holds at most one caption a picture, the first two no alternates, the
-# first three have an index beside each shard, the fourth a table a split, and the fifth named
-# columns as well.
-ONE_CAPTION, SEVERAL_CAPTIONS, ALTERNATES, TABLE, COLUMNS = 1, 2, 3, 4, 5
+# first three have an index beside each shard, the fourth a table a split, the fifth named columns
+# as well, and the sixth columns of regions.
+ONE_CAPTION, SEVERAL_CAPTIONS, ALTERNATES, TABLE, COLUMNS, REGIONS = 1, 2, 3, 4, 5, 6
 _URL = re.compile(r"(s3|gs|https?)://[^/]")
 INDEXED = "indexed"  # entry of the settings of tars that others wrote
 TABLE_SUFFIX = ".samples"
@@ -166,6 +166,8 @@ class Manifest:
     @property
     def format_version(self) -> int:
         """Lowest format version that holds the data, so that older readers read what they can."""
+        if any(column.kind == "regions" for column in self.columns):
+            return REGIONS
         if self.columns:
             return COLUMNS
         if any(split.table is not None for split in self.splits.values()):
@@ -262,7 +264,7 @@ def read_manifest(path: Path) -> Manifest:
         raise ValueError(
             f"{file} is not a manifest of this package ({error!r}); {_how_to_make(path)}"
         ) from error
-    known = [(FORMAT, version) for version in range(ONE_CAPTION, COLUMNS + 1)]
+    known = [(FORMAT, version) for version in range(ONE_CAPTION, REGIONS + 1)]
     if stored not in known:
         raise ValueError(
             f"{file}: expected a format of {known}, got {stored}; name another directory, or "
@@ -274,7 +276,7 @@ def read_manifest(path: Path) -> Manifest:
     except cattrs.BaseValidationError as error:
         reasons = cattrs.transform_error(error, "manifest", _reason)
         raise ValueError(f"{file}: {'; '.join(reasons)}") from error
-    for version, what in ((TABLE, "tables"), (COLUMNS, "columns")):
+    for version, what in ((TABLE, "tables"), (COLUMNS, "columns"), (REGIONS, "regions")):
         if (stored[1] >= version) != (manifest.format_version >= version):
             raise ValueError(
                 f"{file}: expected {what} from format version {version} on alone, got {stored[1]}"

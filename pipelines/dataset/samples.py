@@ -14,6 +14,7 @@ from m3i_fast.pipelines.dataset import captions
 from m3i_fast.pipelines.dataset.columns import ColumnInfo
 from m3i_fast.pipelines.dataset.manifest import ShardInfo, SplitInfo
 from m3i_fast.pipelines.dataset.pictures import decode
+from m3i_fast.pipelines.dataset.regions import wrong_regions
 from m3i_fast.pipelines.dataset.tokenizer import TokenizerInfo
 
 
@@ -168,6 +169,11 @@ class Tally:
             raise ValueError(f"columns: expected names among {names}, got {strange}")
         for column in self.columns:
             row = column.row(values.get(column.name))
+            vocab_size = self.tokenizer.vocab_size
+            if column.kind == "regions" and wrong_regions(row[None], vocab_size).any():
+                raise ValueError(
+                    f"{column.name}: expected token ids below {vocab_size}, got {row[:, 4:].max()}"
+                )
             if column.kind == "text" and row.max() >= self.tokenizer.vocab_size:
                 raise ValueError(
                     f"{column.name}: expected ids below {self.tokenizer.vocab_size}, got "

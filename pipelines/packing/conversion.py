@@ -55,6 +55,7 @@ class Stored(NamedTuple):
     extension: Literal["jpg", "png"]
     size: tuple[int, int]  # height, width
     change: str  # why it was encoded again; empty: its bytes are kept
+    given_size: tuple[int, int]  # of the upright picture before it was scaled
 
 
 def convert(content: bytes, *, max_pixels: int, for_gpu: int | None = None) -> Stored:
@@ -70,7 +71,8 @@ def convert(content: bytes, *, max_pixels: int, for_gpu: int | None = None) -> S
         picture.load()
         if not change:
             width, height = picture.size
-            return Stored(content, "jpg" if name == "JPEG" else "png", (height, width), "")
+            size = height, width
+            return Stored(content, "jpg" if name == "JPEG" else "png", size, "", size)
         return _encode(_plain(picture, name), _is_lossy(name, content), change, for_gpu)
 
 
@@ -248,7 +250,7 @@ TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
 
 
 def _encode(picture: Any, lossy: bool, change: str, short_side: int | None) -> Stored:
-    content = io.BytesIO()
+    content, given = io.BytesIO(), (picture.height, picture.width)
     if short_side is not None:
         width, height = picture.size
         if min(width, height) > short_side:
@@ -265,4 +267,5 @@ def _encode(picture: Any, lossy: bool, change: str, short_side: int | None) -> S
             f"expected sides of at most {LONGEST_SIDE} for a JPEG, got {height} x {width}", "cut it"
         )
     picture.save(content, "JPEG" if lossy else "PNG", **options)
-    return Stored(content.getvalue(), "jpg" if lossy else "png", (height, width), change)
+    encoded, size = content.getvalue(), (height, width)
+    return Stored(encoded, "jpg" if lossy else "png", size, change, given)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from m3i_fast.config.columns import REGION_TOKENS
 from m3i_fast.pipelines.dataset.columns import ColumnInfo, rows_dtype
 from m3i_fast.pipelines.dataset.manifest import ShardInfo
 from m3i_fast.pipelines.dataset.pack import PackedShard, write_shard
@@ -26,9 +27,17 @@ from m3i_fast.pipelines.dataset.samples import Sample
 from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
 from m3i_fast.pipelines.packing.caption_ids import LongCaptions, caption_ids
 from m3i_fast.pipelines.packing.conversion import convert
-from m3i_fast.pipelines.packing.items import Item, Reader, Refusal, Refused, SourceOptions
+from m3i_fast.pipelines.packing.items import (
+    Item,
+    Reader,
+    Refusal,
+    Refused,
+    SourceOptions,
+    printable,
+)
 from m3i_fast.pipelines.packing.output import STATE, Output
 from m3i_fast.pipelines.packing.readers.guess import make_reader
+from m3i_fast.pipelines.packing.readers.regions import Value, shares_of
 from m3i_fast.pipelines.storage.requests import Stop
 
 
@@ -196,6 +205,11 @@ def _sample(
     except OSError as error:
         raise Refused(f"cannot be read: {error.strerror}", "mend or remove it") from None
     stored = convert(content, max_pixels=settings.max_pixels, for_gpu=settings.for_gpu)
+    for column in settings.columns:
+        if column.kind == "regions" and (value := values.get(column.name)) is not None:
+            regions = _regions(column.name, value, stored.given_size, settings)
+            values[column.name] = regions[0]
+            num_cut += regions[1]
     sample = Sample(
         image=stored.content,
         extension=stored.extension,
@@ -207,6 +221,28 @@ def _sample(
         columns=values,
     )
     return sample, stored.size, stored.change, num_cut
+
+
+def _regions(
+    name: str, value: Value, size: tuple[int, int], settings: ShardSettings
+) -> tuple[list[tuple[list[float], list[int]]], int]:
+    """Return (box in shares, token ids) of each region, and how many of their texts were cut.
+
+    size: height and width of the upright picture.
+    """
+    length = min(settings.context_length, REGION_TOKENS)
+    tokenizer = _tokenizer(settings.num_merges, length)
+    regions, num_cut = [], 0
+    for number, (box, text) in enumerate(shares_of(name, value, size)):
+        ids, was_cut = caption_ids(tokenizer, (text,), settings.long_captions)
+        if not ids:
+            raise Refused(
+                f"{name}: region {number}: expected words, got {printable(text[:60])!r}",
+                "mend the text, or take the region out",
+            )
+        regions.append((box, ids[0].tolist()))
+        num_cut += was_cut
+    return regions, num_cut
 
 
 @lru_cache(maxsize=4)

@@ -76,7 +76,7 @@ def test_no_float_is_nan_or_infinite(recipe: str) -> None:
     for node in TREES[recipe]:
         for name, is_tuple in fields_of(node, float):
             for value in NOT_FINITE:
-                wrong = (getattr(node, name)[0], value) if is_tuple else value
+                wrong = (*getattr(node, name)[:1], value) if is_tuple else value
                 told = rf"{name}: expected a finite number, got {re.escape(str(wrong))}"
                 with pytest.raises(ValueError, match=told):
                     replace(node, **{name: wrong})

@@ -19,7 +19,7 @@ from tests.shared.flop_formulas import FORMULAS
 
 OBJECTIVE = ObjectiveConfig(queue_length=12, num_prototypes=11)
 ROWS, DIM, PICTURES, CELLS, CELL_DIM, CLASSES = 8, 7, 2, 5, 9, 6
-OF_CLASSES = "category", "caption_tokens"
+OF_CLASSES = "category", "caption_tokens", "grounded_caption", "referring_box"
 PROTOTYPES = ("prototypes", "cell_prototypes")
 # The product of all predictions with the mean target: 1 / D of the others, and left out.
 LEFT_OUT = {("features", "gaussian", "covariance"): 2 * ROWS * DIM}

@@ -32,6 +32,7 @@ from tests.shared.dino_files import dinov3_file
 
 START = Path(__file__).parent.parent.parent / "docs" / "start"
 OWN, AT_SCALE = START / "data.md", START / "data_at_scale.md"
+PACK = START / "pack.md"
 FROM_WEIGHTS = START.parent / "train" / "start_from_weights.md"
 # What makes a run of a recipe short: the networks and pictures, not the data that it reads.
 SMALL = (
@@ -127,6 +128,24 @@ def test_from_a_folder(place: Path) -> None:
     assert read_manifest(Path("data/pictures")).class_names == ("cat", "dog")
     assert Path("pictures.html").read_text().count("<article") >= 18
     assert (place / "runs/pictures/checkpoints/latest").exists()
+
+
+def test_regions_with_a_text(place: Path) -> None:
+    """Of the file that the page shows: packed, drawn, and trained on."""
+    heading = "Regions with a text"
+    section = PACK.read_text().partition(f"## {heading}\n")[2]
+    (lines,) = re.findall(r"```text\n(.*?)```", section, re.DOTALL)
+    (place / "pictures" / "regions.jsonl").write_text(lines)
+    for words in commands(PACK)[heading]:
+        assert typed(words) == 0, words
+    known = split_of("data/regions").columns
+    assert known is not None and known.num_known == {"regions": 3}
+    page = Path("regions.html").read_text()
+    assert page.count('class="region-texts"') == 2 and "a sleeping cat" in page
+    rows = (place / "runs/regions/metrics.jsonl").read_text().splitlines()
+    logged = {key for row in rows for key in json.loads(row)}
+    assert {"loss/grounded_caption", "loss/referring_box"} <= logged
+    assert (place / "runs/regions/checkpoints/latest").exists()
 
 
 def test_from_a_csv(place: Path) -> None:

@@ -15,6 +15,7 @@ from m3i_fast.config import TrainConfig
 from m3i_fast.config.losses import LOSSES, Loss, no_products
 from m3i_fast.config.optim import EmaConfig
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
+from m3i_fast.engine.run.data_fields import take_data_fields
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.models.encoder import ImageEncoder
 from m3i_fast.objectives.losses.similarity import negative_cosine_similarity
@@ -27,6 +28,7 @@ from m3i_fast.observe.collapse import CollapseError, HealthyRange
 from m3i_fast.observe.metrics import read_jsonl
 from m3i_fast.recipes import recipes, shrink
 from tests.shared.engine.small_run import TEXT
+from tests.shared.pipelines.with_regions import with_regions
 
 NUM_STEPS = 200
 
@@ -151,6 +153,9 @@ def test_no_method_is_flagged_when_healthy(
         taught = replace(_config(dataset, "demo_supervised"), num_steps=20)
         Trainer(taught, tmp_path / "teacher").train()
         cfg = replace(cfg, objective=replace(cfg.objective, teacher=str(tmp_path / "teacher")))
+    if cfg.columns:
+        data = replace(cfg.data, path=with_regions(dataset, tmp_path / "data"))
+        cfg = take_data_fields(replace(cfg, data=data))
     assert Trainer(cfg, tmp_path / "run", stop_on_collapse=True).train().step == NUM_STEPS
     assert "collapse" not in caplog.text
 

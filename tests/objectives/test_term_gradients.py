@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m3i_fast.config.balance import BalanceConfig
+from m3i_fast.config.columns import ColumnConfig
 from m3i_fast.config.objective import ObjectiveConfig
 from m3i_fast.objectives.methods import METHODS
 from m3i_fast.objectives.mixing import draw_mix, draw_slice_key
@@ -21,6 +22,7 @@ from m3i_fast.objectives.step_context import Encoded
 from m3i_fast.objectives.term_gradients import TermGradients, separate_views
 from m3i_fast.pipelines.batch import Batch
 from tests.objectives.test_objective_ranks import small_config
+from tests.shared.annotated import regions
 from tests.shared.small_objective import NUM_CLASSES, TEXT, VISION, make_batch
 
 BY_THEMSELVES = [name for name, method in METHODS.items() if "frozen" not in
@@ -29,7 +31,10 @@ BY_THEMSELVES = [name for name, method in METHODS.items() if "frozen" not in
 
 def _model(cfg: ObjectiveConfig) -> MutualInformation:
     torch.manual_seed(0)
-    return MutualInformation(cfg, vision=VISION, text=TEXT, num_classes=NUM_CLASSES)
+    columns = (ColumnConfig(name="regions", kind="regions"),)
+    return MutualInformation(
+        cfg, vision=VISION, text=TEXT, num_classes=NUM_CLASSES, columns=columns
+    )
 
 
 def _batch() -> Batch:
@@ -37,7 +42,8 @@ def _batch() -> Batch:
     batch, rng = make_batch(), torch.Generator().manual_seed(2)
     local = torch.randint(0, 256, (2, 8, 3, 16, 16), generator=rng, dtype=torch.uint8)
     boxes = torch.cat([batch.boxes, batch.boxes.flip(1)], 1)
-    return replace(batch, local_views=tuple(local), boxes=boxes)
+    columns = {"regions": regions(8, views=4)}
+    return replace(batch, local_views=tuple(local), boxes=boxes, columns=columns)
 
 
 def _terms(

@@ -107,6 +107,7 @@ CASES = {
     "internimage, recomputed, 64": small_internimage(64),
     "dino, 16": sized("demo_dino", 16),
     "coca, 16": sized("demo_coca", 16),
+    "locca, 16": sized("demo_locca", 16),
     "vit, frozen, 32": frozen(small_vit(32)),
     "internimage, frozen, 16": frozen(sized("demo_internimage", 16)),
 }

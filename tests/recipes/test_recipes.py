@@ -12,8 +12,10 @@ from m3i_fast.config.data import ViewConfig
 from m3i_fast.config.mixing import MixingConfig
 from m3i_fast.config.models.text import TextConfig
 from m3i_fast.engine.build import build_objective
+from m3i_fast.engine.run.data_fields import take_data_fields
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.recipes import RECIPES, demo, recipes, shrink
+from tests.shared.pipelines.with_regions import with_regions
 
 TEXT = TextConfig(vocab_size=814, context_length=24, dim=32, depth=1, num_heads=2, embed_dim=32)
 
@@ -51,7 +53,17 @@ def test_a_shrunken_recipe_takes_two_steps(
         with pytest.raises(ValueError, match=r"objective\.teacher.*got none"):
             Trainer(cfg, tmp_path)
         cfg = replace(cfg, objective=replace(cfg.objective, teacher=str(teacher)))
-    assert Trainer(cfg, tmp_path).train().step == 2
+    if cfg.columns:
+        cfg = _on_regions(cfg, dataset, tmp_path / "data")
+    assert Trainer(cfg, tmp_path / "run").train().step == 2
+
+
+def _on_regions(cfg: TrainConfig, dataset: Path, out: Path) -> TrainConfig:
+    """Data that have none are refused, by the column's name."""
+    with pytest.raises(ValueError, match="expected a column 'regions' of regions, got no columns"):
+        take_data_fields(cfg)
+    data = replace(cfg.data, path=with_regions(dataset, out))
+    return take_data_fields(replace(cfg, data=data))
 
 
 def test_a_way_to_recompute_that_does_not_exist_is_refused(tmp_path: Path) -> None:

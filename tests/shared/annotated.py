@@ -1,6 +1,7 @@
 """Terms of annotations beside classes and captions' embeddings, and batches that have some of them.
 
-Samples 1, 4 and 10 of `make_batch` have no caption; others lack labels, or some of their numbers.
+Samples 1, 4 and 10 of `make_batch` have no caption; others lack labels, some of their numbers, or
+regions.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from m3i_fast.config.columns import NO_LABELS, ColumnConfig
+from m3i_fast.config.columns import NO_LABELS, REGION_UNIT, REGION_WIDTH, ColumnConfig
 from m3i_fast.config.heads import CaptionerConfig, DecoderConfig
 from m3i_fast.config.mixing import MixingConfig
 from m3i_fast.config.objective import ObjectiveConfig, Term
@@ -27,7 +29,10 @@ COLUMNS = (
     ),
     ColumnConfig(name="alt", kind="text", size=6),
     ColumnConfig(name="genus", kind="class", num_names=4),
+    ColumnConfig(name="objects", kind="regions", size=5),
 )
+MOST_REGIONS = 3
+"""Of a view."""
 TERMS = {
     "tokens": Term(
         name="tokens",
@@ -68,6 +73,22 @@ TERMS = {
         likelihood="boltzmann",
         regulariser="negatives",
     ),
+    "boxes": Term(
+        name="boxes",
+        target="grounded_caption",
+        column="objects",
+        predictor="captioner",
+        likelihood="boltzmann",
+        regulariser="negatives",
+    ),
+    "places": Term(
+        name="places",
+        target="referring_box",
+        column="objects",
+        predictor="captioner",
+        likelihood="boltzmann",
+        regulariser="negatives",
+    ),
 }
 
 
@@ -79,7 +100,9 @@ def objective(
         terms=tuple(replace(TERMS[name], **facts) for name in names or TERMS),
         mixing=MixingConfig(mode=mode, mask_block=1),  # type: ignore[arg-type]
         decoder=DecoderConfig(dim=32, depth=1, num_heads=2),
-        captioner=CaptionerConfig(dim=16, depth=2, num_heads=2, parallel=parallel),
+        captioner=CaptionerConfig(
+            dim=16, depth=2, num_heads=2, parallel=parallel, coordinate_bins=20
+        ),
         head_hidden_dim=12,
     )
 
@@ -117,4 +140,21 @@ def annotated_batch(size: int = 8) -> Batch:
     genus = torch.randint(0, 4, (size,), generator=rng)
     genus[3::4] = -1
     columns = {"tags": tags, "sizes": sizes, "alt": alt, "genus": genus}
-    return replace(batch, columns=columns)
+    return replace(batch, columns={**columns, "objects": regions(size, views=2)})
+
+
+def regions(size: int, *, views: int, words: int = 50) -> Tensor:
+    """Up to three regions of each view; the first and every third sample have none."""
+    rng = torch.Generator().manual_seed(7)
+    shape = size, views, MOST_REGIONS
+    corner = torch.rand(*shape, 2, generator=rng, dtype=torch.float64) * 0.6
+    side = 0.05 + torch.rand(*shape, 2, generator=rng, dtype=torch.float64) * 0.35
+    box = (torch.cat([corner, corner + side], -1) * REGION_UNIT).round().int()
+    num_tokens = torch.randint(2, 7, shape, generator=rng)
+    ids = torch.randint(1, words, (*shape, REGION_WIDTH - 4), generator=rng, dtype=torch.int32)
+    ids[torch.arange(REGION_WIDTH - 4) >= num_tokens[..., None]] = -1
+    found = torch.cat([box, ids], -1)
+    count = torch.randint(1, MOST_REGIONS + 1, shape[:2], generator=rng)
+    count[0::3] = 0
+    found[torch.arange(MOST_REGIONS) >= count[..., None]] = -1
+    return found

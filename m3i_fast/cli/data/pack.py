@@ -55,7 +55,9 @@ class Pack:
     column: Annotated[tuple[str, ...], Several] = ()
     """Named column beside class and captions, as NAME:KIND or NAME:KIND=COLUMN; may be given
     several times. Kinds: class; labels, a set, in a text table with ; between them; numbers, of
-    which there may be several, NAME:numbers=COLUMN,COLUMN; text. An empty cell is not known."""
+    which there may be several, NAME:numbers=COLUMN,COLUMN; text; regions, boxes with a text each,
+    also of a file beside the pictures, NAME:regions=FILE.json or .jsonl. An empty cell is not
+    known."""
     class_share: Annotated[tuple[str, ...], Several] = ()
     """Column of kind class, as NAME=SHARE, that has the class of a share of each class's pictures,
     split by split, drawn by the seed: a larger share contains a smaller one. May be given several

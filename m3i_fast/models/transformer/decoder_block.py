@@ -1,6 +1,7 @@
 """The Transformer block that also reads other tokens, with Transformer Engine's parameter names.
 
-Legend: B batch, T tokens, D width, H heads, M tokens that are read, C their width.
+Legend: B batch, T tokens, D width, H heads, M tokens that are read, C their width, R sequences that
+read the same ones.
 """
 
 from __future__ import annotations
@@ -21,18 +22,21 @@ class CrossAttention(nn.Module):
         self.num_heads = num_heads
 
     def forward(self, query: Tensor, key_value: Tensor) -> Tensor:
-        """Attend from every token to every one that is read: [B, T, D], [B, M, 2 D] -> [B, T, D].
+        """Attend from every token to every one read: [R B, T, D], [B, M, 2 D] -> [R B, T, D].
 
-        key_value: keys and values side by side, each head after head.
+        key_value: keys and values side by side, each head after head; R neighbours read the same.
         """
-        heads = self.num_heads, -1
+        heads, shape = (self.num_heads, -1), query.shape
+        if shape[0] != key_value.shape[0]:  # their tokens are queries of one call
+            query = query.reshape(key_value.shape[0], -1, shape[2])
         q = query.unflatten(2, heads).transpose(1, 2)  # [B, H, T, D / H]
         k, v = (x.unflatten(2, heads).transpose(1, 2) for x in key_value.chunk(2, dim=2))
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return attended if attended.shape == shape else attended.reshape(shape)
 
 
 class DecoderBlock(nn.Module):
-    """A pre-norm Transformer decoder block: [B, T, D], read [B, M, C] -> [B, T, D].
+    """A pre-norm Transformer decoder block: [R B, T, D], read [B, M, C] -> [R B, T, D].
 
     x <- x + proj(attention(layernorm_qkv(x)))
     x <- x + inter_proj(inter_attention(layernorm_query(x), key_value(read)))

@@ -1,6 +1,7 @@
 """The text Transformer that writes a picture's caption from its cells.
 
-Legend: B images, T tokens of a caption, n cells of an image, C their width, D width.
+Legend: B images, R texts of an image, T tokens of a text, n cells of an image, C their width, D
+width.
 """
 
 from __future__ import annotations
@@ -67,14 +68,15 @@ class TextDecoder(nn.Module):
         """Read the tokens before each one but the first: [B, n, C], [B, T] -> [B, T - 1, D].
 
         Row t of the result is of token t + 1. token_ids: int32 or int64; padding at the end has no
-        effect on the rows before it. parallel: [B] bool, the captions of which no token is read,
-        where the config has any; they depend on T, and on no id. Raises ValueError where T exceeds
-        the context length, or for parallel rows of a decoder without them.
+        effect on the rows before it. Of several texts of an image, [B, R, T] -> [B, R, T - 1, D],
+        each is read by itself. parallel: [B] bool, the captions of which no token is read, where
+        the config has any; they depend on T, and on no id. Raises ValueError where T exceeds the
+        context length, or for parallel rows of a decoder without them.
         """
-        length = token_ids.shape[1] - 1
-        if token_ids.ndim != 2 or not 1 <= length <= self.pos_embed.shape[1]:
+        length = token_ids.shape[-1] - 1
+        if token_ids.ndim not in (2, 3) or not 1 <= length <= self.pos_embed.shape[1]:
             raise ValueError(
-                f"token_ids: expected [B, T] with 2 <= T <= context_length = "
+                f"token_ids: expected [B, T] or [B, R, T] with 2 <= T <= context_length = "
                 f"{self.pos_embed.shape[1] + 1}, got {list(token_ids.shape)}"
             )
         if (parallel is None) != (self.mask_token is None):
@@ -83,6 +85,8 @@ class TextDecoder(nn.Module):
                 f"parallel: expected {expected} with captioner.parallel = {self.cfg.parallel:g}, "
                 f"got {None if parallel is None else list(parallel.shape)}"
             )
+        several = token_ids.shape[:-1]
+        token_ids = token_ids.flatten(0, -2)
         x, mask = self.token_embedding(token_ids[:, :-1]), None
         if parallel is not None and self.mask_token is not None:
             x = torch.where(parallel[:, None, None], self.mask_token.to(x.dtype), x)
@@ -90,7 +94,8 @@ class TextDecoder(nn.Module):
         stream = Residual(x + self.pos_embed[:, :length])
         for block in self.blocks:
             stream = block(stream, cells, mask)
-        return self.norm(stream.total())
+        hidden: Tensor = self.norm(stream.total())
+        return hidden if len(several) == 1 else hidden.unflatten(0, several)
 
 
 def causal_mask(whole: Tensor, length: int, dtype: torch.dtype) -> Tensor:

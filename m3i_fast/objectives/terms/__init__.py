@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from m3i_fast.config.objective import ObjectiveConfig, Term
 from m3i_fast.objectives.terms.base import Sizes, TermModule, copy_state, momentum_copy
-from m3i_fast.objectives.terms.caption_tokens import CaptionTokens
+from m3i_fast.objectives.terms.caption_tokens import CaptionTokens, TextTokens
 from m3i_fast.objectives.terms.columns import Labels, Numbers
 from m3i_fast.objectives.terms.dense import Dense, DenseContrast, dense_dim
 from m3i_fast.objectives.terms.gram import Gram
 from m3i_fast.objectives.terms.labels import Annotation, Caption, Category, Label
+from m3i_fast.objectives.terms.regions import RegionTokens
 from m3i_fast.objectives.terms.views import Embedding, PrototypeTerm
 
 __all__ = [
@@ -27,8 +28,10 @@ __all__ = [
     "Labels",
     "Numbers",
     "PrototypeTerm",
+    "RegionTokens",
     "Sizes",
     "TermModule",
+    "TextTokens",
     "build_term",
     "copy_state",
     "dense_dim",

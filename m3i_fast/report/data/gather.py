@@ -40,6 +40,7 @@ from m3i_fast.report.data.inputs import (
     NearPair,
     Refusal,
 )
+from m3i_fast.report.data.regions import ShownRegions
 from m3i_fast.report.inputs import Picture, ShownSample, ShownView
 
 MOST_SIDE = 360  # pixels of a picture on the page
@@ -171,6 +172,7 @@ def samples_of(
     has_alternates = cfg.alternates and manifest.split(cfg.split).max_alternates > 0
     ids, sizes = batch.sample_id.tolist(), batch.image_size.tolist()
     pictures = pictures_of(opened, [ids[row] for row in rows], cfg.max_pixels)
+    regions = ShownRegions(manifest, opened, tokenizer)
     return [
         ShownSample(
             picture=pictures[ids[row]],
@@ -179,7 +181,8 @@ def samples_of(
             group_id=int(batch.group_id[row]),
             caption=_caption(tokenizer, batch, row),
             category=names[int(batch.label[row])],
-            views=_views(batch, row, has_alternates),
+            views=_views(batch, row, has_alternates, regions),
+            regions=regions.of_picture(ids[row]),
         )
         for row in rows
     ]
@@ -190,7 +193,7 @@ def _caption(tokenizer: Tokenizer, batch: Batch, row: int) -> str:
     return tokenizer.decode(batch.token_ids[row, :number].numpy()) if number else ""
 
 
-def _views(batch: Batch, row: int, has_alternates: bool) -> list[ShownView]:
+def _views(batch: Batch, row: int, has_alternates: bool, regions: ShownRegions) -> list[ShownView]:
     views = [*batch.global_views, *batch.local_views]
     return [
         ShownView(
@@ -202,6 +205,7 @@ def _views(batch: Batch, row: int, has_alternates: bool) -> list[ShownView]:
             is_mirrored=bool(flip),
             is_local=i >= len(batch.global_views),
             is_of_alternate=has_alternates and i == 1 < len(batch.global_views),
+            regions=regions.of_view(batch, row, i),
         )
         for i, (view, (y, x, height, width, flip)) in enumerate(
             zip(views, batch.boxes[row].tolist(), strict=True)

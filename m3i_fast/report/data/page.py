@@ -63,6 +63,7 @@ def render_data_page(inputs: DataPageInputs) -> str:
         num_samples=inputs.num_samples,
         views_of=printable(inputs.views_of),
         samples=[sample_card(sample) for sample in inputs.samples],
+        has_regions=any(sample.regions for sample in inputs.samples),
         histograms=_histograms(inputs),
         num_counted=len(inputs.counted.labels),
         near=[_pair(pair) for pair in inputs.near],

@@ -20,6 +20,7 @@ from m3i_fast.pipelines.packing.items import (
     printable,
     read_picture,
 )
+from m3i_fast.pipelines.packing.readers.named_columns import assign_columns
 
 PICTURE_SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .bmp .dib .tif .tiff .gif .ico .ppm .pgm .pbm .pnm".split()
@@ -176,6 +177,7 @@ class Folders:
             )
             for picture, split, name in labelled
         ]
+        assign_columns(listing, self.options, {})
         return listing
 
     def read(self, place: Place) -> bytes:

@@ -46,7 +46,7 @@ def resolve(options: SourceOptions) -> tuple[SourceOptions, str]:
 
 def make_reader(options: SourceOptions) -> Reader:
     """Return the reader of a source whose kind is known; ValueError for columns it has not."""
-    if options.kind not in ("table", "huggingface"):
+    if options.kind not in ("table", "huggingface", "tars"):
         refuse_columns(options)
     return READERS[options.kind](options)
 

@@ -81,7 +81,7 @@ class HuggingFace:
                 except Refused as refused:
                     listing.refusals.append(refused.of(f"{split}[{number}]"))
         assign_labels(listing, labels, class_names=names, label_as=self.options.label_as)
-        assign_columns(listing, specs, named, known_of)
+        assign_columns(listing, self.options, named, known_of)
         return listing
 
     def read(self, place: Place) -> bytes:
@@ -143,7 +143,7 @@ def _class_names(rows: Any, spec: Spec) -> tuple[str, ...]:
 def _annotations(rows: Any, columns: Columns, specs: Sequence[Spec]) -> Iterator[dict[str, Any]]:
     """Yield the rows of a split without their pictures."""
     wanted = [*columns.captions, columns.label, columns.group, columns.split]
-    wanted += [source for spec in specs for source in spec.sources]
+    wanted += [source for spec in specs if not spec.is_file for source in spec.sources]
     kept = list(dict.fromkeys(name for name in wanted if name is not None))
     if not kept:
         return iter([{}] * len(rows))

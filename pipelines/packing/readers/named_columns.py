@@ -1,7 +1,8 @@
-"""Named columns of a source: classes, sets of labels, numbers and texts beside class and captions.
+"""Named columns of a source: classes, labels, numbers, texts and regions beside class and captions.
 
 A flag says what is packed, as NAME:KIND or NAME:KIND=COLUMN,COLUMN: without columns that of the
-source which is called NAME; numbers may be of several.
+source which is called NAME; numbers may be of several. Regions may stand in a file beside the
+pictures, NAME:regions=FILE.json, whatever the source is.
 """
 
 from __future__ import annotations
@@ -13,9 +14,14 @@ from dataclasses import replace
 from typing import Any, NamedTuple, cast, get_args
 
 from m3i_fast.config.columns import ColumnKind as Kind
-from m3i_fast.pipelines.dataset.columns import MOST_VALUES, ColumnInfo
+from m3i_fast.pipelines.dataset.columns import MOST_VALUES, UNNAMED, ColumnInfo
 from m3i_fast.pipelines.packing.items import Listing, Refused, SourceOptions, is_missing, printable
 from m3i_fast.pipelines.packing.readers.labels import MOST_CLASSES
+from m3i_fast.pipelines.packing.readers.regions import (
+    is_regions_file,
+    read_regions,
+    regions_by_item,
+)
 
 SEPARATOR = ";"
 """What stands between the labels, or the numbers, of one cell of a text table."""
@@ -29,8 +35,15 @@ class Spec(NamedTuple):
     kind: Kind
     sources: tuple[str, ...]  # columns of the source
 
+    @property
+    def is_file(self) -> bool:
+        """Return whether the column stands in a file of its own, and not in the source's rows."""
+        return self.kind == "regions" and is_regions_file(self.sources[0])
+
     def of_row(self, row: Mapping[str, Any]) -> Any:
         """Return what a row of the source has: a value, or the list of several columns'."""
+        if self.is_file:
+            return None
         return row[self.sources[0]] if len(self.sources) == 1 else [row[s] for s in self.sources]
 
 
@@ -46,7 +59,7 @@ def specs_of(options: SourceOptions) -> list[Spec]:
                 f"{', '.join(get_args(Kind))}, got {flag!r}"
             )
         kind = cast(Kind, kind)
-        ColumnInfo(name=name, kind=kind, names=() if kind == "text" else ("0",))  # its name
+        ColumnInfo(name=name, kind=kind, names=() if kind in UNNAMED else ("0",))  # its name
         of = tuple(sources.split(",")) if sources else (name,)
         if len(of) > 1 and kind != "numbers":
             raise ValueError(
@@ -60,17 +73,18 @@ def specs_of(options: SourceOptions) -> list[Spec]:
 
 
 def refuse_columns(options: SourceOptions) -> None:
-    """Raise ValueError where named columns are asked of a source that has none."""
-    if options.columns:
+    """Raise ValueError where columns other than regions' files are asked of a source without."""
+    if not all(spec.is_file for spec in specs_of(options)):
         raise ValueError(
-            f"--column: expected a table or a Hugging Face data set, which have columns, got "
-            f"{options.kind}: write a table with the path of each picture"
+            f"--column: expected a table or a Hugging Face data set, which have columns, or tars, "
+            f"whose json has fields, got {options.kind}: write a table with the path of each "
+            "picture; regions may stand in a file, NAME:regions=FILE.json"
         )
 
 
 def expect_columns(specs: Sequence[Spec], names: Sequence[str], where: str) -> None:
     """Raise ValueError for a column that the source does not have."""
-    for source in (source for spec in specs for source in spec.sources):
+    for source in (source for spec in specs if not spec.is_file for source in spec.sources):
         if source not in names:
             raise ValueError(
                 f"--column: expected one of {', '.join(names)} ({where}), got {source}"
@@ -79,7 +93,7 @@ def expect_columns(specs: Sequence[Spec], names: Sequence[str], where: str) -> N
 
 def assign_columns(
     listing: Listing,
-    specs: Sequence[Spec],
+    options: SourceOptions,
     raw: Mapping[str, Mapping[str, Any]],
     known: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
@@ -88,8 +102,10 @@ def assign_columns(
     raw: by an item's name, what its row has by column. known: names of classes or labels by column,
     where the source stores numbers of them.
     """
+    specs = specs_of(options)
     if not specs:
         return
+    raw = _with_files(listing, options, specs, raw)
     read: list[dict[str, Any]] = []
     kept = []
     for item in listing.items:
@@ -121,8 +137,35 @@ def assign_columns(
     listing.notes.append(f"named columns: {told} (--column)")
 
 
+def _with_files(
+    listing: Listing,
+    options: SourceOptions,
+    specs: Sequence[Spec],
+    raw: Mapping[str, Mapping[str, Any]],
+) -> Mapping[str, Mapping[str, Any]]:
+    """Return what the items' rows have, with what stands in files beside the source's pictures."""
+    folder = options.path.parent if options.path.is_file() else options.path
+    files = {s.name: folder / s.sources[0] for s in specs if s.is_file}
+    if not files:
+        return raw
+    read = {name: regions_by_item(file, listing) for name, file in files.items()}
+    return {
+        item.name: {
+            **raw.get(item.name, {}),
+            **{name: found.get(item.name) for name, found in read.items()},
+        }
+        for item in listing.items
+    }
+
+
 def _read(spec: Spec, value: Any) -> Any:
-    """Return a cell: text of a class, texts of labels, floats, text, or None; raises Refused."""
+    """Return a cell: text of a class, texts of labels, floats, text, regions or None.
+
+    Raises Refused.
+    """
+    if spec.kind == "regions":
+        told = f"{spec.name} of {spec.sources[0]}" if spec.is_file else spec.name
+        return read_regions(told, value)
     if spec.kind in ("class", "text"):
         if value is None or is_missing(value) or not str(value).strip():
             return None
@@ -206,6 +249,8 @@ def _column(spec: Spec, values: Sequence[Any], known: Sequence[str]) -> ColumnIn
         raise ValueError(f"--column: expected a picture with {spec.name}, got none")
     if spec.kind == "text":
         return ColumnInfo(name=spec.name, kind="text")  # the tokenizer knows its size
+    if spec.kind == "regions":
+        return ColumnInfo(name=spec.name, kind="regions", size=max(1, *map(len, there)))
     if spec.kind == "numbers":
         count = len(spec.sources) if len(spec.sources) > 1 else max(map(len, there))
         names = spec.sources if len(spec.sources) == count else _places(spec.sources[0], count)
@@ -234,11 +279,11 @@ def _names(found: set[str], name: str) -> Iterator[str]:
 
 
 def _numbered(column: ColumnInfo, value: Any, places: Mapping[str, Mapping[str, int]]) -> Any:
-    """Return a value as `ColumnInfo.row` takes it; of a text the text itself.
+    """Return a value as `ColumnInfo.row` takes it; of a text and of regions what was read.
 
     places: indices of names by column, but for those of which the source has indices.
     """
-    if value is None or column.kind == "text":
+    if value is None or column.kind in UNNAMED:
         return value
     if column.kind == "numbers":
         if len(value) != column.size:

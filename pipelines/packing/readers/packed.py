@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from m3i_fast.pipelines.dataset.captions import LENGTHS, TOKENS
+from m3i_fast.pipelines.dataset.columns import ColumnInfo
 from m3i_fast.pipelines.dataset.directory import open_split
 from m3i_fast.pipelines.dataset.manifest import Manifest, read_manifest
 from m3i_fast.pipelines.dataset.pictures import FORMATS
@@ -24,6 +25,7 @@ from m3i_fast.pipelines.dataset.sample_table import (
 )
 from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
 from m3i_fast.pipelines.packing.items import Item, Listing, Place, Refused, SourceOptions
+from m3i_fast.pipelines.packing.readers.regions import SHARES
 from m3i_fast.pipelines.tar_members import Range, sample_files, sample_parts
 
 MAX_OPEN = 64
@@ -103,13 +105,13 @@ class Packed:
             return ()
         rows = table.columns.rows[number]
         values = ((column, column.value(rows[column.name])) for column in table.columns.columns)
-        return tuple(
-            (
-                column.name,
-                self._tokenizer.decode(value) if column.kind == "text" and value else value,
-            )
-            for column, value in values
-        )
+        return tuple((column.name, self._decoded(column, value)) for column, value in values)
+
+    def _decoded(self, column: ColumnInfo, value: Any) -> Any:
+        """Return a value with the texts of its token ids."""
+        if column.kind == "regions" and value:
+            return [[SHARES, box, self._tokenizer.decode(ids)] for box, ids in value]
+        return self._tokenizer.decode(value) if column.kind == "text" and value else value
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:

@@ -92,7 +92,7 @@ class Tables:
             class_names=self.options.class_names,
             label_as=self.options.label_as,
         )
-        assign_columns(listing, specs, named)
+        assign_columns(listing, self.options, named)
         return listing
 
     def read(self, place: Place) -> bytes:

@@ -30,6 +30,7 @@ from m3i_fast.pipelines.packing.items import (
 )
 from m3i_fast.pipelines.packing.readers.folders import PICTURE_SUFFIXES
 from m3i_fast.pipelines.packing.readers.labels import assign_labels
+from m3i_fast.pipelines.packing.readers.named_columns import assign_columns, specs_of
 from m3i_fast.pipelines.packing.readers.spool import (
     NAME,
     Spool,
@@ -81,6 +82,7 @@ class Tars:
     def list(self) -> Listing:
         listing = Listing()
         labels: list[object] = []
+        specs, named = specs_of(self.options), dict[str, dict[str, Any]]()
         files = check_files(tar_files(self.options.path), self.options, listing)
         stamps = {name: listing.files[name] for name in files if _opener(name) is not None}
         with open_spool(self.options, stamps) if stamps else nullcontext() as spool:
@@ -95,12 +97,14 @@ class Tars:
                         if key in seen:
                             raise Refused("a name twice in one tar", "write the tar again")
                         seen.add(key)
-                        item, label = self._item(where, parts)
+                        item, label, facts = self._item(where, parts)
                     except Refused as refused:
                         listing.refusals.append(refused.of(where))
                     else:
                         listing.items.append(item._replace(split=split or "train"))
                         labels.append(label)
+                        row = {of: facts.get(of) for spec in specs for of in spec.sources}
+                        named[item.name] = {s.name: s.of_row(row) for s in specs}
         caption = " and ".join(f"json:{name}" for name in self.options.json_captions)
         listing.notes.append(
             f"captions: {caption or 'txt, or else json:caption'} (--json-caption); label: "
@@ -113,6 +117,7 @@ class Tars:
             class_names=self.options.class_names,
             label_as=self.options.label_as,
         )
+        assign_columns(listing, self.options, named)
         return listing
 
     def read(self, place: Place) -> bytes:
@@ -177,8 +182,10 @@ class Tars:
             )
         return Part(place, read())
 
-    def _item(self, where: str, parts: dict[str, Part]) -> tuple[Item, object]:
-        """Return the item of a sample, and its label as it is stored."""
+    def _item(
+        self, where: str, parts: dict[str, Part]
+    ) -> tuple[Item, object, dict[str | None, Any]]:
+        """Return the item of a sample, its label as it is stored, and the object of its json."""
         for part in parts.values():
             if part.fault is not None:
                 raise part.fault
@@ -213,7 +220,7 @@ class Tars:
             captions=clean_captions(flat),
             group="" if is_missing(group) else str(group),
         )
-        return item, label
+        return item, label, facts
 
 
 def _json(parts: dict[str, Part]) -> dict[str | None, Any]:

@@ -355,7 +355,8 @@ def _dataset_name(cfg: Config, run: Run) -> str:
 
 
 def test_methods_that_see_no_annotation_are_known() -> None:
-    seeing = {"supervised", "clip", "siglip", "cappa", "coca", "tips", "siglip2", "slip", "m3i"}
+    seeing = {"supervised", "clip", "siglip", "cappa", "coca", "locca", "tips", "siglip2", "slip"}
+    seeing |= {"m3i"}
     taught = {"dense_distillation", "global_distillation", "milan", "radio"}  # by supervised's run
     assert {name for name in METHODS if not is_label_free(name)} == seeing | taught
     assert {name for name in VARIANTS if is_label_free(name)} == {"siameseim as before"}
@@ -507,7 +508,7 @@ def test_a_wrong_field_is_named(field: str, value: object, message: str) -> None
 # ---- Recipes -------------------------------------------------------------------------------------
 
 
-UNMEASURED = {"cappa", "coca", "dinov3", "lejepa", "radio"}
+UNMEASURED = {"cappa", "coca", "dinov3", "lejepa", "locca", "radio"}
 """Methods that have no row yet: `m3i-fast bench methods --methods cappa,coca` writes them."""
 
 

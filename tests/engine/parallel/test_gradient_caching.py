@@ -22,6 +22,7 @@ from m3i_fast.models.transformer.blocks import Block
 from m3i_fast.models.transformer.vit import ViT
 from m3i_fast.objectives.mixing import draw_mix
 from m3i_fast.recipes import recipes, shrink
+from tests.shared.annotated import regions
 from tests.shared.small_objective import NUM_CLASSES, TEXT, make_batch
 
 B = 12
@@ -40,7 +41,8 @@ def _step(cfg: TrainConfig) -> tuple[dict[str, Tensor], int]:
     batch = make_batch(B)
     size = cfg.vision.image_size
     views = tuple(v.repeat(1, 1, size // 32, size // 32) for v in batch.global_views)
-    batch = replace(batch, global_views=views)
+    columns = {"regions": regions(B, views=2)}
+    batch = replace(batch, global_views=views, columns=columns)
     mix = draw_mix(
         cfg.objective.mixing,
         position=batch.position,
@@ -69,7 +71,13 @@ def _step(cfg: TrainConfig) -> tuple[dict[str, Tensor], int]:
 
 @pytest.mark.parametrize(
     ("name", "vision"),
-    [("demo", {}), ("demo", {"position": "rotary"}), ("demo_internimage", {}), ("demo_coca", {})],
+    [
+        ("demo", {}),
+        ("demo", {"position": "rotary"}),
+        ("demo_internimage", {}),
+        ("demo_coca", {}),
+        ("demo_locca", {}),
+    ],
 )
 def test_gradients_are_those_of_the_whole_batch(name: str, vision: dict[str, str]) -> None:
     cfgs = (_config(name, size, **vision) for size in (0, 2))

@@ -13,15 +13,17 @@ from torch import Tensor
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.balance import BalanceConfig
 from m3i_fast.config.models.vit import dinov3_h_plus
+from m3i_fast.engine.run.data_fields import take_data_fields
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.recipes import demo, demo_method, shrink
 from tests.engine.parallel.parallel_work import Case, run, work
 from tests.shared.engine.small_run import TEXT
+from tests.shared.pipelines.with_regions import with_regions
 
 # Batch norms, queues, Sinkhorn, centres, prototypes, a snapshot, captioner, no EMA encoder.
 OTHERS = ("moco_v3", "byol", "dinov3", "mae", "densecl", "siglip2")
 # DINOv2 without KoLeo is iBOT.
-ON_FOUR = ("ibot", "dinov3", "tips", "siglip2", "cappa", "coca", "lejepa", "radio")
+ON_FOUR = ("ibot", "dinov3", "tips", "siglip2", "cappa", "coca", "locca", "lejepa", "radio")
 BATCH_NORMS = ("moco_v3", "byol", "lejepa", "radio")
 Found = dict[str, Tensor]
 
@@ -72,7 +74,7 @@ def _cases(dataset: Path) -> dict[int, list[Case]]:
     }
 
 
-def _on_four(dataset: Path, teacher: Path) -> list[Case]:
+def _on_four(dataset: Path, teacher: Path, regions: Path) -> list[Case]:
     """Two pictures a rank; of PHI-S's steps the last has a basis of the first two's statistics."""
     cases = []
     for name in ON_FOUR:
@@ -80,6 +82,8 @@ def _on_four(dataset: Path, teacher: Path) -> list[Case]:
         cfg = replace(cfg, objective=replace(cfg.objective, phi_s_steps=2))
         if name == "radio":
             cfg = replace(cfg, objective=replace(cfg.objective, teacher=str(teacher)))
+        if cfg.columns:
+            cfg = take_data_fields(replace(cfg, data=replace(cfg.data, path=regions)))
         cases.append(Case(name, cfg, -1))
     return cases
 
@@ -94,10 +98,18 @@ def teacher(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def four_ranks(dataset: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def regions(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data set with regions."""
+    return with_regions(dataset, tmp_path_factory.mktemp("regions") / "data")
+
+
+@pytest.fixture(scope="module")
+def four_ranks(
+    dataset: Path, teacher: Path, regions: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """What each of four ranks found of every method."""
     folder = tmp_path_factory.mktemp("four")
-    cases = _on_four(dataset, teacher)
+    cases = _on_four(dataset, teacher, regions)
     mp.start_processes(work, (cases, 4, folder), nprocs=4, start_method="spawn")
     return folder
 
@@ -179,10 +191,10 @@ def test_ranks_equal_one_process(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ON_FOUR)
 def test_four_ranks_equal_one_process(
-    name: str, four_ranks: Path, dataset: Path, teacher: Path, tmp_path: Path
+    name: str, four_ranks: Path, dataset: Path, teacher: Path, regions: Path, tmp_path: Path
 ) -> None:
     """The whole objective of methods of several targets, with sharded weights."""
-    [case] = [case for case in _on_four(dataset, teacher) if case.name == name]
+    [case] = [case for case in _on_four(dataset, teacher, regions) if case.name == name]
     one = run(case, 4, tmp_path, None)
     for rank in range(4):
         of_rank = torch.load(four_ranks / f"{name}-{rank}.pt", weights_only=True)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from m3i_fast.objectives.losses.sigreg import draw_directions
 from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.objectives.phi_s import hadamard
-from tests.objectives.methods.steps import BATCH, GRID, PATCH, Step
+from tests.objectives.methods.steps import BATCH, GRID, PATCH, TEXT, Step
 from tests.shared.torch_decoder import hidden_of
 
 Parts = dict[str, Tensor]
@@ -101,6 +101,36 @@ def _caption_tokens(step: Step) -> Tensor:
 
 def cappa(step: Step) -> Parts:
     return {"caption_tokens": _caption_tokens(step)}
+
+
+def _region_tokens(step: Step, name: str) -> Tensor:
+    """torch's cross entropy of a region's tokens but the first, by torch's decoder, one by one.
+
+    Coordinates are spelled in whole parts of the view's side, after the words of the vocabulary. A
+    batch's mean is less by the share of pictures that have none.
+    """
+    term, sample = step.model.terms[name], step.mix.sample
+    bins, words = step.model.cfg.captioner.coordinate_bins, TEXT.vocab_size
+    logits, targets, members = [], [], 0
+    for image, regions in enumerate(step.batch.columns["regions"][sample, 0].tolist()):
+        there = [region for region in regions if region[4] >= 0]
+        members += bool(there)
+        for region in there:
+            box = [words + bins * side // 2**30 for side in region[:4]]
+            first, *others = [i for i in region[4:] if i >= 0]
+            rest = [*box, *others] if name == "grounded_caption" else [*others, *box]
+            ids = torch.tensor([[first, *rest]])
+            hidden = hidden_of(term.decoder, step.tokens[0][image, None], ids)[0].double()
+            logits.append(hidden @ term.vocabulary.double().T)
+            targets += rest
+    mean = F.cross_entropy(torch.cat(logits), torch.tensor(targets))
+    return mean * members / len(sample)
+
+
+def locca(step: Step) -> Parts:
+    names = ("grounded_caption", "referring_box")
+    of_regions = {name: _region_tokens(step, name) for name in names}
+    return {"caption_tokens": _caption_tokens(step), **of_regions}
 
 
 def coca(step: Step) -> Parts:

@@ -46,6 +46,10 @@ ORACLES: dict[str, MethodOracle] = {
     "coca": MethodOracle(
         "open_clip ClipLoss, CoCaLoss, torch TransformerDecoder", losses.each_step(losses.coca)
     ),
+    "locca": MethodOracle(
+        "open_clip CoCaLoss, torch TransformerDecoder, torch cross_entropy",
+        losses.each_step(losses.locca),
+    ),
     "autoencoder": MethodOracle(NORMALISED, losses.each_step(losses.autoencoder)),
     "dense_distillation": MethodOracle(
         f"{MSE} of layer_norm, {TIMM}", losses.each_step(losses.distillation)

@@ -20,6 +20,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
+from m3i_fast.config.columns import ColumnConfig
 from m3i_fast.config.heads import CaptionerConfig, DecoderConfig, ProjectorConfig
 from m3i_fast.config.models.text import TextConfig
 from m3i_fast.config.models.vit import vit_demo
@@ -29,6 +30,7 @@ from m3i_fast.objectives.methods import METHODS, Method
 from m3i_fast.objectives.mixing import Mix, draw_mix, draw_slice_key
 from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.pipelines.batch import Batch
+from tests.shared.annotated import regions
 
 SIZE, LOCAL_SIZE, PATCH, CLASSES, BATCH, CONTEXT = 32, 16, 8, 5, 8, 6
 GRID = SIZE // PATCH
@@ -60,7 +62,9 @@ def build_model(method: Method) -> MutualInformation:
         terms=method.terms,
         mixing=method.mixing,
         decoder=DecoderConfig(dim=32, depth=1, num_heads=2),
-        captioner=CaptionerConfig(dim=24, depth=2, num_heads=2, parallel=method.parallel_captions),
+        captioner=CaptionerConfig(
+            dim=24, depth=2, num_heads=2, parallel=method.parallel_captions, coordinate_bins=30
+        ),
         projector=ProjectorConfig(hidden_dim=20, output_dim=12, predictor_hidden_dim=16),
         head_hidden_dim=24,
         num_prototypes=10,
@@ -69,7 +73,12 @@ def build_model(method: Method) -> MutualInformation:
     teacher = load_timm(build_teacher(), TEACHER)
     torch.manual_seed(0)
     model = MutualInformation(
-        cfg, vision=VISION, text=TEXT, num_classes=CLASSES, teachers={"frozen": teacher.eval()}
+        cfg,
+        vision=VISION,
+        text=TEXT,
+        num_classes=CLASSES,
+        columns=(ColumnConfig(name="regions", kind="regions"),),
+        teachers={"frozen": teacher.eval()},
     )
     with torch.no_grad():
         for parameter in model.parameters():
@@ -106,6 +115,7 @@ def draw_batch(seed: int, *, with_local: bool) -> Batch:
         sample_id=sample_id,
         group_id=sample_id,
         position=torch.arange(BATCH),
+        columns={"regions": regions(BATCH, views=num_views)},
     )
 
 

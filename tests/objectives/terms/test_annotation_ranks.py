@@ -1,7 +1,7 @@
 """Terms of annotations on one, two and four gloo ranks: the same losses and gradients.
 
-The ranks' rows have different numbers of captions, tokens, labels and numbers, and one rank of four
-has none of some.
+The ranks' rows have different numbers of captions, tokens, labels, numbers and regions, and one
+rank of four has none of some.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ def whole_batch() -> Batch:
         "sizes": batch.columns["sizes"].masked_fill(rank[:, None], torch.nan),
         "alt": batch.columns["alt"].masked_fill(rank[:, None], -1),
         "genus": batch.columns["genus"].masked_fill(rank, -1),
+        "objects": batch.columns["objects"].masked_fill(rank[:, None, None, None], -1),
     }
     return replace(batch, num_tokens=batch.num_tokens.masked_fill(rank, 0), columns=columns)
 

@@ -202,6 +202,7 @@ def test_a_batch_without_annotations_gives_zero_and_gradients() -> None:
         "sizes": torch.full_like(batch.columns["sizes"], torch.nan),
         "alt": torch.full_like(batch.columns["alt"], -1),
         "genus": torch.full_like(batch.columns["genus"], -1),
+        "objects": torch.full_like(batch.columns["objects"], -1),
     }
     batch = _with(batch, empty)
     batch.num_tokens.zero_()
@@ -256,4 +257,4 @@ def test_a_column_that_is_not_there_is_refused() -> None:
         CaptionerConfig(parallel=1.5)
     with pytest.raises(ValueError, match="dim: expected a multiple of num_heads = 3, got 16"):
         CaptionerConfig(dim=16, num_heads=3)
-    assert [column.kind for column in COLUMNS] == ["labels", "numbers", "text", "class"]
+    assert [column.kind for column in COLUMNS] == ["labels", "numbers", "text", "class", "regions"]

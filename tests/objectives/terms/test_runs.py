@@ -31,6 +31,7 @@ COLUMNS = (
     ColumnInfo(name="sizes", kind="numbers", names=("height", "weight"), size=2),
     ColumnInfo(name="alt", kind="text", size=12),
     ColumnInfo(name="genus", kind="class", names=("cat", "dog")),
+    ColumnInfo(name="objects", kind="regions", size=2),
 )
 
 
@@ -40,6 +41,8 @@ def values_of(index: int) -> dict[str, Any]:
         "sizes": [index * 2.0, None if index % 2 else -float(index)],
         "alt": TOKENIZER.encode(f"picture {index}").tolist(),
         "genus": index % 2,
+        "objects": [((0.1, 0.1, 0.9, 0.9), TOKENIZER.encode(f"number {index}").tolist())]
+        * (index % 3),
     }
     return {name: value for n, (name, value) in enumerate(values.items()) if index % 4 != n}
 
@@ -79,7 +82,8 @@ def config(path: Path, **changes: Any) -> TrainConfig:
 def test_a_run_trains_on_columns_and_goes_on(path: Path, tmp_path: Path) -> None:
     cfg = take_data_fields(config(path))
     assert [(c.name, c.num_names, c.size) for c in cfg.columns] == [
-        ("tags", 3, 2), ("sizes", 2, 2), ("alt", 0, 12), ("genus", 2, 1)
+        ("tags", 3, 2), ("sizes", 2, 2), ("alt", 0, 12), ("genus", 2, 1),
+        ("objects", 0, 2),
     ]  # fmt: skip
     known = [v[0] for i in range(12) if (v := values_of(i).get("sizes"))]
     assert cfg.columns[1].mean[0] == pytest.approx(np.mean(known))

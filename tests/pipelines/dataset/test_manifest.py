@@ -108,8 +108,8 @@ def test_a_broken_manifest_is_named(tmp_path: Path, content: str) -> None:
 
 
 def test_another_format_version_is_refused(copy: Path) -> None:
-    edit_manifest(copy, lambda raw: raw.update(format_version=6))
-    with pytest.raises(ValueError, match=r"expected a format of .*1\).*5\).*, got .*6\); .*update"):
+    edit_manifest(copy, lambda raw: raw.update(format_version=7))
+    with pytest.raises(ValueError, match=r"expected a format of .*1\).*6\).*, got .*7\); .*update"):
         read_manifest(copy)
 
 

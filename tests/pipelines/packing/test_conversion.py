@@ -247,7 +247,7 @@ def test_for_a_gpu_all_are_baseline_jpegs_of_a_short_side(content: bytes) -> Non
 
 def test_for_a_gpu_nothing_is_scaled_up_or_encoded_twice() -> None:
     small = encoded(RGB, "JPEG", subsampling="4:2:0")
-    assert stored(small, for_gpu=40) == (small, "jpg", (40, 60), "")
+    assert stored(small, for_gpu=40) == (small, "jpg", (40, 60), "", (40, 60))
     assert stored(encoded(RGB, "JPEG", subsampling="4:4:4"), for_gpu=500).size == (40, 60)
     once = stored(KEPT["png"], for_gpu=20)
     assert stored(once.content, for_gpu=20).content == once.content

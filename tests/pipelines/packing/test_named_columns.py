@@ -222,7 +222,7 @@ def test_hugging_faces_names_of_classes_are_taken(tmp_path: Path) -> None:
     ("column", "told"),
     [
         (("genus",), "expected NAME:KIND or NAME:KIND=COLUMN with a kind of class, labels"),
-        (("genus:sort",), "with a kind of class, labels, numbers, text, got 'genus:sort'"),
+        (("genus:sort",), "with a kind of class, labels, numbers, text, regions, got 'genus:sort'"),
         (("where:class",), r"expected one of image, .* got where"),
         (("a:class=genus,tags",), "expected one column of the source for class"),
         (("genus:class", "genus:text"), "expected a name once, got genus, genus"),

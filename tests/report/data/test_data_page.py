@@ -319,3 +319,50 @@ def test_named_columns_have_a_tile_each(
     html = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", render_data_page(read(tmp_path / "data"))))
     assert "with genus 50% 2, class of 2 with sizes 25% 1, numbers of 3" in html
     assert not found.columns
+
+
+COLOURS = {"red": (200, 30, 30), "green": (30, 160, 40), "blue": (40, 60, 200)}
+
+
+def test_boxes_are_drawn_where_regions_are(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Of one colour each, on the picture and on its views; two of them have one text."""
+    pixels = np.full((60, 80, 3), 128, np.uint8)
+    placed = {"red": (6, 8, 30, 36), "green": (34, 40, 56, 76), "blue": (8, 50, 28, 74)}
+    regions = []
+    for name, (top, left, bottom, right) in placed.items():
+        pixels[top:bottom, left:right] = COLOURS[name]
+        box = (top / 60, left / 80, bottom / 60, right / 80)
+        ids = tokenizer.encode(f"the {name} <b>one</b>").tolist()
+        regions += [(box, ids)] * (1 + (name == "blue"))
+    samples = [
+        sample(i, encode_image(pixels), captions=(), columns={"objects": of})
+        for i, of in enumerate([regions, regions, [], None])
+    ]
+    about = info(
+        tokenizer=tokenizer.info,
+        columns=(ColumnInfo(name="objects", kind="regions", size=4),),
+    )
+    out = write_dataset(tmp_path / "data", {"train": samples}, about, seed=0, samples_per_shard=4)
+    views = replace(PLAIN, count=2, size=64, scale=(0.4, 0.8), flip_probability=0.5)
+    page = read(out, views, num=4)
+    drawn = 0
+    for shown in page.samples:
+        assert [r.number for r in shown.regions] == ([1, 2, 3, 4] if shown.sample_id < 2 else [])
+        of_views = [(view.picture, view.regions) for view in shown.views]
+        for image, found in [(shown.picture, shown.regions), *of_views]:
+            height, width = image.shape[:2]
+            for region in found:
+                name = region.text.split()[1]
+                assert region.number in {"red": (1,), "green": (2,), "blue": (3, 4)}[name]
+                rows = slice(round(region.top * height) + 2, round(region.bottom * height) - 2)
+                columns = slice(round(region.left * width) + 2, round(region.right * width) - 2)
+                inside = image[rows, columns].astype(int)
+                assert inside.size and abs(inside - COLOURS[name]).max() < 12
+                drawn += 1
+    assert drawn > 12 and any(view.is_mirrored for s in page.samples for view in s.views)
+    html = render_data_page(page)
+    assert html.count('class="region-texts"') == 2 and "found again in the views" in html
+    assert "the red &lt; b &gt; one" in html and "<b>one" not in html
+    if skip_reason() is None:
+        (tmp_path / "page.html").write_text(html)
+        check_page(tmp_path / "page.html", tmp_path, num_figures=0)
