@@ -142,6 +142,8 @@ def gemm_shapes(cfg: TrainConfig) -> GemmShapes:
     progress = list(_shown(cfg, counts))
 
     def rows(batch_size: int) -> Iterator[tuple[str, int]]:
+        if cfg.data.any_shape:  # packed rows are filled up, and captions are refused
+            return
         for at in progress:
             passes = _passes(replace(counts, batch_size=batch_size, progress=at), stride)
             for part, each in passes.items():

@@ -112,10 +112,11 @@ def expected_pictures(data: LoaderConfig, patch_size: int) -> PackedPictures:
     )
 
 
-def most_samples(data: LoaderConfig, patch_size: int) -> int:
-    """Return the samples that a batch has at most: of the smallest views alone."""
+def most_samples(data: LoaderConfig, patch_size: int, images_per_input: int = 1) -> int:
+    """Return the samples that a batch has at most: of the smallest views alone, whole inputs."""
     least = sum(low**2 for low, _ in _sides(data, patch_size))
-    return data.max_tokens_per_batch // least
+    samples = data.max_tokens_per_batch // least
+    return samples - samples % images_per_input
 
 
 def _sides(data: LoaderConfig, patch_size: int) -> Sequence[tuple[int, int]]:

@@ -101,7 +101,7 @@ def largest(name: str) -> TrainConfig:
     return replace(cfg, data=data, vision=replace(cfg.vision, dim=192, depth=4, num_heads=3))
 
 
-@pytest.mark.parametrize("name", ["clip", "dino"])
+@pytest.mark.parametrize("name", ["clip", "dino", "ibot", "m3i"])
 def test_the_largest_batch_has_the_peak_that_is_told(name: str) -> None:
     """But for what kernels allocate for themselves, and the order of packed tokens."""
     cfg = largest(name)

@@ -148,7 +148,12 @@ def sort_by_length(
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """Copy a small tensor of the CPU to the device; a GPU is not waited for."""
+    """Copy a tensor of the CPU to the device, which one of the device is already.
+
+    A GPU is not waited for.
+    """
+    if tensor.device.type != "cpu":
+        return tensor.to(device)
     if torch.device(device).type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -186,15 +187,19 @@ class _Drawing:
         if cfg.encodes_hidden:
             shown = inside
         asked = torch.arange(len(grids)).view(cfg.images_per_input, -1)[:, : self.num_asked]
-        hidden = inside & ~own if cfg.divides_cells else inside
+        other = self._choose(inside, asked.flatten(), Purpose.OTHER_QUERIES)
+        query = other
+        if cfg.divides_cells or cfg.min_contrast or cfg.num_queries:
+            hidden = inside & ~own if cfg.divides_cells else inside
+            query = self._choose(hidden, asked.flatten(), Purpose.OWN_QUERIES)
         return ViewCells(
             grids=grids,
             starts=starts,
             **self._inputs(grids, starts, shown, own),
             lengths=tuple((shown if cfg.encodes_hidden else own).sum(1).tolist()),
             own=_listed(own),
-            own_query=self._choose(hidden, asked.flatten(), Purpose.OWN_QUERIES),
-            other_query=self._choose(inside, asked.flatten(), Purpose.OTHER_QUERIES),
+            own_query=query,
+            other_query=other,
         )
 
     def _inputs(self, grids: Tensor, starts: Tensor, shown: Tensor, own: Tensor) -> dict[str, Any]:
@@ -222,24 +227,20 @@ class _Drawing:
     def _masked(self, grids: Tensor, inside: Tensor) -> Tensor:  # [I, M] bool
         """Draw the cells that each image shows over its own grid."""
         own = torch.zeros_like(inside)
-        for grid, rows in _alike(grids):
+        for grid, rows, uniform in self._by_grid(grids):
             count = grid[0] * grid[1]
             num_own = min(max(self.cfg.num_own(count, self.progress), 1), count - 1)
-            cells = self._deal(grid, self._uniform(self.members[rows, 0]), 1, num_own)[0]
-            own[rows] = own[rows].scatter(1, cells.expand(len(rows), -1), True)
+            own[rows[:, None], self._deal(grid, uniform, 1, num_own)[0]] = True
         return own
 
     def _parts(self, grids: Tensor, inside: Tensor) -> Tensor:  # [I, M] int64
         """Return the number of the image in whose part of the first one's grid each cell lies."""
         num_inputs, num_images = self.members.shape
         part_of_first = torch.full((num_inputs, inside.shape[1]), NOBODY)
-        for grid, rows in _alike(grids[:num_inputs]):
+        for grid, rows, uniform in self._by_grid(grids[:num_inputs]):
             num_own = self.cfg.num_own(grid[0] * grid[1], self.progress)
-            cells = self._deal(grid, self._uniform(self.members[rows, 0]), num_images, num_own)
-            of_grid = part_of_first[rows]
-            for number, own in enumerate(cells):
-                of_grid = of_grid.scatter(1, own.expand(len(rows), -1), number)
-            part_of_first[rows] = of_grid
+            for number, own in enumerate(self._deal(grid, uniform, num_images, num_own)):
+                part_of_first[rows[:, None], own] = number
         first = grids[:num_inputs].repeat(num_images, 1)
         index = torch.arange(inside.shape[1])
         place = [index // grids[:, 1:], index % grids[:, 1:]]
@@ -262,10 +263,18 @@ class _Drawing:
             uniform=uniform,
         )
 
-    def _uniform(self, samples: Tensor) -> Uniform:
+    def _by_grid(self, grids: Tensor) -> Iterator[tuple[tuple[int, int], Tensor, Uniform]]:
+        """Yield each grid, the inputs that have it, and what draws for them; grids: [P, 2]."""
+        blocks = int((-(-grids // self.cfg.mask_block)).prod(1).max())
         if self.cfg.mask_per_batch:
-            return self.draws.of_step(Purpose.CELLS)
-        return self.draws.of_samples(samples.numpy(), Purpose.CELLS)
+            drawn = self.draws.of_step(Purpose.CELLS)(3 + blocks).expand(len(grids), -1)
+        else:
+            firsts = self.draws.of_samples(self.members[:, 0].numpy(), Purpose.CELLS)
+            drawn = firsts(3 + blocks)  # a smaller grid takes the first ones of these
+        kinds, which, counts = grids.unique(dim=0, return_inverse=True, return_counts=True)
+        rows_of = which.argsort(stable=True).split(counts.tolist())
+        for (rows, columns), own in zip(kinds.tolist(), rows_of, strict=True):
+            yield (rows, columns), own, partial(_first, drawn[own])
 
     def _choose(self, among: Tensor, asked: Tensor, purpose: Purpose) -> Ragged:
         """Choose cells to predict of the images asked, `num_queries` of them where there are."""
@@ -284,11 +293,8 @@ class _Drawing:
         return Ragged(cells[torch.arange(most) < lengths[:, None]], tuple(lengths.tolist()))
 
 
-def _alike(grids: Tensor) -> Iterator[tuple[tuple[int, int], Tensor]]:  # [N, 2]
-    """Yield each grid, and the rows that have it."""
-    kinds, which = grids.unique(dim=0, return_inverse=True)
-    for number, (rows, columns) in enumerate(kinds.tolist()):
-        yield (rows, columns), (which == number).nonzero()[:, 0]
+def _first(drawn: Tensor, count: int) -> Tensor:  # [D, n] -> [D, count]
+    return drawn[:, :count]
 
 
 def _some(own: Tensor, inside: Tensor) -> Tensor:  # [I, M] bool, [I, M] bool

@@ -170,10 +170,11 @@ def test_a_resumed_run_is_the_whole_run(accumulate: int, dataset: Path, tmp_path
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_a_step_in_fp8_is_near_that_in_bf16(dataset: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["simclr", "siameseim"])
+def test_a_step_in_fp8_is_near_that_in_bf16(name: str, dataset: Path, tmp_path: Path) -> None:
     losses = {}
     for precision, backend in (("bf16", "torch"), ("fp8_current", "torchao")):
-        cfg = packed_run(dataset, "simclr", precision=precision, backend=backend, fp8_min_dim=1)
+        cfg = packed_run(dataset, name, precision=precision, backend=backend, fp8_min_dim=1)
         Trainer(replace(cfg, num_steps=2, log_every=1), tmp_path / precision).train()
         rows = read_jsonl(tmp_path / precision / "metrics.jsonl")
         losses[precision] = torch.tensor([row["loss/total"] for row in rows])
