@@ -155,5 +155,5 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     if tensor.device.type != "cpu":
         return tensor.to(device)
     if torch.device(device).type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
+        return tensor.contiguous().pin_memory().to(device, non_blocking=True)  # one copy, pinned
     return tensor.to(device)

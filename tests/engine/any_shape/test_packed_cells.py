@@ -63,6 +63,7 @@ MIXED: list[tuple[str, dict[str, object]]] = [
     ("m3i", {"num_images": 3, "pattern": "rectangle", "min_contrast": 0, "num_queries": 5}),
     ("m3i", {"mode": "own_image", "mask_per_batch": True, "dense_fraction": 0.5}),
     ("siameseim", {"num_queries": 3, "mask_block": 1, "final_mask_ratio": 0.9}),
+    ("dino", {"mode": "own_image"}),  # both views of two images, each with draws of its own
 ]
 
 

@@ -58,7 +58,7 @@ def of_squares(cfg: TrainConfig, pictures: int) -> tuple[TrainConfig, TrainConfi
         cfg.data, global_views=shown, local_views=None, max_tokens_per_batch=0, batch_size=pictures
     )
     if cfg.data.local_views is not None:
-        local = replace(cfg.data.local_views, size_range=None, ratio=(1.0, 1.0))
+        local = replace(cfg.data.local_views, size=size // 2, size_range=None, ratio=(1.0, 1.0))
         data = replace(data, local_views=local)
     tokens = shown.count * (size // PATCH) ** 2
     if data.local_views is not None:
