@@ -66,7 +66,10 @@ def draw_any_batch(cfg: TrainConfig, *, seed: int = 0) -> AnyBatch:
     if data.local_views is not None and local_sides is not None:
         views += [(data.local_views, ViewSides(*local_sides))] * data.local_views.count
     budget = TokenBudget(
-        tokens=data.max_tokens_per_batch, views=tuple(own for _, own in views), seed=seed
+        tokens=data.max_tokens_per_batch,
+        views=tuple(own for _, own in views),
+        seed=seed,
+        images_per_input=cfg.objective.mixing.images_per_input,
     )
     most = budget.most_tokens(budget.positions(0, 0)).tolist()
     rng = torch.Generator().manual_seed(seed)

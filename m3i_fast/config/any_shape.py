@@ -17,14 +17,24 @@ if TYPE_CHECKING:
 def objective_conflicts(cfg: ObjectiveConfig) -> Iterator[Conflict]:
     """Yield what of an objective needs views of one size, with what to change."""
     for term in cfg.active_terms:
-        if term.kind.summaries == "none":
+        if term.predictor == "captioner":
             yield (
                 "terms",
-                "expected terms that read a picture's mean token for views of any size, got "
-                f"{term.name!r}, which reads single cells: give it weight 0",
+                f"expected no captioner for views of any size, got {term.name!r}, which reads the "
+                "cells of pictures of one shape: give it weight 0",
             )
-    if cfg.mixing.mode != "none":
-        yield "mixing.mode", f"expected none for views of any size, got {cfg.mixing.mode}"
+        if term.kind.of == "cells" and term.predictor == "projector":
+            yield (
+                "terms",
+                f"expected no match of cells for views of any size, got {term.name!r} by the "
+                "predictor projector: give it weight 0, or the predictor decoder",
+            )
+    if cfg.mixing.mode == "blend":
+        yield (
+            "mixing.mode",
+            "expected joint, own_image, masked or none for views of any size, whose pixels cannot "
+            "be blended, got blend",
+        )
 
 
 def any_shape_conflicts(cfg: TrainConfig) -> Iterator[Conflict]:
@@ -102,12 +112,21 @@ def _size_conflicts(cfg: TrainConfig, patch_size: int) -> Iterator[Conflict]:
                 f"data.{name}.size_range",
                 f"expected multiples of vision.patch_size = {patch_size}, got {view.sizes}",
             )
+    mixing = cfg.objective.mixing
+    shared = mixing.images_per_input
     most = sum(_most_tokens(view, patch_size) for view in views.values() if view is not None)
-    if not wrong and cfg.data.max_tokens_per_batch < most:
+    if not wrong and cfg.data.max_tokens_per_batch < shared * most:
+        of = "one sample" if shared == 1 else f"the {shared} samples of an input"
         yield (
             "data.max_tokens_per_batch",
-            f"expected at least {most}, the patches that the views of one sample may have, got "
+            f"expected at least {shared * most}, the patches that the views of {of} may have, got "
             f"{cfg.data.max_tokens_per_batch}: raise it, or lower data.global_views.size_range",
+        )
+    if not wrong and mixing.divides_cells and cfg.data.global_views.sizes[0] < 2 * patch_size:
+        yield (
+            "data.global_views.size_range",
+            f"expected at least {2 * patch_size}, two patches of which one is hidden, got "
+            f"{cfg.data.global_views.sizes}",
         )
 
 

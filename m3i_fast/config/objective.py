@@ -424,6 +424,11 @@ class ObjectiveConfig(Checked):
             for term in self.active_terms
         )
 
+    @property
+    def reads_cells(self) -> bool:
+        """Return whether a term reads single cells, and not means over a picture's tokens alone."""
+        return any(term.kind.summaries == "none" for term in self.active_terms)
+
     def vision_conflicts(self, vision: VisionConfig) -> Iterator[Conflict]:
         """Yield what keeps this encoder from being trained with this mixing."""
         yield from vision.encoder_conflicts()

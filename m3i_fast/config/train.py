@@ -126,7 +126,8 @@ class TrainConfig(Checked):
 
     def conflicts(self) -> Iterator[Conflict]:
         yield from self._view_conflicts()
-        yield from self.objective.mixing.batch_conflicts(self.data.batch_size)
+        if not self.data.any_shape:  # a budget holds whole inputs
+            yield from self.objective.mixing.batch_conflicts(self.data.batch_size)
         yield from self.objective.vision_conflicts(self.vision)
         yield from any_shape_conflicts(self)
         yield from self._projector_conflicts()

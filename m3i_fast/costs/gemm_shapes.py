@@ -142,6 +142,8 @@ def gemm_shapes(cfg: TrainConfig) -> GemmShapes:
     progress = list(_shown(cfg, counts))
 
     def rows(batch_size: int) -> Iterator[tuple[str, int]]:
+        if cfg.data.any_shape:  # packed rows are filled up, and captions are refused
+            return
         for at in progress:
             passes = _passes(replace(counts, batch_size=batch_size, progress=at), stride)
             for part, each in passes.items():
@@ -162,7 +164,8 @@ def gemm_shapes(cfg: TrainConfig) -> GemmShapes:
 
 def token_rows(counts: StepCounts) -> dict[str, int]:
     """Return the tokens of all images in each part."""
-    passes = _passes(counts, counts.vision.image_size // counts.vision.grid)
+    of_squares = counts if counts.pictures is None else counts.of_mean()
+    passes = _passes(of_squares, counts.vision.image_size // counts.vision.grid)
     rows = {part: each.images * each.tokens for part, each in passes.items()}
     if counts.pictures is not None:
         rows |= _packed_rows(counts, counts.pictures)
@@ -173,13 +176,16 @@ def token_rows(counts: StepCounts) -> dict[str, int]:
 def _packed_rows(counts: StepCounts, pictures: PackedPictures) -> dict[str, int]:
     """Return the tokens of the encoders' passes over views of any shape."""
     assert isinstance(counts.vision, ViTConfig)  # any_shape_conflicts
-    rows = {"encoder": pictures.tokens_of(counts.encoded_views, counts.vision.num_prefix)}
+    prefix = counts.vision.num_prefix
+    rows = {"encoder": pictures.tokens_of(counts.encoded_views, prefix, counts.shown)}
     names = {"momentum": "target encoder", "snapshot": "snapshot", "frozen": "frozen teacher"}
-    for encoder, view in target_rows(counts.objective.active_terms):
+    for (encoder, view), asked in target_rows(counts.objective.active_terms).items():
         vision = counts.encoder_of(encoder)
         assert isinstance(vision, ViTConfig)  # any_shape_conflicts
         name = names[encoder.partition(":")[0]]
-        rows[name] = rows.get(name, 0) + pictures.tokens_of([view], vision.num_prefix)
+        tokens = pictures.tokens_of([view], vision.num_prefix)
+        share = counts.num_asked(asked) / counts.num_asked("every")
+        rows[name] = rows.get(name, 0) + round(share * tokens)
     return rows
 
 

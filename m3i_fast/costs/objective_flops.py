@@ -29,7 +29,7 @@ from m3i_fast.costs.encoder_flops import (
     vit_embed,
     vit_encode,
 )
-from m3i_fast.costs.step_sizes import StepCounts
+from m3i_fast.costs.step_sizes import SCALE, StepCounts
 from m3i_fast.objectives.step_context import target_rows
 
 TARGET, ENCODER, TEXT = "target encoder", "encoder", "text encoder"
@@ -46,7 +46,10 @@ def step(counts: StepCounts) -> Parts:
     _encode_targets(counts, parts)
     _encode_inputs(counts, parts)
     for term in counts.objective.active_terms:
-        term.kind.counter()(term, counts, parts)
+        if counts.pictures is not None and term.kind.of == "cells":
+            _add_cells(term, counts, parts)
+        else:
+            term.kind.counter()(term, counts, parts)
     for number in sorted(_summaries(counts)):
         rows, cells = counts.num_images, counts.num_tokens
         if number >= counts.num_views:
@@ -80,6 +83,20 @@ def decoder(
     )
 
 
+def _add_cells(term: Term, counts: StepCounts, parts: Parts) -> None:
+    """Add a term of cells of any shape: of pictures by their cells, as if views were alike."""
+    pictures = counts.pictures
+    assert pictures is not None
+    views = (0, 1) if term.symmetric else (int(term.view == "other"),)
+    total: defaultdict[str, Flops] = defaultdict(Flops)
+    for view in views:
+        for alike in counts.of_alike(view):
+            term.kind.counter()(term, alike, total)
+    samples = SCALE * counts.objective.mixing.images_per_input * len(views)
+    for part, flops in total.items():
+        parts[part] += flops.scaled(1 / (samples * pictures.num_steps))
+
+
 def mlp(rows: int, *dims: int, input_grad: bool = True) -> Flops:
     """Count linear layers one after the other; input_grad: of the first, the others always."""
     flops = NONE
@@ -99,7 +116,9 @@ def _encode_targets(counts: StepCounts, parts: Parts) -> None:
         vision = replace(counts.encoder_of(encoder), drop_path_rate=0.0)  # in evaluation mode
         if counts.pictures is not None:
             assert isinstance(vision, ViTConfig)  # any_shape_conflicts
-            parts[TARGET] += counts.pictures.encode(vision, [view]).forward_only
+            share = counts.num_asked(rows) / counts.num_asked("every")
+            whole = counts.pictures.encode(vision, [view]).forward_only
+            parts[TARGET] += whole if share == 1 else whole.scaled(share)
             continue
         count = counts.num_asked(rows)
         parts[TARGET] += _whole(vision, count).forward_only
@@ -114,7 +133,7 @@ def _encode_inputs(counts: StepCounts, parts: Parts) -> None:
     num_images = counts.num_images * counts.num_views
     if counts.pictures is not None:
         assert isinstance(vision, ViTConfig)  # any_shape_conflicts
-        parts[ENCODER] += counts.pictures.encode(vision, counts.encoded_views)
+        parts[ENCODER] += counts.pictures.encode(vision, counts.encoded_views, counts.shown)
     elif counts.objective.mixing.encodes_alone:
         assert isinstance(vision, ViTConfig)  # vision_conflicts
         parts[ENCODER] += vit_embed(vision, num_inputs)

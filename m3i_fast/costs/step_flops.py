@@ -32,7 +32,8 @@ def counts_of(
     if cfg.data.any_shape:
         assert isinstance(cfg.vision, ViTConfig)  # any_shape_conflicts
         pictures = pictures or expected_pictures(cfg.data, cfg.vision.patch_size)
-        batch_size = max(round(pictures.samples_a_step), 1)
+        images = cfg.objective.mixing.images_per_input
+        batch_size = max(round(pictures.samples_a_step) // images, 1) * images
     return StepCounts(
         vision=cfg.vision,
         text=cfg.text,

@@ -7,14 +7,17 @@ dense term asks, m cells of a local view.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from m3i_fast.config.columns import REGION_WIDTH, ColumnConfig
 from m3i_fast.config.models.text import TextConfig
 from m3i_fast.config.models.vision import VisionConfig
 from m3i_fast.config.objective import ObjectiveConfig, Term
-from m3i_fast.costs.packed_pictures import PackedPictures
+from m3i_fast.costs.packed_pictures import PackedPictures, Shown
 from m3i_fast.objectives.step_context import Rows
+
+SCALE = 1024
+"""Samples for each one of views of any shape that are counted by their numbers of cells."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +50,10 @@ class StepCounts:
     """Whether the run is in the steps of which PHI-S takes statistics."""
     pictures: PackedPictures | None = None
     """Views of any shape; None: squares of one size."""
+    cells: int = 0
+    """Cells of a global view of any shape; 0: those of the encoder's grid."""
+    local_cells: int = 0
+    """Cells of a local view of any shape; 0: those of a square of `local_size`."""
 
     def encoder_of(self, target_encoder: str) -> VisionConfig:
         """Return the config of a target's encoder: a frozen teacher's or the trained one's."""
@@ -77,6 +84,39 @@ class StepCounts:
         return [*range(self.num_views), *range(num_global, num_global + self.num_local)]
 
     @property
+    def shown(self) -> Shown:
+        """Return what the trained encoder is shown of views of any shape."""
+        num_global = self.encoded_views[-1] + 1 - self.num_local
+        return Shown(mixing=self.objective.mixing, num_global=num_global, progress=self.progress)
+
+    def of_alike(self, view: int) -> list[StepCounts]:
+        """Return counts of views that have one number of cells, one for each number there is.
+
+        view: the global view whose numbers are taken. Their samples are `SCALE` times as many as in
+        all steps of the pictures, so that what is counted of them is whole.
+        """
+        assert self.pictures is not None
+        images = self.objective.mixing.images_per_input
+        return [
+            replace(
+                self, batch_size=count * SCALE * images, cells=cells, local_cells=self._mean_local
+            )
+            for cells, count in self.pictures.lengths[view].items()
+        ]
+
+    def of_mean(self) -> StepCounts:
+        """Return the counts of views that have the mean number of cells each."""
+        assert self.pictures is not None
+        mean = self.pictures.mean_length(range(self.num_views))
+        return replace(self, cells=mean, local_cells=self._mean_local)
+
+    @property
+    def _mean_local(self) -> int:
+        if self.pictures is None or not self.num_local:
+            return 0
+        return self.pictures.mean_length(self.encoded_views[-self.num_local :])
+
+    @property
     def num_inputs(self) -> int:
         """Return how many mixed inputs the batch makes."""
         return self.batch_size // self.objective.mixing.images_per_input
@@ -89,7 +129,7 @@ class StepCounts:
     @property
     def num_cells(self) -> int:  # N
         """Return the cells of a view's grid."""
-        return int(self.vision.grid**2)
+        return self.cells or int(self.vision.grid**2)
 
     @property
     def num_own(self) -> int:  # n
@@ -109,6 +149,8 @@ class StepCounts:
     @property
     def num_local_cells(self) -> int:  # m
         """Return the cells of a local view."""
+        if self.local_cells:
+            return self.local_cells
         return (self.local_size * self.vision.grid // self.vision.image_size) ** 2
 
     @property

@@ -46,6 +46,7 @@ def open_loader(
         rank=rank,
         num_ranks=num_ranks,
         accumulate=accumulate,
+        images_per_input=cfg.objective.mixing.images_per_input,
         device_id=device_id,
         skipped_file=skipped_file,
     )

@@ -19,7 +19,7 @@ from m3i_fast.config.convert import to_tree
 from m3i_fast.config.models.vision import VisionConfig
 from m3i_fast.costs.teacher_config import TIMM, run_vision
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
-from m3i_fast.models.encoder import ImageEncoder, PackedTokens
+from m3i_fast.models.encoder import ImageEncoder, PackedCells, PackedTokens
 from m3i_fast.models.image_encoder import build_encoder
 from m3i_fast.ops import IMAGENET_MEAN, IMAGENET_STD
 
@@ -49,11 +49,15 @@ class Teacher(ImageEncoder):
         return self.encoder.encode_cells(images)
 
     @torch.no_grad()
-    def encode_pictures(
-        self, patches: Tensor, grids: Tensor, priority: Tensor | None = None
+    def encode_patches(
+        self,
+        patches: Tensor,
+        cells: PackedCells,
+        priority: Tensor | None = None,
+        mask_token: Tensor | None = None,
     ) -> PackedTokens:
-        """Encode whole pictures of any sizes, as the encoder does; priority: not read."""
-        return self.encoder.encode_pictures(patches, grids)
+        """Encode cells of pictures of any sizes, as the encoder does; priority: not read."""
+        return self.encoder.encode_patches(patches, cells, mask_token=mask_token)
 
     @torch.no_grad()
     def summarise(self, tokens: Tensor) -> Tensor:

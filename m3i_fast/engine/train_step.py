@@ -42,6 +42,7 @@ from m3i_fast.engine.precision.fp8 import (
 )
 from m3i_fast.engine.step_graph import Recorder, StepGraph, StepResult
 from m3i_fast.keyed_draws import Purpose, words
+from m3i_fast.objectives.any_shape.draw import draw_packed_mix
 from m3i_fast.objectives.mixing import Mix, draw_branch_priority, draw_mix, draw_slice_key
 from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.objectives.packed_views import encode_packed_inputs, encode_packed_targets
@@ -92,7 +93,7 @@ class ForwardPass(nn.Module):
         return objective(
             encoded,
             targets,
-            cast(Batch, batch),  # terms of whole pictures read the fields that both have
+            cast(Batch, batch),  # terms read the fields that both have, but those of cells
             mix,
             monitor=monitor,
             measure=measure,
@@ -339,11 +340,13 @@ def draw_step_mix(cfg: TrainConfig, batch: AnyBatch, *, first_position: int, ste
     first_position: that at which the step begins, alike for all its batches and ranks. Raises
     ValueError as `draw_mix` does.
     """
-    mix = draw_mix(
+    draw: Callable[..., Mix] = partial(draw_mix, grid=cfg.vision.grid)
+    if isinstance(batch, PackedBatch):
+        draw = partial(draw_packed_mix, grids=batch.grids[:, : batch.num_global])
+    mix = draw(
         cfg.objective.mixing,
         position=batch.position,
         first_position=first_position,
-        grid=cfg.vision.grid,
         context_length=batch.token_ids.shape[1],
         seed=cfg.seed,
         step=step,

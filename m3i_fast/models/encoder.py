@@ -8,6 +8,7 @@ any size P pictures, T patches of all of them, R prefix tokens.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,22 @@ class PackedTokens(NamedTuple):
 
     prefix: Tensor  # [P, R, C]: class token and registers
     cells: Tensor  # [T, C], those of a picture row by row
+
+
+class PackedCells(NamedTuple):
+    """The cells of pictures of any sizes that an encoder is given, sequence after sequence.
+
+    The tokens of a sequence attend to one another alone: those of a picture, or of some that share
+    an input. Each cell's position is that in its own picture.
+    """
+
+    lengths: Sequence[int]
+    """Cells of each sequence, T in all."""
+    place: Tensor  # [T, 2] int64: row and column of each cell
+    extent: Tensor  # [T, 2] int64: rows and columns of its picture
+    largest: int
+    """The most rows or columns of a picture, known on the host."""
+    hidden: Tensor | None = None  # [T] bool: cells that are embedded as a mask token
 
 
 class ImageEncoder(nn.Module, ABC):
@@ -44,7 +61,20 @@ class ImageEncoder(nn.Module, ABC):
         priority: Tensor | None = None,  # [P, 2 depth] int32
     ) -> PackedTokens:
         """Encode whole pictures of any sizes; ValueError where the encoder needs whole batches."""
-        raise ValueError(
+        raise self._needs_whole_batches()
+
+    def encode_patches(
+        self,
+        patches: Tensor,  # [T, 3 P P]
+        cells: PackedCells,
+        priority: Tensor | None = None,  # [sequences, 2 depth] int32
+        mask_token: Tensor | None = None,  # [C]
+    ) -> PackedTokens:
+        """Encode cells of pictures of any sizes; ValueError where it needs whole batches."""
+        raise self._needs_whole_batches()
+
+    def _needs_whole_batches(self) -> ValueError:
+        return ValueError(
             "vision: expected a ViT for packed pictures, whose tokens know no neighbours, got "
             f"{type(self).__name__}"
         )

@@ -7,6 +7,7 @@ prototypes, E embedding width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -24,12 +25,19 @@ from m3i_fast.models.transformer.layers import (
     Residual,
     reset_children,
 )
-from m3i_fast.models.transformer.packing import Packed, Sequences, pack, unpack
+from m3i_fast.models.transformer.packing import (
+    Packed,
+    Sequences,
+    pack,
+    sort_by_length,
+    unpack,
+)
 from m3i_fast.models.transformer.positions import (
     grid_embedding,
     sincos_embedding,
     sincos_frequencies,
 )
+from m3i_fast.models.transformer.ragged import Ragged, joined
 from m3i_fast.objectives.row_statistics import unit_rows, wide
 
 LOG_SIZE_SCALE = 10.0  # SiameseIM embeds 10 ln(dh): the sines resolve steps of about 1
@@ -41,6 +49,14 @@ class Question(NamedTuple):
     tokens: Tensor  # [I, n, C]
     token_index: Tensor  # [I, n] int64, the cells of the tokens
     position: Tensor  # [I, Q, 4] of the targets (`relative_positions`)
+
+
+class PackedQuestion(NamedTuple):
+    """What a decoder is asked of pictures of any shape, which have unequal numbers of tokens."""
+
+    tokens: Ragged  # [T, C]
+    place: Tensor  # [T, 2] int64, row and column of each token in its view
+    position: Ragged  # [Q, 4] of the targets, in cells of the input view (`grid_positions`)
 
 
 class DenseDecoder(nn.Module):
@@ -68,6 +84,7 @@ class DenseDecoder(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.input_grid = input_grid
+        self._row_multiple = layers.row_multiple
         self.projector: nn.Module = nn.Identity()
         if cfg.projector != "none":
             norm = cfg.projector == "batch_norm"
@@ -111,6 +128,43 @@ class DenseDecoder(nn.Module):
         if len(questions) == 1 or self.calls_apart or self.cfg.projector == "batch_norm":
             return [self(*question) for question in questions]
         return list(self(*(tuple(part) for part in zip(*questions, strict=True))))
+
+    def answer_packed(self, questions: Sequence[PackedQuestion]) -> list[Ragged]:
+        """Predict the targets of pictures of any shape, [Q, output_dim] of each question.
+
+        Each picture's own tokens and mask tokens attend to one another alone, as `forward` of that
+        picture. Questions are answered together as by `answer`.
+        """
+        apart = self.calls_apart or self.cfg.projector == "batch_norm"
+        if len(questions) > 1 and apart:
+            return [answer for each in questions for answer in self.answer_packed([each])]
+        tokens, position = (
+            joined([getattr(question, of) for question in questions])
+            for of in ("tokens", "position")
+        )
+        frequencies = self.frequencies.float()  # those that `own_position` was made of
+        place = torch.cat([question.place for question in questions])
+        own = self.embed(self.projector(tokens.values))
+        own = own + sincos_embedding(place, self.cfg.dim, frequencies)
+        masked = self._masked(position.values).to(own.dtype)
+        packing = sort_by_length(
+            position.lengths,
+            num_prefix=tokens.lengths,
+            multiple=self._row_multiple,
+            device=own.device,
+        )
+        last = packing.back[len(own) :]
+        if num_padding := -len(masked) % self._row_multiple:
+            last = torch.cat([last, last[:1].expand(num_padding)])
+        stream = Residual(torch.cat([own, masked]).index_select(0, packing.order))
+        for block in self.blocks[:-1]:
+            stream = block(stream, packed=packing.packed)
+        # The own tokens are not used after the last block.
+        stream = self.blocks[-1](stream, packed=replace(packing.packed, last=last))
+        answers = self.head(self.norm(stream.total())[: len(masked)])
+        asked = [question.position for question in questions]
+        parts = answers.split([len(each.values) for each in asked])
+        return [each.with_values(part) for each, part in zip(asked, parts, strict=True)]
 
     def forward(
         self,

@@ -13,8 +13,9 @@ ranks, in any batch and after any resume; the step decides schedules alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ from torch import Tensor
 from m3i_fast.config.fields import refuse
 from m3i_fast.config.mixing import Asked, MixingConfig
 from m3i_fast.keyed_draws import Purpose, uniform, words
+from m3i_fast.models.transformer.packing import to_device
+from m3i_fast.models.transformer.ragged import Cells
 from m3i_fast.objectives.mask_patterns import Uniform, deal_cells
 
 
@@ -72,16 +75,28 @@ class Mix:
         cells = self.own_query if own else self.other_query
         return _of_images(cells.unflatten(0, (-1, self.num_asked)), which)
 
+    def take_cells(self, cells: Cells, which: Asked) -> Cells:  # [I, n, ...] -> [A, n, ...]
+        """Return the cells of images `asked(which)`, which a mix of squares takes as any rows."""
+        assert isinstance(cells, Tensor)
+        return self.take(cells, which)
+
+    def own_cells(self, which: Asked) -> Cells:  # [A, n] int64
+        """Return the cells of the first view that images `asked(which)` show."""
+        return self.take_cells(self.token_index, which)
+
+    def queries_of(self, view: int, which: Asked, *, own: bool) -> Cells:  # [A, Q] int64
+        """Return the cells of a view to predict, `queries`: those of squares are alike in all."""
+        return self.queries(which, own=own)
+
     def to(self, device: torch.device) -> Mix:
         """Copy to `device` asynchronously, through pinned memory for a GPU."""
-
-        def moved(value: Tensor | int | None) -> Tensor | int | None:
-            if not isinstance(value, Tensor):
-                return value
-            value = value.pin_memory() if device.type == "cuda" else value
-            return value.to(device, non_blocking=True)
-
-        return Mix(**{name: moved(getattr(self, name)) for name in self.__slots__})  # type: ignore[arg-type]
+        held = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {
+            name: to_device(value, device)
+            for name, value in held.items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
 
 
 def draw_mix(
@@ -110,7 +125,7 @@ def draw_mix(
     refuse(cfg.grid_conflicts(grid))
     if not 0 <= step < num_steps:
         raise ValueError(f"step: expected 0 <= step < num_steps = {num_steps}, got {step}")
-    draws = _Draws(seed, position.numpy(), first_position)
+    draws = Draws(seed, position.numpy(), first_position)
     members = torch.arange(batch_size).view(-1, cfg.images_per_input)
     num_inputs, num_images = members.shape
     cells = _own_cells(cfg, num_inputs, grid, step / max(num_steps - 1, 1), draws)
@@ -199,7 +214,7 @@ def drop_tokens(
 
 
 @dataclass(frozen=True, slots=True)
-class _Draws:
+class Draws:
     """The random numbers of a batch, by what they are keyed by and for what they are."""
 
     seed: int
@@ -225,7 +240,7 @@ class _Draws:
 
 
 def _own_cells(
-    cfg: MixingConfig, num_inputs: int, grid: int, progress: float, draws: _Draws
+    cfg: MixingConfig, num_inputs: int, grid: int, progress: float, draws: Draws
 ) -> Tensor:  # [K, P, n] int64, ascending
     num_own = cfg.num_own(grid * grid, progress)
     if not cfg.divides_cells:
@@ -235,7 +250,7 @@ def _own_cells(
         cfg.pattern,
         num_images=cfg.images_per_input,
         num_own=num_own,
-        grid=grid,
+        grid=(grid, grid),
         block=cfg.mask_block,
         uniform=draws.of_step(Purpose.CELLS)
         if cfg.mask_per_batch

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from m3i_fast.models.effective_rank import rankme
+from m3i_fast.models.transformer.ragged import Cells, mean_of_cells, tensor_of
 from m3i_fast.objectives.row_statistics import full_precision, wide
 
 if TYPE_CHECKING:
@@ -27,23 +28,26 @@ NUM_ITERATIONS = 10
 
 @torch.no_grad()
 def target_monitors(
-    tokens: Tensor,  # [A, N, C], normalised targets; the encoder's own where there are none
-    student: Tensor | None = None,  # [A, n, C], the encoder's normalised tokens of the same images
+    tokens: Cells,  # [A, N, C], normalised targets; the encoder's own where there are none
+    student: Cells | None = None,  # [A, n, C], the encoder's normalised tokens of the same images
 ) -> dict[str, Tensor]:
     """Measure rank, uniformity, clusters, spread and alignment of targets, by logged name.
 
     `target_std`, the spread over images, is left out for a single image.
     """
-    some = subsample(tokens)
+    rows = tensor_of(tokens)
+    some = subsample(rows)
     metrics = {
-        "monitor/target_rank": rankme(tokens),
+        "monitor/target_rank": rankme(rows),
         "monitor/target_uniformity": uniformity(some),
         "monitor/target_kmeans_entropy": kmeans_entropy(some),
     }
-    if tokens.shape[0] > 1:
-        metrics["monitor/target_std"] = feature_std(tokens.mean(1))
+    if len(tokens) > 1:
+        metrics["monitor/target_std"] = feature_std(mean_of_cells(tokens))
     if student is not None:
-        metrics["monitor/target_alignment"] = alignment(student.mean(1), tokens.mean(1))
+        metrics["monitor/target_alignment"] = alignment(
+            mean_of_cells(student), mean_of_cells(tokens)
+        )
     return metrics
 
 

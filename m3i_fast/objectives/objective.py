@@ -7,7 +7,7 @@ target images.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -25,9 +25,10 @@ from m3i_fast.models.encoder import ImageEncoder, take_cells
 from m3i_fast.models.image_encoder import build_encoder
 from m3i_fast.models.transformer.blocks import TORCH_LAYERS, BlockLayers
 from m3i_fast.models.transformer.layers import reset_children
+from m3i_fast.models.transformer.ragged import Cells, mapped
 from m3i_fast.models.transformer.vit import Masking, ViT
 from m3i_fast.objectives.balance import Balance
-from m3i_fast.objectives.heads import DenseDecoder
+from m3i_fast.objectives.heads import DenseDecoder, PackedQuestion, Question
 from m3i_fast.objectives.mixing import Mix
 from m3i_fast.objectives.monitors import target_monitors
 from m3i_fast.objectives.phi_s import PhiStandardise
@@ -397,7 +398,7 @@ class MutualInformation(nn.Module):
             metrics[f"members/{name}"] = members.float()
         with stage("loss.total"):
             if measure:
-                self.balance.measure(losses, encoded.every, self._shares(metrics, step))
+                self.balance.measure(losses, encoded.tensors, self._shares(metrics, step))
             total, weights = self.balance(losses)
             metrics["loss/total"] = total.detach()
             if monitor:
@@ -419,7 +420,7 @@ class MutualInformation(nn.Module):
 
     def _separate_views(self, encoded: Encoded) -> dict[str, Encoded]:
         """Return the tokens of each term to measure its gradient by; empty without gradients."""
-        if not encoded.every[0].requires_grad:
+        if not encoded.tensors[0].requires_grad:
             return {}
         return {term.term.name: separate_views(encoded) for term in self._every_term()}
 
@@ -444,7 +445,7 @@ class MutualInformation(nn.Module):
             first = next(iter(terms))
             with steps[first].stage(f"loss.{first}"):
                 asked = {name: term.ask(steps[name]) for name, term in terms.items()}
-                answers = iter(decoder.answer([q for of in asked.values() for q in of.questions]))
+                answers = iter(_answers(decoder, [q for a in asked.values() for q in a.questions]))
             for name, of in asked.items():
                 arguments[name] = {"asked": of, "answers": [next(answers) for _ in of.questions]}
                 if key in self.target_projectors:
@@ -493,12 +494,12 @@ class MutualInformation(nn.Module):
         views = step.encoded.views
         for (encoder, view), rows in self._target_rows.items():
             if encoder == "momentum" and view == int(self.cfg.uses(view="other")):
-                student = normalise_tokens(_take(step.mix, views[0], rows))
-                target = normalise_tokens(step.target_tokens(encoder, view, rows))
+                student = mapped(normalise_tokens, _take_cells(step.mix, views[0], rows))
+                target = mapped(normalise_tokens, step.target_tokens(encoder, view, rows))
                 return metrics | target_monitors(target, student)
-        student = normalise_tokens(views[0])
+        student = mapped(normalise_tokens, views[0])
         if len(views) > 1:
-            return metrics | target_monitors(normalise_tokens(views[1]), student)
+            return metrics | target_monitors(mapped(normalise_tokens, views[1]), student)
         return metrics | target_monitors(student)
 
 
@@ -515,6 +516,16 @@ def _build_decoder(term: Term, cfg: ObjectiveConfig, sizes: Sizes) -> DenseDecod
     )
 
 
+def _answers(
+    decoder: DenseDecoder, questions: Sequence[Question | PackedQuestion]
+) -> Sequence[Cells]:
+    """Answer a decoder's questions, all of squares or all of views of any shape."""
+    packed = [question for question in questions if isinstance(question, PackedQuestion)]
+    if packed:
+        return decoder.answer_packed(packed)
+    return decoder.answer([question for question in questions if isinstance(question, Question)])
+
+
 def _expect_teacher(teachers: Mapping[str, ImageEncoder], name: str) -> ImageEncoder:
     if name not in teachers:
         raise ValueError(
@@ -529,6 +540,10 @@ def _mixed(views: Tensor, mix: Mix) -> Tensor:  # [B, 3, H, W] uint8 -> [P, 3, H
     if mix.share is not None:
         return blend(views, mix.members, mix.share, dtype)
     return mask_mix(views, mix.choice, mix.members, dtype=dtype)
+
+
+def _take_cells(mix: Mix, cells: Cells, rows: Rows) -> Cells:  # [I, n, C] -> [R, n, C]
+    return cells if rows == "every" else mix.take_cells(cells, rows)
 
 
 def _take(mix: Mix, values: Tensor, rows: Rows) -> Tensor:  # [I, ...] -> [R, ...]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from m3i_fast.models.encoder import ImageEncoder
+from m3i_fast.models.transformer.ragged import Cells, Ragged, tensor_of
 
 if TYPE_CHECKING:
     from m3i_fast.config.objective import Term
@@ -61,7 +62,7 @@ def _union(rows: set[Rows]) -> Rows:
 class Targets:
     """Tokens of the target views, without gradient and not normalised."""
 
-    tokens: Mapping[Source, Tensor]  # [R, N, C], of the images that `rows` names
+    tokens: Mapping[Source, Cells]  # [R, N, C], of the images that `rows` names
     rows: Mapping[Source, Rows]
 
 
@@ -69,13 +70,18 @@ class Targets:
 class Encoded:
     """The encoder's tokens of the inputs: every image's own cells, or all with mask tokens."""
 
-    views: tuple[Tensor, ...]  # [I, n, C] of the first view, and of the other one where asked for
-    local: tuple[Tensor, ...] = ()  # [B, m, C] of each whole local view
+    views: tuple[Cells, ...]  # [I, n, C] of the first view, and of the other one where asked for
+    local: tuple[Cells, ...] = ()  # [B, m, C] of each whole local view
 
     @property
-    def every(self) -> list[Tensor]:
-        """All views' tokens, the representation that the terms share."""
+    def every(self) -> list[Cells]:
+        """All views' tokens."""
         return [*self.views, *self.local]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Tensors of all views' tokens, the representation that the terms share."""
+        return list(map(tensor_of, self.every))
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,28 +132,20 @@ class StepContext:
     encoders: Mapping[str, ImageEncoder]  # online, and by `Term.target_encoder`
     stage: Stage = no_stage
     weight: BatchWeight = WHOLE
-    _summaries: dict[int, Tensor] = field(default_factory=dict)
     _means: dict[int, Tensor] = field(default_factory=dict)
 
     def with_encoded(self, encoded: Encoded) -> StepContext:
         """Return the same step with other tokens, which are summarised anew."""
-        return replace(self, encoded=encoded, _summaries={}, _means={})
+        return replace(self, encoded=encoded, _means={})
 
-    def summary(self, view: int) -> Tensor:  # [I or B, s, P]
-        """Summarise an encoded view, once a step.
+    def embedding(self, view: int) -> Tensor:  # [I or B, P]
+        """Average the summary of an encoded view, once a step.
 
         view: index into `Encoded.every`: the first view, the other one if it was encoded, then the
         local ones.
         """
-        if view not in self._summaries:
-            tokens = self.encoded.every[view]
-            self._summaries[view] = self.encoders["online"].summarise(tokens)
-        return self._summaries[view]
-
-    def embedding(self, view: int) -> Tensor:  # [I or B, P]
-        """Average the summary of an encoded view, by its index, once a step."""
         if view not in self._means:
-            self._means[view] = self.summary(view).mean(1)
+            self._means[view] = _mean_summary(self.encoders["online"], self.encoded.every[view])
         return self._means[view]
 
     def mean_rows(self) -> Tensor:  # [I + L B, P]
@@ -195,9 +193,9 @@ class StepContext:
     def target_embedding(self, encoder: str, view: int) -> Tensor:  # [I, P]
         """Embed a global view of every image in an input by a target encoder."""
         tokens = self.target_tokens(encoder, view, "every")
-        return self.encoders[encoder].summarise(tokens).mean(1)
+        return _mean_summary(self.encoders[encoder], tokens)
 
-    def target_tokens(self, encoder: str, view: int, rows: Rows) -> Tensor:  # [R, N, C]
+    def target_tokens(self, encoder: str, view: int, rows: Rows) -> Cells:  # [R, N, C]
         """Return a target encoder's tokens of a global view, of the images that `rows` names."""
         source = encoder, view
         tokens, encoded_rows = self.targets.tokens[source], self.targets.rows[source]
@@ -205,9 +203,18 @@ class StepContext:
             return tokens
         if encoded_rows == "every":
             assert rows != "every"
-            return self.mix.take(tokens, rows)
+            return self.mix.take_cells(tokens, rows)
         assert encoded_rows == "all" and rows != "every"
-        return tokens[: self.mix.num_asked] if rows == "first" else tokens[-self.mix.num_asked :]
+        first = 0 if rows == "first" else len(tokens) - self.mix.num_asked
+        if isinstance(tokens, Ragged):
+            return tokens.pictures(first, self.mix.num_asked)
+        return tokens[first : first + self.mix.num_asked]
+
+
+def _mean_summary(encoder: ImageEncoder, tokens: Cells) -> Tensor:  # [R, n, C] -> [R, P]
+    if isinstance(tokens, Ragged):  # of a ViT, whose summary are its tokens
+        return tokens.mean()
+    return encoder.summarise(tokens).mean(1)
 
 
 Monitor = Callable[[str, Tensor], None]

@@ -23,6 +23,16 @@ def normalise_views(views: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     return mask_mix(views, whole, rows[:, None].contiguous(), dtype=dtype)
 
 
+def normalise_patches(
+    patches: Tensor,  # [T, 3 p p] uint8, channel after channel, as `cut_patches` has them
+    dtype: torch.dtype,
+) -> Tensor:  # [T, 3, p, p]
+    """Normalise patches as views are, each as a picture of its own."""
+    side = round((patches.shape[1] // 3) ** 0.5)
+    every = torch.arange(len(patches), device=patches.device)
+    return normalise_views(patches.view(-1, 3, side, side), every, dtype)
+
+
 def blend(
     views: Tensor,  # [B, 3, H, W] uint8
     members: Tensor,  # [P, 2] int64, rows of views
@@ -88,7 +98,11 @@ def normalised_pixels(images: Tensor, patch_size: int, *, eps: float = 1e-6) -> 
     (x - mean) / sqrt(var + eps) with the unbiased variance of the patch, in fp32 (fp64 for fp64).
     arXiv 2111.06377, section 3, and its authors' code. Raises as `patchify`.
     """
-    patches = patchify(wide(images), patch_size)
+    return standardised(patchify(wide(images), patch_size), eps=eps)
+
+
+def standardised(patches: Tensor, *, eps: float = 1e-6) -> Tensor:  # [..., p * p * C]
+    """Standardise each patch by its own mean and unbiased variance, as `normalised_pixels`."""
     variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
     return (patches - mean) * (variance + eps).rsqrt()
 
@@ -98,6 +112,12 @@ def cell_contrast(views: Tensor, patch_size: int) -> Tensor:  # [B, C, H, W] uin
     side = -1, patch_size
     pixels = views.unflatten(3, side).unflatten(2, side)  # [B, C, g, p, g, p]
     return (pixels.amax((3, 5)) - pixels.amin((3, 5))).amax(1).flatten(1)
+
+
+def patch_contrast(patches: Tensor) -> Tensor:  # [T, 3 p p] uint8 -> [T] uint8
+    """Return the `cell_contrast` of patches, channel after channel."""
+    pixels = patches.unflatten(1, (3, -1))
+    return (pixels.amax(2) - pixels.amin(2)).amax(1)
 
 
 def prefer_cells(

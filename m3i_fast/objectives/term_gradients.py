@@ -6,21 +6,25 @@ of term k in the sum.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import combinations
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from m3i_fast.models.transformer.ragged import Cells, mapped
 from m3i_fast.objectives.row_statistics import wide
 from m3i_fast.objectives.step_context import Encoded
 
 
 def separate_views(encoded: Encoded) -> Encoded:
     """Return the same tokens as new tensors of the graph, whose gradients are those of one term."""
-    views, local = ([z.view_as(z) for z in tokens] for tokens in (encoded.views, encoded.local))
-    return Encoded(tuple(views), tuple(local))
+
+    def separate(tokens: Sequence[Cells]) -> tuple[Cells, ...]:
+        return tuple(mapped(lambda z: z.view_as(z), each) for each in tokens)
+
+    return Encoded(separate(encoded.views), separate(encoded.local))
 
 
 class TermGradients:
@@ -44,11 +48,11 @@ class TermGradients:
     def __init__(self, read_by: Mapping[str, Encoded]) -> None:
         """Register the hooks; read_by: each term's `separate_views`, before the backward pass."""
         self._names = list(read_by)
-        z = wide(read_by[self._names[0]].every[0].detach())
+        z = wide(read_by[self._names[0]].tensors[0].detach())
         width = z.shape[-1]
         self._sums = z.new_zeros(len(read_by), width + 1, width)  # transposed; the bias stands last
         for k, encoded in enumerate(read_by.values()):
-            for view in encoded.every:
+            for view in encoded.tensors:
                 view.register_hook(partial(self._add, k, view.detach()))
 
     def _add(self, term: int, z: Tensor, grad: Tensor) -> None:  # [..., C], [..., C]

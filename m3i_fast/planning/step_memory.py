@@ -124,7 +124,8 @@ def largest_batch(cfg: TrainConfig) -> TrainConfig:
     if not cfg.data.any_shape:
         return cfg
     assert isinstance(cfg.vision, ViTConfig)  # any_shape_conflicts
-    samples = most_samples(cfg.data, cfg.vision.patch_size)
+    images = cfg.objective.mixing.images_per_input
+    samples = most_samples(cfg.data, cfg.vision.patch_size, images)
     shown, local = cfg.data.global_views, cfg.data.local_views
     if local is not None:
         local = replace(local, size=local.sizes[0], size_range=None, blur_kernel_size=None)

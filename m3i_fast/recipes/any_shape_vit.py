@@ -1,9 +1,10 @@
 """ViT-B on pictures of any aspect: most of the run at low resolution, and a finish at a high one.
 
-The terms are those of SigLIP 2 (arXiv 2502.14786) that read whole pictures: captions by a sigmoid,
-and each view's assignment to prototypes by the other, as DINO. NaFlex has 256 patches a picture,
-and as many as 1,024 at the end; here the first run draws from 64 on, as NaViT (arXiv 2307.06304)
-trains on pictures of many resolutions. Values are chosen here, and not yet measured.
+The terms of any_shape_m3i_vit_b are M3I's, in the values of m3i_vit_b. Those of the others are
+SigLIP 2's (arXiv 2502.14786) that read whole pictures: captions by a sigmoid, and each view's
+assignment to prototypes by the other, as DINO. NaFlex has 256 patches a picture, and as many as
+1,024 at the end; here the first run draws from 64 on, as NaViT (arXiv 2307.06304) trains on
+pictures of many resolutions. Values are chosen here, and not yet measured.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from m3i_fast.config.objective import ObjectiveConfig
 from m3i_fast.config.optim import EmaConfig, OptimConfig
 from m3i_fast.config.train import TrainConfig
 from m3i_fast.objectives.methods import METHODS
+from m3i_fast.recipes.m3i_vit import m3i_vit_b
 
 SIDE = 256  # 16 x 16 patches: those of NaFlex's low resolution, and of the table of positions
 NUM_STEPS, FINISH = 200_000, 20_000
@@ -57,6 +59,19 @@ def any_shape_vit_b() -> TrainConfig:
         log_every=50,
         checkpoint_every=2000,
     )
+
+
+def any_shape_m3i_vit_b() -> TrainConfig:
+    """Pre-train ViT-B/16 with M3I on pictures of any aspect, 64 to 256 patches each.
+
+    Needs: pictures with classes and captions; cards of 80 GB; 131,072 tokens a card.
+    """
+    cfg = m3i_vit_b()
+    views = replace(
+        cfg.data.global_views, size=SIDE, size_range=(SIDE // 2, SIDE), ratio=(0.5, 2.0)
+    )
+    data = replace(cfg.data, global_views=views, max_tokens_per_batch=131_072)
+    return replace(cfg, data=data, vision=vit_b(image_size=SIDE))
 
 
 def any_shape_vit_b_finish() -> TrainConfig:

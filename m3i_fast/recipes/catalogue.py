@@ -56,7 +56,11 @@ GROUPS: dict[str, tuple[Make, ...]] = {
         text_and_prototypes_vit.tips_vit_b,
         text_and_prototypes_vit.tips_vit_l,
     ),
-    "pictures of any shape": (any_shape_vit.any_shape_vit_b, any_shape_vit.any_shape_vit_b_finish),
+    "pictures of any shape": (
+        any_shape_vit.any_shape_vit_b,
+        any_shape_vit.any_shape_vit_b_finish,
+        any_shape_vit.any_shape_m3i_vit_b,
+    ),
     "M3I with an InternImage": (
         m3i_internimage.m3i_internimage_t,
         m3i_internimage.m3i_internimage_s,

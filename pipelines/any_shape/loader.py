@@ -41,6 +41,7 @@ class PackedLoader(BatchesOfRun[PackedBatch]):
         rank: int = 0,
         num_ranks: int = 1,
         accumulate: int = 1,
+        images_per_input: int = 1,
         device_id: int | None = None,
         skipped_file: Path | None = None,
         opened: OpenSplit | None = None,
@@ -49,7 +50,8 @@ class PackedLoader(BatchesOfRun[PackedBatch]):
 
         patch_size: pixels along a side of a patch. global_sides, local_sides: least and most
         patches along a side of the square of which a view has the area; local_sides where the
-        config has local views. device_id, skipped_file, opened: as of `Loader`.
+        config has local views. images_per_input: of which a batch has a multiple. device_id,
+        skipped_file, opened: as of `Loader`.
         """
         if patch_size < 1:
             raise ValueError(f"patch_size: expected at least 1, got {patch_size}")
@@ -67,6 +69,7 @@ class PackedLoader(BatchesOfRun[PackedBatch]):
             seed=cfg.seed,
             num_ranks=num_ranks,
             accumulate=accumulate,
+            images_per_input=images_per_input,
             dealt=in_object_storage(cfg) if opened is None else bool(opened.lanes),
         )
         self._patch_size = patch_size

@@ -75,10 +75,10 @@ class TokenBudget:
     num_ranks, so that one rank with four accumulated batches trains on the same batches as four
     ranks.
 
-    Dealt, the samples of a step go to its M batches in turn, as many to each as fit into all:
-    number m has the positions p of which p mod M is m. So those of a lane of object storage, which
-    are dealt to ranks by p mod num_ranks, are all of one rank. Batches are less full, as the
-    fullest of a step ends all.
+    Dealt, the inputs of a step go to its M batches in turn, as many to each as fit into all: number
+    m has the inputs p, a sample each where none are mixed, of which p mod M is m. So those of a
+    lane of object storage, which are dealt to ranks by p mod num_ranks, are all of one rank.
+    Batches are less full, as the fullest of a step ends all.
 
     Raises ValueError for a count below 1, without views, and where a sample may not fit.
     """
@@ -93,38 +93,43 @@ class TokenBudget:
     """Batches of a rank in one step."""
     dealt: bool = False
     """Whether samples are dealt to the batches of a step one by one."""
+    images_per_input: int = 1
+    """Samples that share an input: each batch has a multiple of them."""
 
     def __post_init__(self) -> None:
-        for name in ("num_ranks", "accumulate"):
+        for name in ("num_ranks", "accumulate", "images_per_input"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if not self.views:
             raise ValueError("views: expected at least one, got none")
-        if self.tokens < self._most_a_sample:
+        if self.tokens < self._most_an_input:
             raise ValueError(
-                f"token_budget: expected at least {self._most_a_sample} tokens, which the views of "
-                f"one sample may have, got {self.tokens}"
+                f"token_budget: expected at least {self._most_an_input} tokens, which the views of "
+                f"one sample may have{self._in_an_input}, got {self.tokens}"
             )
 
     @property
-    def images_per_input(self) -> int:
-        """Return 1: pictures of different grids share no input."""
-        return 1
+    def _in_an_input(self) -> str:
+        several = self.images_per_input > 1
+        return f", times the {self.images_per_input} that share an input" if several else ""
 
     @cached_property
-    def _most_a_sample(self) -> int:
-        return sum(view.most**2 for view in self.views)
+    def _most_an_input(self) -> int:
+        return self.images_per_input * sum(view.most**2 for view in self.views)
 
     @property
     def most_samples(self) -> int:
         """Return the samples that a batch has at most."""
-        return self.tokens // sum(view.least**2 for view in self.views)
+        return self._whole_inputs(self.tokens // sum(view.least**2 for view in self.views))
 
     @property
     def mean_samples(self) -> int:
-        """Return about how many samples a batch has, at least 1."""
+        """Return about how many samples a batch has, at least those of an input."""
         squares = [np.mean(np.arange(of.least, of.most + 1) ** 2) for of in self.views]
-        return max(round(self.tokens / sum(squares)), 1)
+        return max(self._whole_inputs(round(self.tokens / sum(squares))), self.images_per_input)
+
+    def _whole_inputs(self, samples: int) -> int:
+        return samples - samples % self.images_per_input
 
     def most_tokens(self, positions: Integers) -> Integers:  # [N] -> [N, V]
         """Return how many patches each view of the sample at each position may have."""
@@ -149,13 +154,16 @@ class TokenBudget:
         asked = np.arange(start, start + num_batches * self.most_samples + 1)
         tokens = self.most_tokens(asked).sum(1)
         if self.dealt:
-            fits = tokens[:-1].reshape(-1, num_batches).cumsum(0) <= self.tokens
-            return start + int(fits.all(1).sum()) * np.arange(num_batches + 1)
+            inputs = tokens[:-1].reshape(-1, num_batches, self.images_per_input).sum(2)
+            fits = inputs.cumsum(0) <= self.tokens
+            each = self.images_per_input * int(fits.all(1).sum())
+            return start + each * np.arange(num_batches + 1)
         before = np.concatenate([[0], tokens.cumsum()])
         ends = [0]
         for _ in range(num_batches):
             full = before[ends[-1]] + self.tokens
-            ends.append(int(np.searchsorted(before, full, side="right")) - 1)
+            fitting = int(np.searchsorted(before, full, side="right")) - 1 - ends[-1]
+            ends.append(ends[-1] + self._whole_inputs(fitting))
         return start + np.array(ends, np.int64)
 
     def next_start(self, start: int) -> int:
@@ -186,6 +194,9 @@ class TokenBudget:
                 raise ValueError(f"{name}: expected 0 to {limit - 1}, got {value}")
         ends, number = self.ends(start), batch * self.num_ranks + rank
         if self.dealt:
-            first = start + (number - start) % self._num_batches
-            return np.arange(first, ends[-1], self._num_batches)
+            images = self.images_per_input
+            first = start // images
+            first += (number - first) % self._num_batches
+            inputs = np.arange(first, ends[-1] // images, self._num_batches)
+            return (inputs[:, None] * images + np.arange(images)).reshape(-1)
         return np.arange(ends[number], ends[number + 1])

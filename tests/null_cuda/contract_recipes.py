@@ -127,17 +127,20 @@ from m3i_fast.engine.precision.arithmetic import capabilities_of, resolve_precis
 from m3i_fast.engine.train_step import build_train_step
 from m3i_fast.recipes import recipes
 
-cfg = recipes()["any_shape_vit_b"]()
+cfg = recipes()["{name}"]()
 small = replace(cfg.vision, dim=128, depth=2, num_heads=2)
-data = replace(cfg.data, max_tokens_per_batch=1200)
-cfg = replace(cfg, vision=small, text=replace(cfg.text, depth=1), data=data)
+data = replace(cfg.data, max_tokens_per_batch=2400)
+decoder = replace(cfg.objective.decoder, dim=128, depth=2, num_heads=2)
+objective = replace(cfg.objective, decoder=decoder)
+text = replace(cfg.text, depth=1)
+cfg = replace(cfg, vision=small, text=text, data=data, objective=objective)
 device = torch.device("cuda")
 arithmetic = resolve_precision(
     capabilities_of(device), gemm_shapes(cfg), cfg.precision, cfg.backend, compiled=False
 )
 step, batch = build_train_step(cfg, World(device), arithmetic), draw_any_batch(cfg)
 for number in range(3):
-    mark(f"step {number}".encode())
+    mark(f"step {{number}}".encode())
     step(batch.to(device))
 mark(b"end")
 print(json.dumps(batch.batch_size), flush=True)
@@ -164,14 +167,18 @@ def test_a_step_of_packed_pictures_waits_for_nothing(tmp_path: Path, name: str) 
     assert copies and not [copy for copy in copies if "pageable" in (copy["from"], copy["to"])]
 
 
-def test_a_training_step_on_views_of_any_shape_waits_for_nothing(tmp_path: Path) -> None:
-    pictures, trace = on_null(tmp_path, TRAIN_PROGRAM, card="a100")
+@pytest.mark.parametrize("name, decoded", [("any_shape_vit_b", 0), ("any_shape_m3i_vit_b", 2)])
+def test_a_training_step_on_views_of_any_shape_waits_for_nothing(
+    tmp_path: Path, name: str, decoded: int
+) -> None:
+    pictures, trace = on_null(tmp_path, TRAIN_PROGRAM.format(name=name), card="a100")
     assert pictures > 1
     records = {step.name: step.records for step in split_at_marks(trace)}["step 2"]
     kernels = [record["name"] for record in of_kind(records, "launch")]
-    # two blocks of the encoder and of the moving average, over all views of all pictures
-    assert sum("flash_fwd_kernel" in kernel for kernel in kernels) == 4
-    assert sum("flash_bwd_dq_dk_dv" in kernel for kernel in kernels) == 2
+    # two blocks of the encoder and of the moving average, over all views of all pictures, and of
+    # the decoder, over all its questions
+    assert sum("flash_fwd_kernel" in kernel for kernel in kernels) == 4 + decoded
+    assert sum("flash_bwd_dq_dk_dv" in kernel for kernel in kernels) == 2 + decoded
     assert of_kind(records, "wait") == of_kind(records, "allocate") == []
     copies = of_kind(records, "copy")
     assert copies and not [copy for copy in copies if "pageable" in (copy["from"], copy["to"])]

@@ -29,7 +29,7 @@ def _deal(
         pattern,
         num_images=num_images,
         num_own=grid * grid // num_images if num_own is None else num_own,
-        grid=grid,
+        grid=(grid, grid),
         block=block,
         uniform=lambda count: torch.rand(num_draws, count, generator=rng),
     )
@@ -115,7 +115,7 @@ def test_the_nearest_cells_are_those_of_cutmixs_box() -> None:
         if area == 0 or height != width or area == side * side:
             continue  # cut off by a border, or nothing to see
         point = torch.tensor([[(y1 + y2) / 2, (x1 + x2) / 2]])
-        order = box_distance(point, torch.ones(1), side)[0].argsort()
+        order = box_distance(point, torch.ones(1), (side, side))[0].argsort()
         expected = torch.zeros(side, side, dtype=torch.bool)
         expected[y1:y2, x1:x2] = True
         assert torch.equal(_flags(order[None, :area], side)[0], expected)
@@ -126,7 +126,7 @@ def test_the_nearest_cells_are_those_of_cutmixs_box() -> None:
 @pytest.mark.parametrize("aspect", [0.5, 1.0, 2.0])
 def test_an_aspect_is_the_boxs_height_over_its_width(aspect: float) -> None:
     point = torch.tensor([[50.0, 50.0]])
-    near = (box_distance(point, torch.tensor([aspect]), 100) < 20).view(100, 100)
+    near = (box_distance(point, torch.tensor([aspect]), (100, 100)) < 20).view(100, 100)
     height, width = int(near.any(1).sum()), int(near.any(0).sum())
     assert near.sum() == height * width  # a box
     assert height / width == pytest.approx(aspect, rel=0.05)

@@ -48,6 +48,24 @@ def test_operations_are_those_of_the_batchs_own_patches(name: str, recompute: st
     assert found.hardware == pytest.approx(counter.get_total_flops(), rel=0.001)
 
 
+# Masked cells of the own view are counted as they are; other views, and the parts of an input, as
+# if all views of a sample had as many cells; the rows that Gram anchoring pads are not counted.
+CELLS = [("mae", 1e-3), ("data2vec", 1e-3), ("ibot", 1e-3), ("autoencoder", 1e-3)]
+ALIKE = [("siameseim", 0.03), ("m3i", 0.04), ("mixmim", 0.03), ("dinov3", 0.03)]
+
+
+@pytest.mark.parametrize("name, within", [*CELLS, *ALIKE])
+def test_operations_of_cells_are_those_of_the_batchs_own(name: str, within: float) -> None:
+    cfg = packed_run(NOWHERE, name)
+    batch = draw_any_batch(cfg)
+    assert isinstance(batch, PackedBatch)
+    found = without_sampling(step_flops(cfg, pictures=of(batch)))
+    step = stepper(cfg)
+    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+        step()
+    assert found.hardware == pytest.approx(counter.get_total_flops(), rel=within)
+
+
 def test_expected_batches_are_those_that_are_drawn() -> None:
     cfg = packed_run(NOWHERE, "dino")
     assert cfg.data.local_views is not None
@@ -83,7 +101,7 @@ def largest(name: str) -> TrainConfig:
     return replace(cfg, data=data, vision=replace(cfg.vision, dim=192, depth=4, num_heads=3))
 
 
-@pytest.mark.parametrize("name", ["clip", "dino"])
+@pytest.mark.parametrize("name", ["clip", "dino", "ibot", "m3i"])
 def test_the_largest_batch_has_the_peak_that_is_told(name: str) -> None:
     """But for what kernels allocate for themselves, and the order of packed tokens."""
     cfg = largest(name)

@@ -280,7 +280,9 @@ class Block(nn.Module):
         first, second = branch_priorities(priority)
         x, qkv = self._qkv(stream)
         attended = self._attend_packed(qkv, packed, rotation)
-        if packed.asks_last:
+        if packed.last is not None:
+            x, attended = x.index_select(0, packed.last), attended.index_select(0, packed.last)
+        elif packed.asks_last:
             x = pack_last(unpack(x, packed.groups), packed.groups)
         drop = self.drop_path
         stream = drop.join_packed(x, self.proj(attended), self.layer_scale_1, packed, first)

@@ -44,6 +44,8 @@ class Packed:
     """The sequence that each token is of, for stochastic depth; None: there is none."""
     ends: Tensor | None = None  # [N + 1] int32
     """Tokens up to each sequence, from 0 on, for attention in one kernel; None: a call a group."""
+    last: Tensor | None = None  # [R] int64
+    """The rows that a block returns, in this order; None: what the groups ask for, or all."""
     num_padding: int = 0
     """Tokens of the last group, one sequence of padding that nobody reads; 0: there is none."""
 
@@ -105,13 +107,14 @@ class SortedByLength:
 def sort_by_length(
     lengths: Sequence[int],
     *,
-    num_prefix: int = 0,
+    num_prefix: int | Sequence[int] = 0,
     multiple: int = 1,
     device: torch.device | str = "cpu",
 ) -> SortedByLength:
     """Say how sequences of any lengths are packed behind one another, shortest first.
 
-    lengths: tokens of each sequence, at least 1, without its prefix. multiple: the packed rows are
+    lengths: tokens of each sequence, at least 1, without its prefix. num_prefix: of every sequence,
+    or of each. multiple: the packed rows are
     filled up to a multiple of it by a last sequence of padding, copies of the first row given, of
     which none comes back: no other sequence attends to it, and its gradients are 0. Made on the CPU
     and copied to the device without waiting for it. Raises ValueError without sequences, and for a
@@ -119,16 +122,16 @@ def sort_by_length(
     """
     if not lengths or min(lengths) < 1:
         raise ValueError(f"lengths: expected at least 1 token a sequence, got {list(lengths)}")
-    own = torch.tensor(lengths)
-    by_length = own.argsort(stable=True)
-    whole = own[by_length] + num_prefix
+    own, prefix = torch.tensor(lengths), torch.tensor(num_prefix).expand(len(lengths))
+    by_length = (own + prefix).argsort(stable=True)
+    whole = (own + prefix)[by_length]
     sequence = torch.arange(len(own)).repeat_interleave(whole)
     start = whole.cumsum(0) - whole
-    within = torch.arange(len(sequence)) - start[sequence] - num_prefix  # below 0: of the prefix
     given = by_length[sequence]
-    first = len(own) * num_prefix + own.cumsum(0) - own  # row of each sequence's first token
-    prefix_row = given * num_prefix + within + num_prefix
-    order = torch.where(within < 0, prefix_row, first[given] + within)
+    # Below 0: of the prefix.
+    within = torch.arange(len(sequence)) - start[sequence] - prefix[given]
+    first = prefix.sum() + own.cumsum(0) - own  # row of each sequence's first token
+    order = torch.where(within < 0, prefix.cumsum(0)[given], first[given]) + within
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order))
     ends = torch.cat([start, start[-1:] + whole[-1:]]).int()
@@ -145,7 +148,12 @@ def sort_by_length(
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """Copy a small tensor of the CPU to the device; a GPU is not waited for."""
+    """Copy a tensor of the CPU to the device, which one of the device is already.
+
+    A GPU is not waited for.
+    """
+    if tensor.device.type != "cpu":
+        return tensor.to(device)
     if torch.device(device).type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
+        return tensor.contiguous().pin_memory().to(device, non_blocking=True)  # one copy, pinned
     return tensor.to(device)

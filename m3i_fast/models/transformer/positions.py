@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from m3i_fast.models.encoder import PackedCells
 from m3i_fast.models.transformer.packing import to_device
 
 
@@ -117,6 +118,12 @@ def cells_of_grids(grids: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack([cell // extent[:, 1], cell % extent[:, 1]], 1), extent
 
 
+def whole_pictures(grids: Tensor, device: torch.device) -> PackedCells:  # [N, 2] on the CPU
+    """Return all cells of pictures of these rows and columns, each a sequence, for a device."""
+    place, extent = (to_device(each, device) for each in cells_of_grids(grids))
+    return PackedCells(grids.prod(1).tolist(), place, extent, int(grids.max()))
+
+
 def grid_centres(place: Tensor, extent: Tensor) -> Tensor:
     """Return the centres of cells as `patch_centres` does: [T, 2] int64, [T, 2] -> [T, 2] fp32."""
     return (place.float() + 0.5) / extent * 2 - 1
@@ -203,11 +210,21 @@ def relative_fractions(
     target_grid: int,
 ) -> tuple[Tensor, Tensor]:  # [..., I, Q, 2], [..., I, 1, 2] fp32
     """Compute target patches' centres in fractions of the input view, and h' / h and w' / w."""
-    boxes, targets = input_boxes.float().unsqueeze(-2), target_boxes.float().unsqueeze(-2)
+    cell = torch.stack([target_index // target_grid, target_index % target_grid], -1)
+    centre = (cell + 0.5) / target_grid
+    return fractions_of_centres(input_boxes.unsqueeze(-2), target_boxes.unsqueeze(-2), centre)
+
+
+def fractions_of_centres(
+    input_boxes: Tensor,  # [..., 5] as `relative_positions`
+    target_boxes: Tensor,  # [..., 5]
+    centre: Tensor,  # [..., 2] in fractions of the target view, before its mirroring
+) -> tuple[Tensor, Tensor]:  # [..., 2] each, fp32
+    """Compute points of target views in fractions of the input views, and h' / h and w' / w."""
+    boxes, targets = input_boxes.float(), target_boxes.float()
     axis = torch.arange(2, device=boxes.device, dtype=boxes.dtype)  # a mirror keeps y and turns x
     turned, target_turned = boxes[..., 4:] * axis, targets[..., 4:] * axis
-    cell = torch.stack([target_index // target_grid, target_index % target_grid], -1)
-    centre = (target_turned - (cell + 0.5) / target_grid).abs()  # 1 - c where the target is turned
+    centre = (target_turned - centre).abs()  # 1 - c where the target is turned
     size, target_size = boxes[..., 2:4], targets[..., 2:4]
     fraction = (targets[..., :2] - boxes[..., :2] + target_size * centre) / size
     return turned + (1 - 2 * turned) * fraction, target_size / size
@@ -217,9 +234,14 @@ def grid_positions(
     fraction: Tensor,  # [..., I, Q, 2]
     ratio: Tensor,  # [..., I, 1, 2]
     *,
-    input_grid: int,
-    target_grid: int,
+    input_grid: int | Tensor,
+    target_grid: int | Tensor,
 ) -> Tensor:  # [..., I, Q, 4]
-    """Return the positions of `relative_positions` of what `relative_fractions` computes."""
-    log_size = (ratio * (input_grid / target_grid)).log().expand_as(fraction)
+    """Return the positions of `relative_positions` of what `relative_fractions` computes.
+
+    input_grid, target_grid: cells along both sides, or rows and columns: [..., 2].
+    """
+    scale = input_grid / target_grid
+    scale = scale.to(ratio.dtype) if isinstance(scale, Tensor) else scale
+    log_size = (ratio * scale).log().expand_as(fraction)
     return torch.cat([fraction * input_grid - 0.5, log_size], -1)

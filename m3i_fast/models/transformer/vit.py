@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m3i_fast.config.models.vit import ViTConfig
-from m3i_fast.models.encoder import ImageEncoder, PackedTokens, take_cells
+from m3i_fast.models.encoder import ImageEncoder, PackedCells, PackedTokens, take_cells
 from m3i_fast.models.transformer.blocks import TORCH_LAYERS, Attention, Block, BlockLayers
 from m3i_fast.models.transformer.drop_path import layer_priorities
 from m3i_fast.models.transformer.layers import Residual, reset_children
@@ -23,17 +23,16 @@ from m3i_fast.models.transformer.packing import (
     Sequences,
     pack,
     sort_by_length,
-    to_device,
     unpack,
 )
 from m3i_fast.models.transformer.positions import (
-    cells_of_grids,
     grid_centres,
     grid_embedding,
     patch_centres,
     resample_grid,
     resample_to_grids,
     rotary,
+    whole_pictures,
 )
 from m3i_fast.ops.views import cut_patches
 
@@ -258,22 +257,38 @@ class ViT(ImageEncoder):
         """Encode whole pictures of any sizes and aspects, as `forward` each, without padding.
 
         patches: those of `cut_patches`, picture after picture. grids: rows and columns of patches
-        of each picture. priority: as in `encode`. Raises ValueError as `encode_packed`, and where
-        the patches are not as many as the grids have.
+        of each picture. priority: as in `encode`. Raises ValueError as `encode_patches`.
         """
+        return self.encode_patches(patches, whole_pictures(grids, patches.device), priority)
+
+    def encode_patches(
+        self,
+        patches: Tensor,  # [T, 3 P P]
+        cells: PackedCells,
+        priority: Tensor | None = None,  # [sequences, 2 depth] int32
+        mask_token: Tensor | None = None,  # [D]
+    ) -> PackedTokens:
+        """Encode any cells of pictures of any sizes, those of a sequence together.
+
+        patches: of the cells, in their order. mask_token: embedding of those that are hidden.
+        priority: as in `encode`. Raises ValueError as `encode_packed`, and where the patches are
+        not as many as the cells.
+        """
+        lengths, place, extent, largest, hidden = cells
         size = 3 * self.cfg.patch_size**2
-        lengths = grids.prod(1).tolist()
         if patches.shape != (sum(lengths), size):
             raise ValueError(
-                f"patches: expected [{sum(lengths)}, {size}] for grids of {len(lengths)} pictures, "
-                f"got {list(patches.shape)}"
+                f"patches: expected [{sum(lengths)}, {size}] for {len(lengths)} sequences, got "
+                f"{list(patches.shape)}"
             )
         tokens = F.linear(patches, self.patch_embed.weight.flatten(1), self.patch_embed.bias)
-        place, extent = (to_device(x, patches.device) for x in cells_of_grids(grids))
+        if hidden is not None:
+            assert mask_token is not None
+            tokens = torch.where(hidden[:, None], mask_token.to(tokens.dtype), tokens)
         if self.pos_embed is None:
             return self.encode_packed(tokens, lengths, grid_centres(place, extent), priority)
         tokens = tokens + resample_to_grids(
-            self.pos_embed, self.cfg.grid, place, extent, largest=int(grids.max())
+            self.pos_embed, self.cfg.grid, place, extent, largest=largest
         )
         return self.encode_packed(tokens, lengths, priority=priority)
 

@@ -24,6 +24,7 @@ from m3i_fast.config.losses import LOSSES
 from m3i_fast.config.objective import ObjectiveConfig, Term
 from m3i_fast.objectives.losses import similarity
 from m3i_fast.objectives.losses.annotations import binary_cross_entropy, known_squares
+from m3i_fast.objectives.losses.dense import gaussian_of_rows
 from m3i_fast.objectives.losses.regularisers import barlow_twins, koleo, vicreg
 from m3i_fast.objectives.losses.sigreg import LeJepa, SigReg
 from m3i_fast.objectives.losses.similarity import (
@@ -42,7 +43,7 @@ from m3i_fast.objectives.losses.stateful import (
     UniGrad,
 )
 from m3i_fast.objectives.row_statistics import sum_over_ranks
-from m3i_fast.ops import IGNORED, boltzmann, gaussian
+from m3i_fast.ops import IGNORED, boltzmann
 
 LossFunction = Callable[..., Tensor]
 
@@ -113,7 +114,7 @@ def numbers(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFun
 def dense_gaussian(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
     """Build the squared distance of pixels or features, decorrelated where the term says so."""
     return partial(
-        gaussian,
+        gaussian_of_rows,
         sigma=cfg.sigma,
         normalise=term.layer_norms,  # pixels are normalised by their own statistics
         process_group=group,

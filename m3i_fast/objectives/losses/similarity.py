@@ -42,12 +42,20 @@ def cosine_smooth_l1(
     z: Tensor,  # [..., D] any float, detached
     *,
     cosine_weight: float = 0.9,
+    shares: Tensor | None = None,  # [rows], sums to 1
 ) -> Tensor:  # [] fp32
     """Return w mean (1 - cos(z_hat, z)) + (1 - w) mean smooth_l1(z_hat - z), with beta 1.
+
+    shares: what each row counts for in the means; None for as much each.
 
     AM-RADIO, arXiv 2312.06709, equation 3: the cosine finds the direction of a teacher's cell, the
     other part its length. Raises ValueError where the shapes differ.
     """
+    if shares is not None:
+        own, other = (wide(rows).flatten(0, -2) for rows in (z_hat, z))
+        cosines = 1 - F.cosine_similarity(own, other, dim=-1)
+        lengths = F.smooth_l1_loss(own, other, reduction="none").mean(-1)
+        return (shares * (cosine_weight * cosines + (1 - cosine_weight) * lengths)).sum()
     cosine = 1 + negative_cosine_similarity(z_hat, z)
     length = F.smooth_l1_loss(wide(z_hat), wide(z))
     return cosine_weight * cosine + (1 - cosine_weight) * length

@@ -210,20 +210,26 @@ class Prototypes(nn.Module, ABC):
     ) -> Tensor:  # []
         """Return the mean cross-entropy over the rows of all pairs, times the weight of the rows.
 
-        weight: other than 1 where ranks have unequal numbers of rows.
+        weight: other than 1 where ranks have unequal numbers of rows. Where targets have row
+        weights, those of each pair sum to 1, and the mean is that of the pairs' weighted means.
         """
         calls: dict[int, list[int]] = {}
         for place, of_pair in enumerate(targets):
             calls.setdefault(id(of_pair.column_log_scale), []).append(place)
-        num_rows = sum(len(rows) for rows in features)
+        weighs_rows = targets[0].row_weights is not None
+        num_rows = len(features) if weighs_rows else sum(len(rows) for rows in features)
         values = []
         for places in calls.values():  # one of all pairs, unless columns are scaled by view
             rows = _stacked([features[n] for n in places])
             of_rows = replace(
                 targets[places[0]], z_hat=_stacked([targets[n].z_hat for n in places])
             )
+            if weighs_rows:
+                weights = [w for n in places if (w := targets[n].row_weights) is not None]
+                of_rows = replace(of_rows, row_weights=_stacked(weights))
             value = self_distillation(rows, prototypes, of_rows, temperature=self.temperature)
-            values.append(value if len(rows) == num_rows else len(rows) / num_rows * value)
+            own = len(places) if weighs_rows else len(rows)
+            values.append(value if own == num_rows else own / num_rows * value)
         mean = sum(values[1:], start=values[0])
         return mean if weight == 1.0 else weight * mean
 

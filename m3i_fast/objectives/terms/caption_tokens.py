@@ -118,7 +118,9 @@ class CaptionTokens(TextTokens):
         if self.parallel:
             # The draw of a caption's first token, which is never dropped.
             parallel = mix.token_priority[mix.sample, 0] < self.parallel
-        hidden = self.hidden(step.encoded.views[0], token_ids, parallel)
+        cells = step.encoded.views[0]
+        assert isinstance(cells, Tensor)  # any_shape_conflicts
+        hidden = self.hidden(cells, token_ids, parallel)
         place = torch.arange(1, token_ids.shape[1], device=token_ids.device)
         targets = token_ids[:, 1:].long().masked_fill(place >= num_tokens[:, None], IGNORED)
         value = self.compare(step, hidden, targets, members)

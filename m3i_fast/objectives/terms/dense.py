@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,25 @@ from torch import Tensor, nn
 from m3i_fast.config.objective import ObjectiveConfig, Term
 from m3i_fast.models.transformer.layers import Linear
 from m3i_fast.models.transformer.positions import grid_positions, relative_fractions
-from m3i_fast.objectives.heads import Mlp, Question
+from m3i_fast.models.transformer.ragged import (
+    Cells,
+    Ragged,
+    alike,
+    gather_cells,
+    mapped,
+    prefer_rows,
+    tensor_of,
+)
+from m3i_fast.objectives.any_shape.questions import (
+    packed_questions,
+    target_patches,
+    target_pixels,
+)
+from m3i_fast.objectives.heads import Mlp, PackedQuestion, Question
+from m3i_fast.objectives.losses.dense import gaussian_of_rows
 from m3i_fast.objectives.monitors import log_prediction
 from m3i_fast.objectives.phi_s import PhiStandardise, read_statistics
+from m3i_fast.objectives.row_statistics import wide
 from m3i_fast.objectives.standardise import Standardise
 from m3i_fast.objectives.step_context import Monitor, StepContext
 from m3i_fast.objectives.targets import (
@@ -24,17 +40,17 @@ from m3i_fast.objectives.targets import (
     normalise_tokens,
     normalise_views,
     normalised_pixels,
+    patch_contrast,
     prefer_cells,
 )
 from m3i_fast.objectives.terms.base import Sizes, TermModule, log_spread, momentum_copy
-from m3i_fast.ops import gaussian
 
 
 class Asked(NamedTuple):
     """What a term asks of its decoder, of its own view and then of all local views together."""
 
-    query: Tensor  # [A, Q] int64, the cells to predict
-    questions: list[Question]
+    query: Cells  # [A, Q] int64, the cells to predict
+    questions: list[Question] | list[PackedQuestion]
 
 
 class Dense(TermModule):
@@ -61,8 +77,11 @@ class Dense(TermModule):
 
     def ask(self, step: StepContext) -> Asked:
         """Return what is asked of the decoder of `decoder_key`, and which cells it predicts."""
-        term, mix, local = self.term, step.mix, step.encoded.local
+        term, mix = self.term, step.mix
         query = self._query(step, int(term.view == "other"))
+        if isinstance(query, Ragged):
+            return Asked(query, packed_questions(step, term, query))
+        local = list(map(tensor_of, step.encoded.local))
         samples = mix.take(mix.sample, term.asked)
         boxes = step.batch.boxes[samples]  # [A, V + L, 5]
         inputs = [boxes[:, :1]]
@@ -77,7 +96,7 @@ class Dense(TermModule):
         )
         place = partial(grid_positions, target_grid=self.grid)
         own = Question(
-            mix.take(step.encoded.views[0], term.asked),
+            mix.take(tensor_of(step.encoded.views[0]), term.asked),
             mix.take(mix.token_index, term.asked),
             place(fraction[0], ratio[0], input_grid=self.grid),
         )
@@ -97,7 +116,7 @@ class Dense(TermModule):
         monitor: Monitor | None,
         project: nn.Module | None = None,
         asked: Asked | None = None,
-        answers: Sequence[Tensor] = (),
+        answers: Sequence[Cells] = (),
     ) -> tuple[Tensor, Tensor | int]:
         """Compute the loss as `TermModule.forward`.
 
@@ -108,31 +127,54 @@ class Dense(TermModule):
         query = asked.query if asked is not None else self._query(step, int(term.view == "other"))
         target = self._target(step, query, project)
         if not answers:
-            tokens = step.mix.take(step.encoded.views[0], term.asked)
-            answers = [self.predictor(gather_cells(tokens, query))]
+            tokens = step.mix.take_cells(step.encoded.views[0], term.asked)
+            answers = [mapped(self.predictor, gather_cells(tokens, query))]
         if monitor is not None:
-            z = normalise_tokens(target) if term.layer_norms else target
-            log_prediction(monitor, term.name, z_hat=answers[0], z=z)
+            z = tensor_of(target)
+            z = normalise_tokens(z) if term.layer_norms else z
+            log_prediction(monitor, term.name, z_hat=tensor_of(answers[0]), z=z)
             if isinstance(self.standardise, PhiStandardise):
                 monitor(f"{term.name}_scale", self.standardise.scale)
-        z_hat = torch.cat(list(answers)) if len(answers) > 1 else answers[0]
-        return self._mean_loss(z_hat, target), len(query)
+        z_hat = (
+            tensor_of(answers[0]) if len(answers) == 1 else torch.cat([*map(tensor_of, answers)])
+        )
+        return self._mean_loss(z_hat, target, step), len(query)
 
-    def _mean_loss(self, z_hat: Tensor, target: Tensor) -> Tensor:  # [V A, Q, E], [A, Q, E] -> []
-        """Return the mean loss over V predictions of one target."""
-        count = len(z_hat) // len(target)
+    def _mean_loss(self, z_hat: Tensor, target: Cells, step: StepContext) -> Tensor:  # -> []
+        """Return the mean loss over V predictions of one target, [V A, Q, E] and [A, Q, E].
+
+        Each picture counts alike, also where pictures have unequal numbers of cells to predict.
+        """
+        z, options = tensor_of(target), self._weights(target, step)
+        count = len(z_hat) // len(z)
         if count == 1:
-            return self.loss(z_hat, target)
-        if getattr(self.loss, "func", None) is gaussian:  # itself a mean over rows
-            return self.loss(z_hat, target.repeat(count, 1, 1))
-        return torch.stack([self.loss(each, target) for each in z_hat.chunk(count)]).mean()
+            return self.loss(z_hat, z, **options)
+        if getattr(self.loss, "func", None) is gaussian_of_rows:  # itself a mean over rows
+            if "shares" in options:
+                options["shares"] = options["shares"].repeat(count) / count
+            return self.loss(z_hat, z.repeat(count, *(1,) * (z.dim() - 1)), **options)
+        return torch.stack([self.loss(each, z, **options) for each in z_hat.chunk(count)]).mean()
 
-    def _query(self, step: StepContext, view: int) -> Tensor:  # [A, Q] int64
+    def _weights(self, target: Cells, step: StepContext) -> dict[str, Any]:
+        """Return what the loss is told where rows, or ranks, count unequally."""
+        options: dict[str, Any] = {}
+        if isinstance(target, Ragged) and not alike([target]):
+            options["shares"] = target.shares(wide(target.values[:0]).dtype)
+        if self.term.decorrelates and step.weight.counts:
+            options["rank_weight"] = step.weight.own_rows / step.weight.all_rows
+        return options
+
+    def _query(self, step: StepContext, view: int) -> Cells:  # [A, Q] int64
         """Return the cells of a view to predict; with min_contrast those of enough contrast."""
         term = self.term
-        query = step.mix.queries(term.asked, own=term.view == "same")
+        query = step.mix.queries_of(view, term.asked, own=term.view == "same")
         if not self.min_contrast:
             return query
+        if isinstance(query, Ragged):
+            patches = target_patches(step, term, view, query)
+            return prefer_rows(
+                query, patch_contrast(patches) >= self.min_contrast, self.num_queries
+            )
         samples = step.mix.take(step.mix.sample, term.asked)
         contrast = cell_contrast(step.batch.global_views[view][samples], self.patch_size)
         most = query.shape[1]
@@ -141,13 +183,15 @@ class Dense(TermModule):
 
     @torch.no_grad()
     def _target(
-        self, step: StepContext, query: Tensor, project: nn.Module | None
-    ) -> Tensor:  # [A, Q, E]
+        self, step: StepContext, query: Cells, project: nn.Module | None
+    ) -> Cells:  # [A, Q, E]
         term, view = self.term, int(self.term.view == "other")
         if term.target == "features":
             tokens = gather_cells(step.target_tokens(term.target_encoder, view, term.asked), query)
-            tokens = tokens if project is None else project(tokens)
-            return tokens if self.standardise is None else self.standardise(tokens)
+            tokens = tokens if project is None else mapped(project, tokens)
+            return tokens if self.standardise is None else mapped(self.standardise, tokens)
+        if isinstance(query, Ragged):
+            return target_pixels(step, term, query)
         samples = step.mix.take(step.mix.sample, term.asked)
         images = normalise_views(step.batch.global_views[view], samples, torch.float32)
         return gather_cells(normalised_pixels(images, self.patch_size), query)
@@ -173,11 +217,6 @@ def dense_dim(term: Term, cfg: ObjectiveConfig, sizes: Sizes) -> int:
     return 3 * (sizes.vision.image_size // sizes.vision.grid) ** 2
 
 
-def gather_cells(tokens: Tensor, index: Tensor) -> Tensor:  # [R, N, C], [R, Q] -> [R, Q, C]
-    """Gather the tokens of Q cells of each row; index: int64."""
-    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
-
-
 class DenseContrast(TermModule):
     """A term whose z is a projection of each cell, contrasted with other pictures' (DenseCL)."""
 
@@ -193,9 +232,11 @@ class DenseContrast(TermModule):
 
     def forward(self, step: StepContext, monitor: Monitor | None) -> tuple[Tensor, Tensor | int]:
         term = self.term
-        tokens = step.mix.take(step.encoded.views[0], term.asked)
+        tokens = step.mix.take_cells(step.encoded.views[0], term.asked)
         view = int(term.view == "other")
         target_tokens = step.target_tokens(term.target_encoder, view, term.asked)
+        assert isinstance(tokens, Tensor)  # any_shape_conflicts
+        assert isinstance(target_tokens, Tensor)
         z_hat = self.projector(tokens)
         with torch.no_grad():
             z = self.momentum(target_tokens)

@@ -58,8 +58,9 @@ def test_the_stages_have_the_flops_that_torch_counts(recipe: TrainConfig) -> Non
     assert figures["gflop_s"] == pytest.approx(1e3 * figures["gflop"] / figures["step_ms"])
 
 
-def test_views_of_any_shape_are_one_batch_of_their_budget() -> None:
-    made = packed_run(Path("nowhere"), "dino", device="cpu")
+@pytest.mark.parametrize("name", ["dino", "m3i"])
+def test_views_of_any_shape_are_one_batch_of_their_budget(name: str) -> None:
+    made = packed_run(Path("nowhere"), name, device="cpu")
     figures = explain_step.explain(
         explain_step.with_batch(made, batch_size=2, device="cpu"), num_samples=1
     )

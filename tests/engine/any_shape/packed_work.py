@@ -58,7 +58,9 @@ def run(case: Case, num_ranks: int, folder: Path, rank: int | None) -> dict[str,
             mine: Sequence[int] = [0]
             parts = split(batch, [batch.batch_size])
             if rank is not None:
-                parts = split(batch, shares(batch.batch_size, num_ranks * accumulate))
+                images = cfg.objective.mixing.images_per_input
+                inputs = shares(batch.batch_size // images, num_ranks * accumulate)
+                parts = split(batch, [images * number for number in inputs])
                 mine = [number * num_ranks + rank for number in range(accumulate)]
             metrics = trainer.train_step(*(parts[number] for number in mine), monitor=step == 0)
             for name, value in metrics.items():

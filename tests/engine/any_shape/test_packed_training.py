@@ -24,8 +24,9 @@ from m3i_fast.engine.trainer import Trainer
 from m3i_fast.observe.metrics import read_jsonl
 from m3i_fast.pipelines.any_shape.batch import PackedBatch, step_counts
 from m3i_fast.planning.step_memory import trace
-from m3i_fast.recipes import demo
+from m3i_fast.recipes import demo_method, shrink
 from tests.shared.engine.packed_run import (
+    PATCH,
     in_double,
     of_squares,
     packed_in_double_precision,
@@ -33,7 +34,7 @@ from tests.shared.engine.packed_run import (
     split,
 )
 from tests.shared.engine.parts_of_batches import in_dtype
-from tests.shared.engine.small_run import assert_same_run
+from tests.shared.engine.small_run import TEXT, assert_same_run
 
 NUM_STEPS = 4
 
@@ -169,10 +170,11 @@ def test_a_resumed_run_is_the_whole_run(accumulate: int, dataset: Path, tmp_path
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_a_step_in_fp8_is_near_that_in_bf16(dataset: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["simclr", "siameseim"])
+def test_a_step_in_fp8_is_near_that_in_bf16(name: str, dataset: Path, tmp_path: Path) -> None:
     losses = {}
     for precision, backend in (("bf16", "torch"), ("fp8_current", "torchao")):
-        cfg = packed_run(dataset, "simclr", precision=precision, backend=backend, fp8_min_dim=1)
+        cfg = packed_run(dataset, name, precision=precision, backend=backend, fp8_min_dim=1)
         Trainer(replace(cfg, num_steps=2, log_every=1), tmp_path / precision).train()
         rows = read_jsonl(tmp_path / precision / "metrics.jsonl")
         losses[precision] = torch.tensor([row["loss/total"] for row in rows])
@@ -228,14 +230,34 @@ def test_what_needs_one_shape_is_refused(changed: dict[str, Any], told: str, dat
         change()
 
 
-def test_cells_mixing_and_internimage_are_refused(dataset: Path) -> None:
-    cfg = demo()
+@pytest.mark.parametrize(
+    "name, mode, told",
+    [
+        ("coca", "none", r"objective\.terms: expected no captioner .*'caption_tokens'"),
+        ("densecl", "none", r"objective\.terms: expected no match of cells .*'cells'"),
+        ("clip", "blend", r"objective\.mixing\.mode: expected joint, own_image, masked or none"),
+    ],
+)
+def test_captioners_matches_and_blends_are_refused(
+    name: str, mode: Any, told: str, dataset: Path
+) -> None:
+    cfg = shrink(demo_method(name), path=dataset, num_classes=9, text=TEXT)
+    objective = replace(cfg.objective, mixing=replace(cfg.objective.mixing, mode=mode))
     data = replace(cfg.data, max_tokens_per_batch=4096)
-    with pytest.raises(ValueError, match=r"objective\.terms: .*'intra', which reads single cells"):
-        replace(cfg, data=data)
+    with pytest.raises(ValueError, match=told):
+        replace(cfg, data=data, objective=objective)
+
+
+def test_masks_need_two_patches_and_mixed_inputs_room_for_all_their_images(dataset: Path) -> None:
+    cfg = packed_run(dataset, "m3i")
+    shown = replace(cfg.data.global_views, size_range=(PATCH, 2 * PATCH))
+    with pytest.raises(ValueError, match=r"size_range: expected at least 16, two patches"):
+        replace(cfg, data=replace(cfg.data, global_views=shown))
+    with pytest.raises(ValueError, match=r"at least 180, the patches that the views of the 2 sam"):
+        replace(cfg, data=replace(cfg.data, max_tokens_per_batch=179))
+
+
+def test_internimage_is_refused(dataset: Path) -> None:
     clip = packed_run(dataset, "clip")
-    mixing = replace(clip.objective.mixing, mode="masked")
-    with pytest.raises(ValueError, match=r"objective\.mixing\.mode: expected none"):
-        replace(clip, objective=replace(clip.objective, mixing=mixing))
     with pytest.raises(ValueError, match=r"vision: expected a ViT.*InternImageConfig"):
         replace(clip, vision=InternImageConfig(image_size=32))

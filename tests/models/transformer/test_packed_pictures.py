@@ -289,7 +289,7 @@ def test_what_cannot_be_packed_is_refused() -> None:
     with pytest.raises(ValueError, match="drop_path_mode: expected mask with packed .* got subset"):
         subset.encode_pictures(patches, grids)
     subset.eval().encode_pictures(patches, grids)
-    with pytest.raises(ValueError, match=r"patches: expected \[127, 48\] for grids of 8 pictures"):
+    with pytest.raises(ValueError, match=r"patches: expected \[127, 48\] for 8 sequences"):
         build().encode_pictures(patches[:-1], grids)
     with pytest.raises(ValueError, match=r"centres: expected \[T, 2\] with position = rotary"):
         build(position="rotary").encode_packed(torch.zeros(3, 32), [1, 2])

@@ -119,8 +119,8 @@ def draw_batch(seed: int, *, with_local: bool) -> Batch:
     )
 
 
-def draw(model: MutualInformation, step: int) -> Mix:
-    """The step's mix; inputs of one image are in an order that is not the samples'."""
+def draw(model: MutualInformation, step: int, *, in_order: bool = False) -> Mix:
+    """The step's mix; inputs of one image are in another order than the samples, unless asked."""
     mix = draw_mix(
         model.cfg.mixing,
         position=torch.arange(step * BATCH, (step + 1) * BATCH),
@@ -133,7 +133,7 @@ def draw(model: MutualInformation, step: int) -> Mix:
     )
     if model.cfg.uses(regulariser="sigreg"):
         mix = replace(mix, slice_key=draw_slice_key(step * BATCH, seed=1))
-    if mix.members.shape[1] > 1:
+    if in_order or mix.members.shape[1] > 1:
         return mix
     order = torch.randperm(BATCH, generator=torch.Generator().manual_seed(step))
     return replace(mix, members=order[:, None], sample=order)

@@ -9,14 +9,23 @@ import pytest
 import torch
 from torch import Tensor
 
+from m3i_fast.objectives.any_shape.draw import draw_packed_mix
 from m3i_fast.objectives.methods import METHODS
-from m3i_fast.objectives.mixing import Mix, draw_branch_priority
+from m3i_fast.objectives.mixing import Mix, draw_branch_priority, draw_slice_key
 from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.objectives.packed_views import encode_packed
 from m3i_fast.objectives.targets import normalise_views
 from m3i_fast.ops.views import cut_patches
 from m3i_fast.pipelines.batch import Batch
-from tests.objectives.methods.steps import BATCH, PATCH, build_model, draw, draw_batch
+from tests.objectives.methods.steps import (
+    BATCH,
+    CONTEXT,
+    NUM_STEPS,
+    PATCH,
+    build_model,
+    draw,
+    draw_batch,
+)
 
 # Terms of whole pictures without mixing: labels, views, prototypes, queues, frozen teachers.
 WHOLE = [
@@ -42,6 +51,21 @@ def as_patches(batch: Batch) -> Views:
         torch.stack(grids).expand(BATCH, -1, -1),
         len(batch.global_views),
     )
+
+
+def draw_packed(model: MutualInformation, grids: Tensor) -> Mix:
+    """The first step's mix of views of these grids, [B, V, 2]."""
+    mix = draw_packed_mix(
+        model.cfg.mixing,
+        grids=grids[:, :2],
+        position=torch.arange(BATCH),
+        first_position=0,
+        context_length=CONTEXT,
+        seed=1,
+        step=0,
+        num_steps=NUM_STEPS,
+    )
+    return replace(mix, slice_key=draw_slice_key(0, seed=1))
 
 
 def gradients(model: MutualInformation) -> dict[str, Tensor]:
@@ -74,11 +98,12 @@ def test_squares_have_the_loss_and_gradients_of_a_batch(name: str, drops: bool) 
     results = []
     for is_packed in (False, True):
         model = build_model(method)
-        mix = draw(model, 0)
+        views = as_patches(batch)
+        mix = draw_packed(model, views.grids) if is_packed else draw(model, 0, in_order=True)
         if drops:
             mix = with_branches(model, mix, len(batch.local_views))
         if is_packed:
-            encoded, targets = encode_packed(model, as_patches(batch), mix)
+            encoded, targets = encode_packed(model, views, mix)
         else:
             encoded, targets = model.encode_inputs(batch, mix), model.encode_targets(batch, mix)
         loss, metrics = model(encoded, targets, batch, mix, monitor=True)
@@ -110,7 +135,7 @@ def test_pictures_of_any_size_are_the_means_of_their_own_tokens() -> None:
     turned = torch.cat([cut_patches(picture[0].transpose(1, 2), PATCH) for picture in pictures])
     grids = torch.tensor(GRIDS)
     views = Views((patches, turned, patches), torch.stack([grids, grids.flip(1), grids], 1), 2)
-    mix = draw(model, 0)
+    mix = draw_packed(model, views.grids)
     encoded, targets = encode_packed(model, views, mix)
 
     def means(turn: bool, encode: object) -> Tensor:
@@ -138,14 +163,23 @@ def test_pictures_of_any_size_are_the_means_of_their_own_tokens() -> None:
     assert bool(loss.isfinite()) and gradients(model)
 
 
-@pytest.mark.parametrize("name", ["mae", "siameseim", "m3i"])
-def test_terms_of_cells_and_mixing_are_refused(name: str) -> None:
+@pytest.mark.parametrize("name", ["coca", "densecl", "supervised"])
+def test_what_needs_squares_is_refused(name: str) -> None:
     method = METHODS[name]
     model, batch = build_model(method), draw_batch(3, with_local=False)
-    with pytest.raises(ValueError) as refused:
+    told = {
+        "coca": "terms: expected no captioner for views of any size, got 'caption_tokens'",
+        "densecl": "terms: expected no match of cells for views of any size, got 'cells'",
+        "supervised": "mixing.mode: expected joint, own_image, masked or none.*got blend",
+    }
+    if name == "supervised":
+        blend = replace(model.cfg.mixing, mode="blend")
+        model.cfg = replace(model.cfg, mixing=blend)
+    with pytest.raises(ValueError, match=told[name]):
         encode_packed(model, as_patches(batch), cast(Mix, None))
-    dense = next(term.name for term in method.terms if term.kind.summaries == "none")
-    assert f"got {dense!r}, which reads single cells" in str(refused.value)
-    assert f"mixing.mode: expected none for views of any size, got {method.mode}" in str(
-        refused.value
-    )
+
+
+def test_a_mix_of_squares_is_refused() -> None:
+    model, batch = build_model(METHODS["clip"]), draw_batch(3, with_local=False)
+    with pytest.raises(ValueError, match="mix: expected that of draw_packed_mix"):
+        encode_packed(model, as_patches(batch), draw(model, 0))

@@ -145,6 +145,42 @@ def test_dealt_batches_are_the_same_on_any_ranks(ranks: int, accumulate: int) ->
             assert np.array_equal(ours, one.positions(start, 0, m))
 
 
+@pytest.mark.parametrize("is_dealt", [False, True])
+@pytest.mark.parametrize("images", [2, 3])
+def test_batches_are_of_whole_inputs(images: int, is_dealt: bool) -> None:
+    """Of neighbours, which in a bucket share a lane, and with room for no further input."""
+    layout = budget(images_per_input=images, num_ranks=2, accumulate=2, dealt=is_dealt)
+    start, sizes = 0, set()
+    for _ in range(20):
+        end = layout.next_start(start)
+        batches = [layout.positions(start, m % 2, m // 2) for m in range(4)]
+        assert np.array_equal(np.sort(np.concatenate(batches)), np.arange(start, end))
+        assert layout.counts(start) == tuple(map(len, batches))
+        room = []
+        for m, batch in enumerate(batches):
+            inputs = batch.reshape(-1, images)
+            assert len(batch) and (inputs[:, 0] % images == 0).all()
+            assert (np.diff(inputs, axis=1) == 1).all()
+            assert not is_dealt or (inputs[:, 0] // images % 4 == m).all()
+            assert len(batch) <= layout.most_samples and layout.most_samples % images == 0
+            tokens = int(layout.most_tokens(batch).sum())
+            after = end if is_dealt else batch[-1] + 1
+            following = layout.most_tokens(np.arange(after, after + 4 * images)).sum(1)
+            if is_dealt:
+                turn = (m - end // images) % 4 * images
+                following = following[turn:]
+            room.append(tokens + int(following[:images].sum()))
+            assert tokens <= 4096
+            sizes.add(len(batch))
+        assert max(room) > 4096 if is_dealt else min(room) > 4096
+        start = end
+    assert len(sizes) > 1
+    least = images * (2 * 14**2 + 6**2)
+    assert budget(images_per_input=images, tokens=least).counts(0)
+    with pytest.raises(ValueError, match=f"at least {least} tokens.*times the {images} that share"):
+        budget(images_per_input=images, tokens=least - 1)
+
+
 def test_one_dealt_batch_a_step_is_as_full_as_it_gets() -> None:
     for start in (0, 5, 10**9):
         assert np.array_equal(dealt().positions(start, 0), budget().positions(start, 0))

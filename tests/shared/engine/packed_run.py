@@ -14,7 +14,10 @@ from torch import Tensor
 
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.data import LoaderConfig
+from m3i_fast.models.transformer.ragged import mapped
 from m3i_fast.objectives import packed_views
+from m3i_fast.objectives.heads import PackedQuestion
+from m3i_fast.objectives.terms import dense
 from m3i_fast.pipelines.any_shape.batch import PackedBatch
 from m3i_fast.recipes import demo_method, shrink
 from tests.shared.engine.parts_of_batches import in_double_precision
@@ -55,7 +58,7 @@ def of_squares(cfg: TrainConfig, pictures: int) -> tuple[TrainConfig, TrainConfi
         cfg.data, global_views=shown, local_views=None, max_tokens_per_batch=0, batch_size=pictures
     )
     if cfg.data.local_views is not None:
-        local = replace(cfg.data.local_views, size_range=None, ratio=(1.0, 1.0))
+        local = replace(cfg.data.local_views, size=size // 2, size_range=None, ratio=(1.0, 1.0))
         data = replace(data, local_views=local)
     tokens = shown.count * (size // PATCH) ** 2
     if data.local_views is not None:
@@ -66,14 +69,23 @@ def of_squares(cfg: TrainConfig, pictures: int) -> tuple[TrainConfig, TrainConfi
 
 @contextmanager
 def packed_in_double_precision() -> Iterator[None]:
-    """Weights in fp64, and patches and what modules are given."""
-    normalised = packed_views._normalised
+    """Weights in fp64, and patches, pixels, positions and what modules are given."""
+    normalised, pixels = packed_views._normalised, dense.target_pixels
+    questions = dense.packed_questions
+
+    def widened(*given: Any) -> list[PackedQuestion]:
+        asked = questions(*given)
+        return [q._replace(position=mapped(torch.Tensor.double, q.position)) for q in asked]
+
     packed_views._normalised = lambda patches: normalised(patches).double()
+    dense.target_pixels = lambda *given: mapped(torch.Tensor.double, pixels(*given))
+    dense.packed_questions = widened
     try:
         with in_double_precision():
             yield
     finally:
-        packed_views._normalised = normalised
+        packed_views._normalised, dense.target_pixels = normalised, pixels
+        dense.packed_questions = questions
 
 
 def in_double(batch: PackedBatch) -> PackedBatch:
