@@ -73,7 +73,9 @@ class RegionTokens(TextTokens):
         if self._known_empty(members):
             return (self.decoder.pos_embed * 0).sum() + self.vocabulary.sum() * 0, 0
         tokens, targets, start = self.sequences(regions)
-        hidden = self.hidden(step.encoded.views[0], tokens)
+        cells = step.encoded.views[0]
+        assert isinstance(cells, Tensor)  # any_shape_conflicts
+        hidden = self.hidden(cells, tokens)
         value = self.compare(step, hidden, targets, members)
         if monitor is not None:
             rows = hidden.detach()
