@@ -28,8 +28,12 @@ from tests.shared.engine.packed_run import (
 )
 from tests.shared.engine.small_run import assert_same_run
 
-SQUARES = "mae", "siameseim", "ibot", "dinov2", "dinov3", "m3i", "mixmim"
-MORE = "data2vec", "siameseim_pixel", "msn", "masked_global", "novel_view", "autoencoder", "tips"
+SQUARES = "mae", "siameseim", "ibot", "dinov2", "m3i"
+MORE = (
+    *("dinov3", "mixmim", "data2vec", "siameseim_pixel", "msn", "masked_global"),
+    *("novel_view", "autoencoder", "tips"),
+)
+SLOW = pytest.mark.slow
 
 
 def _train_as_squares(cfg: TrainConfig, tmp_path: Path) -> None:
@@ -120,7 +124,15 @@ def _losses_and_gradients(
     return {n: v.clone() for n, v in metrics.items() if n.startswith("loss/")}, found
 
 
-@pytest.mark.parametrize("name", ["mae", "siameseim", "ibot", "dinov2", "dinov3", "m3i"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "siameseim",
+        "dinov3",
+        "m3i",
+        *(pytest.param(n, marks=SLOW) for n in ("mae", "ibot", "dinov2")),
+    ],
+)
 def test_a_batch_is_the_mean_of_its_pictures_one_by_one(
     name: str, dataset: Path, tmp_path: Path
 ) -> None:
@@ -169,18 +181,39 @@ def _cases(dataset: Path) -> list[Case]:
     ]
 
 
-@pytest.fixture(scope="module")
-def ranks(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.start_processes(work, (_cases(dataset), 2, folder), nprocs=2, start_method="spawn")
+FIRST = 3
+"""Cases that are run with the fast tests; the others follow in processes of their own."""
+
+
+def _ranks(cases: list[Case], folder: Path) -> Path:
+    mp.start_processes(work, (cases, 2, folder), nprocs=2, start_method="spawn")
     return folder
 
 
-@pytest.mark.parametrize("number", range(5))
-def test_two_unequal_ranks_equal_one(
-    number: int, ranks: Path, dataset: Path, tmp_path: Path
+@pytest.fixture(scope="module")
+def two(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _ranks(_cases(dataset)[:FIRST], tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def two_more(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _ranks(_cases(dataset)[FIRST:], tmp_path_factory.mktemp("two_more"))
+
+
+@pytest.mark.parametrize("number", range(FIRST))
+def test_two_unequal_ranks_equal_one(number: int, two: Path, dataset: Path, tmp_path: Path) -> None:
+    _hold(_cases(dataset)[number], two, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(FIRST, 5))
+def test_two_unequal_ranks_equal_one_in_more_cases(
+    number: int, two_more: Path, dataset: Path, tmp_path: Path
 ) -> None:
-    case = _cases(dataset)[number]
+    _hold(_cases(dataset)[number], two_more, tmp_path)
+
+
+def _hold(case: Case, ranks: Path, tmp_path: Path) -> None:
     expected = run(case, 2, tmp_path, None)
     for rank in range(2):
         found = torch.load(ranks / f"{case.name}-{rank}.pt", weights_only=True)
@@ -194,7 +227,7 @@ def test_two_unequal_ranks_equal_one(
 # ---- Runs ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["m3i", "dinov2"])
+@pytest.mark.parametrize("name", ["m3i", pytest.param("dinov2", marks=SLOW)])
 def test_twenty_steps_run_and_a_resume_is_exact(name: str, dataset: Path, tmp_path: Path) -> None:
     cfg = replace(packed_run(dataset, name, checkpoint_every=10, log_every=1), num_steps=20)
     Trainer(cfg, tmp_path / "whole").train()
