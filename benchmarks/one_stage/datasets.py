@@ -37,10 +37,12 @@ def folders(plan: Plan) -> Iterator[Folder]:
                 continue
             seen.add(name)
             shares = (1.0, 1.0) if is_whole else (plan.labelled, plan.captioned)
+            of_styles = {"other_styles": True} if run.is_counted else {}
             yield Folder(
                 name=name,
                 data_set=run.data_set,
                 options={
+                    **(of_styles if run.data_set == "styles" else {}),
                     "heldout": plan.heldout,
                     "fold": plan.fold(run),
                     "tune": 0.0 if run.is_counted else plan.tuning.share,

@@ -13,7 +13,8 @@ Legend: T tiles, N patches of a tile, K classes of land cover.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,18 +38,22 @@ from m3i_fast.engine.precision.arithmetic import autocast, resolve_device
 from m3i_fast.evaluation.dense.correspondence import patch_pixels
 from m3i_fast.evaluation.dense.patch_probe import STRENGTHS, mean_iou, overlaps
 from m3i_fast.evaluation.feature_extraction import collect_features
+from m3i_fast.evaluation.features import Features
+from m3i_fast.evaluation.held_out import describe_held_out
 from m3i_fast.evaluation.probes.accuracy import grouped_folds
 from m3i_fast.evaluation.probes.cross_validation import (
     NUM_FOLDS,
     Examples,
     cross_validated_linear,
 )
+from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.dataset.manifest import read_manifest
+from m3i_fast.pipelines.dataset.near_duplicates import COMPARED_SIZE
 from m3i_fast.pipelines.loader import evaluation_batches
 from m3i_fast.pipelines.optional_imports import require
 from m3i_fast.pipelines.sources.earth import BLOCK
 from m3i_fast.pipelines.sources.earth_maps import COVERS
-from m3i_fast.pipelines.sources.styles import SEEN_STYLE
+from m3i_fast.pipelines.sources.styles import OTHER_STYLES, SEEN_STYLE
 
 Found = dict[str, dict[str, Any]]
 """Measure -> {"cluster": of each item, "hits": as of `pack`}, or {"cluster": C ids, "counts": C x 3
@@ -79,27 +84,92 @@ _PICTURES_A_PASS = 128
 # ---- Styles --------------------------------------------------------------------------------------
 
 
-def measure_styles(run: Path, whole: Path, split: str) -> Found:
-    """Measure a run on held-out concepts drawn in a style that it trained on, and in another.
+def measure_styles(run: Path, whole: Path, *, tune: bool = False) -> Found:
+    """Measure a run on held-out concepts, drawn in the styles that it trained on and in another.
 
-    whole: the run's data with all labels and captions. split: `SEEN_STYLE`, to which the style that
-    no run has seen is added, or "tune".
+    whole: the run's data with all labels and captions. tune: measure on that split alone.
     """
-    evaluation = evaluate(run, split=split, baselines=False, data=whole)
-    found, held_out = _by_cluster(evaluation, "trained"), evaluation.held_out
-    if split != SEEN_STYLE:
-        return found
-    unseen = _by_cluster(evaluate(run, split="heldout", baselines=False, data=whole), "trained")
-    found |= {f"{name}_unseen_style": counts for name, counts in unseen.items()}
     cfg = TrainConfig.load(run / "config.json")
+    if tune:
+        return _by_cluster(evaluate(run, split="tune", baselines=False, data=whole), "trained")
+    seen = evaluate(run, split=SEEN_STYLE, baselines=False, data=whole)
+    unseen = evaluate(run, split="heldout", baselines=False, data=whole)
+    held_out, objective = seen.held_out, load_objective(run, cfg)
     of_group = dict(zip(held_out.group.tolist(), held_out.cluster.tolist(), strict=True))
-    return found | across_styles(load_objective(run, cfg), cfg, whole, of_group)
+    return {
+        **every_style(objective, cfg, whole),
+        **_by_cluster(seen, "trained"),
+        **{f"{name}_unseen_style": of for name, of in _by_cluster(unseen, "trained").items()},
+        **across_styles(objective, cfg, whole, of_group),
+    }
 
 
-def measure_untrained_styles(cfg: TrainConfig, split: str) -> dict[str, Found]:
+def measure_untrained_styles(cfg: TrainConfig) -> dict[str, Found]:
     """Measure what runs of `cfg` start from, and raw pixels, on the run's data."""
-    evaluation = evaluate_untrained(cfg, split=split)
-    return {who: _by_cluster(evaluation, who) for who in ("untrained", "pixels")}
+    evaluation = evaluate_untrained(cfg, split=SEEN_STYLE)
+    untrained = every_style(build_untrained(cfg), cfg, cfg.data.path)
+    return {
+        "untrained": {**untrained, **_by_cluster(evaluation, "untrained")},
+        "pixels": _by_cluster(evaluation, "pixels"),
+    }
+
+
+def every_style(objective: Any, cfg: TrainConfig, whole: Path) -> Found:
+    """Probe the class of every held-out drawing in every style that was trained on.
+
+    The linear probe is that of `protocol.evaluate_split`, fitted to all training drawings with all
+    labels, a concept counting once. The hard half is that of the drawings.
+    """
+    num_styles = len(read_manifest(whole).settings["styles"])
+
+    def pictures(*splits: str, size: int | None = None) -> Iterator[Batch]:
+        for split in splits:
+            for batch in _pictures(cfg, whole, split, size=size, variants=True):
+                yield replace(batch, group_id=batch.group_id // num_styles)  # the concept, of each
+
+    held_out = describe_held_out(
+        pictures(SEEN_STYLE, OTHER_STYLES, size=COMPARED_SIZE),
+        pictures("train", size=COMPARED_SIZE),
+    )
+    train, asked = (
+        _features(objective, cfg, pictures(*splits))
+        for splits in (("train",), (SEEN_STYLE, OTHER_STYLES))
+    )
+    examples = Examples(
+        features=train.encoder,
+        label=train.label,
+        group=train.group,
+        fold=grouped_folds(train.group, num_folds=NUM_FOLDS, seed=0),
+    )
+    predicted, _ = cross_validated_linear(examples, asked.encoder)
+    hits = (predicted == asked.label).double()
+    return {
+        f"linear_top1_every_style{ending}": by_item(hits[rows], held_out.cluster[rows])
+        for ending in ("", "_hard")
+        for rows in [held_out.rows(ending)]
+    }
+
+
+def _pictures(
+    cfg: TrainConfig, whole: Path, split: str, *, size: int | None = None, variants: bool = False
+) -> Iterator[Batch]:
+    """Yield one picture a concept, or all of them, in the shards' order."""
+    return evaluation_batches(
+        whole,
+        split,
+        image_size=size or cfg.vision.image_size,
+        batch_size=_PICTURES_A_PASS,
+        representatives_only=not variants,
+        max_pixels=cfg.data.max_pixels,
+        device_id=0 if resolve_device(cfg.device).type == "cuda" else None,
+        bucket_fields_of=cfg.data,
+    )
+
+
+def _features(objective: Any, cfg: TrainConfig, pictures: Iterator[Batch]) -> Features:
+    device = resolve_device(cfg.device)
+    with autocast(cfg.precision, device):
+        return collect_features(pictures, objective.embed_images, objective.embed_captions, device)
 
 
 def _by_cluster(evaluation: Evaluation, who: str) -> Found:
@@ -122,7 +192,6 @@ def by_item(
     return {"cluster": cluster.tolist(), "hits": pack(hits.tolist())}
 
 
-@torch.no_grad()
 def across_styles(
     objective: Any, cfg: TrainConfig, whole: Path, cluster_of: Mapping[int, int]
 ) -> Found:
@@ -131,31 +200,15 @@ def across_styles(
     A hit: of all held-out drawings in the new style the nearest one, by the cosine of the mean
     patch token, is the concept's own. cluster_of: of the concepts as `SEEN_STYLE` numbers them.
     """
-    device = resolve_device(cfg.device)
     num_styles = len(read_manifest(whole).settings["styles"])
-    tokens, groups = [], []
-    for split in (SEEN_STYLE, "heldout"):
-        pictures = evaluation_batches(
-            whole,
-            split,
-            image_size=cfg.vision.image_size,
-            batch_size=_PICTURES_A_PASS,
-            representatives_only=True,
-            max_pixels=cfg.data.max_pixels,
-            device_id=0 if device.type == "cuda" else None,
-            bucket_fields_of=cfg.data,
-        )
-        with autocast(cfg.precision, device):
-            found = collect_features(
-                pictures, objective.embed_images, objective.embed_captions, device
-            )
-        tokens.append(F.normalize(found.encoder.double(), dim=1))
-        groups.append(found.group)
-    concepts = [group // num_styles for group in groups]  # ids count the styles of each concept
+    splits = (SEEN_STYLE, "heldout")
+    seen, new = (_features(objective, cfg, _pictures(cfg, whole, split)) for split in splits)
+    tokens = [F.normalize(found.encoder.double(), dim=1) for found in (seen, new)]
+    concepts = [found.group // num_styles for found in (seen, new)]  # ids count the styles of each
     nearest = (tokens[0] @ tokens[1].T).argmax(1)
     hits = (concepts[1][nearest] == concepts[0]).double()
     hits[~torch.isin(concepts[0], concepts[1])] = math.nan  # its plainest drawing is another one
-    cluster = torch.tensor([cluster_of[int(group)] for group in groups[0]])
+    cluster = torch.tensor([cluster_of[int(group)] for group in seen.group])
     return {"across_styles_top1": by_item(hits, cluster)}
 
 

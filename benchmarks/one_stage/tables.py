@@ -24,7 +24,7 @@ from m3i_fast.benchmarks.one_stage.verdict import Comparison, compare
 Rows = dict[Run, dict[str, Any]]
 TITLES = {
     "linear_top1": "linear probe",
-    "linear_top1_hard": "linear probe, hard half",
+    "linear_top1_every_style_hard": "linear probe, hard half",
     "patch_miou": "mean IoU of patches",
 }
 

@@ -26,7 +26,6 @@ from m3i_fast.config.convert import differences
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.observe.metrics import read_jsonl
-from m3i_fast.pipelines.sources.styles import SEEN_STYLE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,7 +101,7 @@ def _train(cfg: TrainConfig, out: Path) -> None:
 
 def _measure(job: Job, out: Path) -> Found:
     if job.run.data_set == "styles":
-        return measure_styles(out, job.whole, SEEN_STYLE if job.run.is_counted else "tune")
+        return measure_styles(out, job.whole, tune=not job.run.is_counted)
     return measure_earth(out, job.masks, "validation" if job.run.is_counted else "tune")
 
 
@@ -111,7 +110,7 @@ def _measure_baselines(job: Job) -> dict[str, Found]:
         ARMS[OURS][0], num_classes=job.run.num_classes, data=job.whole, seed=job.run.seed
     )
     if job.run.data_set == "styles":
-        return measure_untrained_styles(cfg, SEEN_STYLE)
+        return measure_untrained_styles(cfg)
     return measure_untrained_earth(cfg, job.masks, "validation")
 
 

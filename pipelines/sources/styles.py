@@ -31,6 +31,7 @@ from m3i_fast.pipelines.sources.rendering import Picture, RenderedSamples, Rende
 from m3i_fast.pipelines.sources.style_sources import Style, read_styles
 
 SEEN_STYLE = "heldout_seen_style"  # the split of held-out concepts in a trained style
+OTHER_STYLES = "heldout_other_styles"  # in each trained style that is not that one
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,6 +83,7 @@ def _choose(
     members: dict[str, list[int]],
     *,
     heldout_style: str | None,
+    other_styles: bool,
     max_variants: int | None,
     seed: int,
 ) -> dict[str, list[_Candidate]]:
@@ -103,6 +105,12 @@ def _choose(
         both = [c for c in heldout if c.drawing.group_id in in_new_style]
         splits["heldout"] = [in_new_style[c.drawing.group_id] for c in both]
         splits[SEEN_STYLE] = both
+    if other_styles:
+        shown = {one.drawing.group_id: one.style for one in heldout}
+        rest = [c for c in training if c.drawing.group_id in shown]
+        rest = [c for c in rest if c.style is not shown[c.drawing.group_id]]
+        plainest = {(c.drawing.group_id, c.style.name): c for c in reversed(rest)}
+        splits[OTHER_STYLES] = sorted(plainest.values(), key=lambda one: one.sample_id)
     return {split: chosen for split, chosen in splits.items() if chosen}
 
 
@@ -154,6 +162,7 @@ def build(
     *,
     iconify: Sequence[Path] = (),
     heldout_style: str | None = HELDOUT_STYLE,
+    other_styles: bool = False,
     alternates: bool = False,
     image_size: int = 72,
     image_format: Literal["png", "jpg"] = "png",
@@ -174,8 +183,9 @@ def build(
 
     Splits: "train", training concepts in all styles but the held-out one; "heldout", held-out
     concepts in the held-out style; "heldout_seen_style", the same concepts in a trained style; with
-    `tune`, "tune", a part of the training concepts in a trained style. All but "train" hold one
-    picture a concept.
+    `tune`, "tune", a part of the training concepts in a trained style; with `other_styles`,
+    "heldout_other_styles", the held-out concepts in each other trained style. All but "train" and
+    that hold one picture a concept.
 
     `iconify`: icons.json of Iconify's packages, one style each (`style_sources.read_styles`).
     `heldout_style`: None trains on all styles; "heldout" then has each concept in the first of its
@@ -209,7 +219,12 @@ def build(
     annotation_of = annotate(category_of, seed=seed, labelled=labelled, captioned=captioned)
     candidates = _candidates(drawings, styles)
     chosen = _choose(
-        candidates, members, heldout_style=heldout_style, max_variants=max_variants, seed=seed
+        candidates,
+        members,
+        heldout_style=heldout_style,
+        other_styles=other_styles,
+        max_variants=max_variants,
+        seed=seed,
     )
     others = _by_concept(c for c in candidates if c.style.name != heldout_style)
     splits = {}
@@ -217,8 +232,8 @@ def build(
         pictures = _pictures(those, others if alternates and split == "train" else None)
         splits[split] = RenderedSamples(pictures, rendering, annotation_of)
     settings = {**shares, **counts, "heldout_style": heldout_style, "alternates": alternates}
-    if fold:  # manifests of fold 0 are those of before there were folds
-        settings["fold"] = fold
+    new = {"fold": fold, "other_styles": other_styles}
+    settings |= {name: value for name, value in new.items() if value}  # manifests were without
     info = _info(rendering, styles, settings)
     return write_dataset(out, splits, info, seed=seed, samples_per_shard=samples_per_shard)
 

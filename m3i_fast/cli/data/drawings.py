@@ -78,6 +78,9 @@ class Styles(_Drawings):
     twemoji takes the place of the package's drawings."""
     heldout_style: str | None = HELDOUT_STYLE
     """Style that is never trained on, in which split heldout is drawn; None: train on all."""
+    other_styles: bool = False
+    """Write the held-out concepts also in each trained style but the one of heldout_seen_style, as
+    split heldout_other_styles."""
     alternates: bool = False
     """Keep beside each training picture those of its concept in the other styles that are trained
     on: a training step then cuts its second view out of one of them (data.alternates)."""

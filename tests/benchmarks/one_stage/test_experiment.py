@@ -90,7 +90,7 @@ def test_a_plan_is_packed_run_and_told(
         told, counts = counts_by_cluster(measure_of(figures, "trained", measure))
         assert len(told) == len(set(told)) > 3
         assert figures["measured"]["trained"][measure] == pytest.approx(float(figure(counts)))
-        also = {"styles": "across_styles_top1", "earth": "patch_top1"}[run.data_set]
+        also = {"styles": "linear_top1_every_style_hard", "earth": "patch_top1"}[run.data_set]
         assert 0 <= figures["measured"]["trained"][also] <= 1
 
     main(here)  # what has a row is not run again

@@ -127,6 +127,26 @@ def test_one_picture_a_concept_and_the_same_concepts_in_one_order(
     assert [d.group_id for _, d, *_ in new] == [d.group_id for _, d, *_ in seen]
 
 
+def test_held_out_concepts_are_drawn_in_every_trained_style(
+    shapes: Path, found: list[Drawing], tmp_path: Path
+) -> None:
+    out = build(tmp_path / "data", iconify=[shapes], other_styles=True)
+    plain = build(tmp_path / "plain", iconify=[shapes])
+    assert "other_styles" not in verify(plain).settings and verify(out).settings["other_styles"]
+    seen, others = (
+        pictures(out, f"heldout_{which}", found) for which in ("seen_style", "other_styles")
+    )
+    both = {(d.group_id, style) for style, d, *_ in (*seen, *others)}
+    assert len(both) == len(seen) + len(others) > 1.5 * len(seen)
+    held_out = {d.group_id for _, d, *_ in seen}
+    assert {(group, "openmoji") for group in held_out} < both
+    assert {(group, style) for group, style in both if style == "shapes"} == {
+        (group, "shapes") for group in held_out if group % 4
+    }
+    assert {style for _, style in both} == TRAINED
+    assert all(d.group_id == d.sample_id for _, d, *_ in others)  # the plainest drawing
+
+
 def test_a_concept_keeps_the_same_caption_and_class_in_every_style(
     whole: Path, found: list[Drawing]
 ) -> None:
