@@ -131,8 +131,8 @@ def test_the_demos_recipes_are_resolved_to_themselves(tmp_path: Path) -> None:
     classes, tokenizer = tuple("abcdefghi"), replace(TOKENIZER, vocab_size=1014, context_length=24)
     path = packed(tmp_path / "openmoji", class_names=classes, tokenizer=tokenizer)
     for name, make in recipes().items():
-        if name.startswith("demo"):
-            cfg = make()
+        cfg = make()
+        if name.startswith("demo") and not cfg.columns:  # drawings have none: LocCa's regions
             cfg = replace(cfg, data=replace(cfg.data, path=path))
             assert differences(cfg, take_data_fields(cfg)) == []
 
