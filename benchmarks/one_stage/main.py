@@ -136,7 +136,7 @@ def show(plan: Plan, rows: Rows) -> None:
     compared = comparisons(plan, rows)
     for each in compared.values():
         out.print(comparison_table(each))
-    if is_complete(plan, rows):
+    if is_complete(plan, rows) and len(compared) > 1:  # of one seed there is no interval
         for sentence in sentences(judge(compared)):
             out.print(sentence, highlight=False)
 
