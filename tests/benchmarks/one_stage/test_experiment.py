@@ -17,8 +17,11 @@ from m3i_fast.benchmarks.one_stage.measures import counts_by_cluster, figure
 from m3i_fast.benchmarks.one_stage.plan import BASELINES, read_plan
 from m3i_fast.benchmarks.one_stage.train import measure_of
 from m3i_fast.pipelines.sources import earth, styles
+from m3i_fast.pipelines.sources.concepts import read_drawings
 from m3i_fast.pipelines.sources.earth_maps import COVERS, EarthMaps
 from tests.benchmarks.one_stage.test_plan import TREE, _commit, _git
+from tests.pipelines.sources.test_styles import slug
+from tests.shared.pipelines.icons import disc, write_icons
 
 pytestmark = pytest.mark.slow
 
@@ -37,16 +40,24 @@ def maps() -> EarthMaps:
     )
 
 
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A second style to train on: discs whose colour tells the drawing."""
+    icons = {slug(d.caption): disc(f"#{d.sample_id:06x}") for d in read_drawings()}
+    return write_icons(tmp_path_factory.mktemp("shapes"), icons)
+
+
 def test_a_plan_is_packed_run_and_told(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     maps: EarthMaps,
+    shapes: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = tmp_path / "plans"
     folder.mkdir()
     monkeypatch.setattr(plans, "FOLDER", folder)
-    monkeypatch.setattr(styles, "build", partial(styles.build, limit=200))
+    monkeypatch.setattr(styles, "build", partial(styles.build, limit=120))
     monkeypatch.setattr(earth, "build", partial(earth.build, stride=64))
     monkeypatch.setattr(datasets, "read_maps", lambda path: maps)
     monkeypatch.setattr(earth, "versions", dict)
@@ -63,8 +74,8 @@ def test_a_plan_is_packed_run_and_told(
     for name in ("data", "out", "ledger"):
         here += [f"--{name}", f"{tmp_path / name}"]
     with pytest.raises(ValueError, match="countries: expected countries-50m.json"):
-        main([*here, "--pack"])
-    main([*here, "--pack", "--countries", "none.json"])
+        main([*here, "--pack", "--iconify", f"{shapes}"])
+    main([*here, "--pack", "--iconify", f"{shapes}", "--countries", "none.json"])
     told = capsys.readouterr().out
     digests = json.loads(told[told.index("{") :])
     assert len(digests) == 8
