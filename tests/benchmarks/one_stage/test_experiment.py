@@ -20,8 +20,7 @@ from m3i_fast.pipelines.sources import earth, styles
 from m3i_fast.pipelines.sources.concepts import read_drawings
 from m3i_fast.pipelines.sources.earth_maps import COVERS, EarthMaps
 from tests.benchmarks.one_stage.test_plan import TREE, _commit, _git
-from tests.pipelines.sources.test_styles import slug
-from tests.shared.pipelines.icons import disc, write_icons
+from tests.shared.pipelines.icons import disc, slug, write_icons
 
 pytestmark = pytest.mark.slow
 

@@ -22,7 +22,7 @@ from m3i_fast.pipelines.sources.rendering import RenderedSamples, Rendering, ren
 from m3i_fast.pipelines.sources.style_sources import read_styles
 from m3i_fast.recipes import DEMO_MERGES, demo
 from tests.pipelines.sources.test_openmoji import integer, rows
-from tests.shared.pipelines.icons import disc, write_icons
+from tests.shared.pipelines.icons import disc, slug, write_icons
 
 LIMIT = 60
 SMALL = {"limit": LIMIT, "image_size": 24, "num_merges": 200}
@@ -38,11 +38,6 @@ RENDERING = Rendering(
 
 def build(out: Path, **options: object) -> Path:
     return styles.build(out, **{**SMALL, **options})  # type: ignore[arg-type]
-
-
-def slug(name: str) -> str:
-    """As icon sets spell a name: "flag: Kenya" is flag-kenya."""
-    return "-".join(re.findall(r"[^\W_]+", name.lower().replace("&", " and ")))
 
 
 @pytest.fixture(scope="module")

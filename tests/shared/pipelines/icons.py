@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,11 @@ INFO = {
     "author": {"name": "A. Uthor", "url": "https://example.org/shapes"},
     "license": {"title": "Apache 2.0", "spdx": "Apache-2.0", "url": "https://example.org/licence"},
 }
+
+
+def slug(name: str) -> str:
+    """As icon sets spell a name: "flag: Kenya" is flag-kenya."""
+    return "-".join(re.findall(r"[^\W_]+", name.lower().replace("&", " and ")))
 
 
 def disc(colour: str, side: float = 32) -> dict[str, Any]:
