@@ -24,15 +24,15 @@ import torch.multiprocessing as mp
 
 from m3i_fast import cli
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine.parallel import rendezvous
+from m3i_fast.engine.parallel import rendezvous, watchdog
 from m3i_fast.engine.parallel.ranks import join_world, leave_world
 from m3i_fast.engine.parallel.rendezvous import join_store, missing_ranks
-from m3i_fast.engine.parallel.watchdog import EXIT_CODE, GRACE, MissingRanks
+from m3i_fast.engine.parallel.watchdog import EXIT_CODE, MissingRanks
 from m3i_fast.engine.trainer import Trainer
 from tests.engine.parallel.test_watchdog import _config
 from tests.shared.engine.two_ranks import spread
 
-LIMIT = 3.0  # s
+LIMIT = 5.0  # s
 FORK = mp.get_context("fork")
 
 
@@ -233,12 +233,13 @@ def test_a_start_that_hangs_ends(
         return open_shards(self)
 
     monkeypatch.setattr(Trainer, "_open_shards", hang_in_one)
+    monkeypatch.setattr(watchdog, "GRACE", 2)
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    work = partial(_train, cfg, tmp_path, LIMIT / 4 / 60)
+    work = partial(_train, cfg, tmp_path, LIMIT / 60)
     code, said = _run([0, 1], 2, place, tmp_path, work, until=ended)[ended]
     assert code == EXIT_CODE
     assert f"rank {ended}, process" in said and "stacks in standard error" in said
-    minutes = GRACE * LIMIT / 4 / 60
+    minutes = 2 * LIMIT / 60
     assert f"no end of the start for {minutes:g} minutes (--init-minutes" in said
     assert ("in _hang" if ended else "in _distribute") in said
 
@@ -263,11 +264,11 @@ def test_a_rank_that_never_comes_ends_a_launch(dataset: Path, tmp_path: Path) ->
     of_train = ["train", "--config", str(config), "--out", str(tmp_path / "run")]
     command = [sys.executable, "-m", "m3i_fast.cli", "launch", *of_torchrun, *of_train]
     done = subprocess.run(
-        [*command, "--init-minutes", "0.02"],
+        [*command, "--init-minutes", "0.05"],
         env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "400"},
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == EXIT_CODE, done.stderr
-    assert "missing after 0.02 minutes: rank 1 (of 0 to 1);" in done.stderr
+    assert "missing after 0.05 minutes: rank 1 (of 0 to 1);" in done.stderr
