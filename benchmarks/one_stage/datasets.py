@@ -8,6 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from m3i_fast.benchmarks.one_stage.arms import Tuning
+from m3i_fast.benchmarks.one_stage.leaks import (
+    Separation,
+    separation_of_earth,
+    separation_of_styles,
+)
 from m3i_fast.benchmarks.one_stage.plan import Plan, Run, SetName
 from m3i_fast.pipelines.dataset.manifest import is_dataset, read_manifest
 from m3i_fast.pipelines.sources import earth, styles
@@ -82,6 +87,15 @@ def pack(plan: Plan, data: Path, *, iconify: tuple[Path, ...], countries: Path |
         maps = maps or read_maps(countries)
         masks = None if each.masks is None else data / each.masks
         earth.build(out, countries=countries, maps=maps, masks=masks, **each.options)
+
+
+def separations(plan: Plan, data: Path) -> Iterator[Separation]:
+    """Yield how far every measured split lies from training. Raises ValueError where one leaks."""
+    for each in folders(plan):
+        if each.masks is not None:
+            yield from separation_of_earth(data / each.name, data / each.masks)
+        elif each.data_set == "styles" and each.options["labelled"] == 1:
+            yield from separation_of_styles(data / each.name)
 
 
 def expect_data(plan: Plan, data: Path) -> None:

@@ -108,7 +108,10 @@ def main(argv: list[str] | None = None) -> None:
     if cfg.pack:
         datasets.pack(plan, cfg.data, iconify=cfg.iconify, countries=cfg.countries)
         found = json.dumps(datasets.digests(plan, cfg.data), indent=2)
-        make_console().print(f"data of the plan: {found}", highlight=False, soft_wrap=True)
+        out = make_console()
+        out.print(f"data of the plan: {found}", highlight=False, soft_wrap=True)
+        for each in datasets.separations(plan, cfg.data):
+            out.print(str(each), highlight=False, soft_wrap=True)
         return
     if cfg.calibrate:
         time_steps(cfg, plan)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import shutil
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,9 @@ from m3i_fast.config.convert import differences
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.observe.metrics import read_jsonl
+
+NUM_PARTS = 5
+_OF_TERMS = ("loss/", "gradient/", "gradient_cosine/", "members/", "monitor/")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,11 +80,33 @@ def run_job(job: Job) -> dict[str, Any]:
         out = job.stage_folder(number)
         if not (out.exists() and is_trained(out)):
             _train(cfg, out)
-        stages.append(training_figures(cfg, read_jsonl(out / "metrics.jsonl")))
+        rows = read_jsonl(out / "metrics.jsonl")
+        logged = means_by_part(rows, cfg.num_steps)
+        stages.append({**training_figures(cfg, rows), "logged": logged})
     found = _with_figures({"trained": _measure(job, out)})
     if not job.run.is_counted:  # settings are chosen by figures
         found = {"measured": found["measured"]}
     return {"stages": stages, **found}
+
+
+def means_by_part(
+    rows: Iterable[Mapping[str, float]], num_steps: int
+) -> dict[str, list[float | None]]:
+    """Return the means of what a run logged of its terms, over each fifth of its steps in turn.
+
+    Name of the metric -> a number a fifth, None where nothing finite was logged. They say what
+    each term pulled at the encoder by, and whether a target was worth predicting.
+    """
+    values: dict[str, list[list[float]]] = defaultdict(lambda: [[] for _ in range(NUM_PARTS)])
+    for row in rows:
+        part = min(int(NUM_PARTS * (row["step"] - 1) / num_steps), NUM_PARTS - 1)
+        for name, value in row.items():
+            if name.startswith(_OF_TERMS) and math.isfinite(value):
+                values[name][part].append(value)
+    return {
+        name: [float(f"{sum(part) / len(part):.5g}") if part else None for part in parts]
+        for name, parts in values.items()
+    }
 
 
 def _train(cfg: TrainConfig, out: Path) -> None:

@@ -97,6 +97,7 @@ def test_a_plan_is_packed_run_and_told(
             assert set(figures["measured"]) == {"untrained", "pixels"}
             continue
         assert [stage["num_steps"] for stage in figures["stages"]] == list(plan.steps(run))
+        assert all("loss/total" in stage["logged"] for stage in figures["stages"])
         told, counts = counts_by_cluster(measure_of(figures, "trained", measure))
         assert len(told) == len(set(told)) > 3
         assert figures["measured"]["trained"][measure] == pytest.approx(float(figure(counts)))
