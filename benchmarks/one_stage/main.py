@@ -39,8 +39,10 @@ from m3i_fast.benchmarks.one_stage.tables import (
     comparisons,
     counted_table,
     is_complete,
+    stage_terms,
     tuning_table,
 )
+from m3i_fast.benchmarks.one_stage.term_plot import draw_terms
 from m3i_fast.benchmarks.one_stage.train import Job, run_job
 from m3i_fast.benchmarks.one_stage.verdict import comparison_table, judge, sentences
 from m3i_fast.durable_files import write_atomically
@@ -145,14 +147,20 @@ def show(plan: Plan, rows: Rows) -> None:
 
 
 def draw_arms(cfg: Config, plan: Plan, rows: Rows) -> None:
-    """Draw what all arms have run to one_stage_PLAN.svg beside the ledger."""
-    compared = comparisons(plan, rows)
-    if not compared:
-        return
+    """Draw what all arms have run, and what their terms did, beside the ledger.
+
+    To one_stage_PLAN.svg, of two seeds and more, and to one_stage_PLAN_terms.svg.
+    """
     title = plan.title + ("" if is_complete(plan, rows) else ", so far")
-    path = (cfg.ledger or results_dir()) / f"{SUBJECT}_{plan.name}.svg"
-    write_atomically(path, draw(compared, title).encode())
-    logger.info("drawn to %s", path)
+    pictures = {}
+    if compared := comparisons(plan, rows):
+        pictures[f"{SUBJECT}_{plan.name}.svg"] = draw(compared, title)
+    if terms := stage_terms(plan, rows):
+        pictures[f"{SUBJECT}_{plan.name}_terms.svg"] = draw_terms(terms, title)
+    for name, picture in pictures.items():
+        path = (cfg.ledger or results_dir()) / name
+        write_atomically(path, picture.encode())
+        logger.info("drawn to %s", path)
 
 
 def _expect_known(cfg: Config, plan: Plan) -> None:

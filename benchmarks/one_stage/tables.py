@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import product
 from typing import Any
 
 import numpy as np
 from rich import box
 from rich.table import Table
 
+from m3i_fast.benchmarks.one_stage.arms import ARMS
 from m3i_fast.benchmarks.one_stage.measures import counts_by_cluster, figure
 from m3i_fast.benchmarks.one_stage.plan import Plan, Run, SetName
 from m3i_fast.benchmarks.one_stage.resampling import (
@@ -18,6 +21,7 @@ from m3i_fast.benchmarks.one_stage.resampling import (
     balanced_seeds,
     resample,
 )
+from m3i_fast.benchmarks.one_stage.term_plot import Parts, StageTerms
 from m3i_fast.benchmarks.one_stage.train import measure_of
 from m3i_fast.benchmarks.one_stage.verdict import Comparison, compare
 
@@ -89,6 +93,44 @@ def comparisons(plan: Plan, rows: Rows) -> dict[str, Comparison]:
             drawn = resample(shared, percent, num_draws=plan.rule.draws)
             compared[name] = compare(f"{name}: {TITLES.get(measure, measure)}, %", drawn)
     return compared
+
+
+def stage_terms(plan: Plan, rows: Rows) -> dict[str, dict[str, list[StageTerms]]]:
+    """Average over seeds what the terms of each arm's stages logged, by data set.
+
+    An arm without a counted row is left out.
+    """
+    found: dict[str, dict[str, list[StageTerms]]] = {}
+    for name, arm in product(plan.primary, plan.arms):
+        runs = [
+            figures["stages"]
+            for run, figures in rows.items()
+            if run.is_counted and (run.data_set, run.arm) == (name, arm)
+        ]
+        for stage, logs in zip(ARMS[arm], zip(*runs, strict=True), strict=bool(runs)):
+            logged = [log["logged"] for log in logs]
+            found.setdefault(name, {}).setdefault(arm, []).append(
+                StageTerms(
+                    share=stage.share,
+                    gradient=_means(logged, "gradient/", ""),
+                    explained=_means(logged, "monitor/", "_explained"),
+                )
+            )
+    return found
+
+
+def _means(
+    logged: Sequence[Mapping[str, Parts]], before: str, after: str
+) -> dict[str, list[float | None]]:
+    """Return the means over runs of each metric called so, by what its name has in between."""
+    found: dict[str, list[float | None]] = {}
+    for name in sorted({name for of in logged for name in of}):
+        if name.startswith(before) and name.endswith(after):
+            parts = zip(*(of[name] for of in logged if name in of), strict=True)
+            known = [[value for value in part if value is not None] for part in parts]
+            term = name[len(before) : len(name) - len(after)]
+            found[term] = [sum(part) / len(part) if part else None for part in known]
+    return found
 
 
 def percent(counts: Floats) -> Floats:  # [R, ...] summed over clusters -> [R]

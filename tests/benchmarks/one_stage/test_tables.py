@@ -9,10 +9,17 @@ import numpy as np
 import pytest
 
 from m3i_fast.benchmarks.one_stage import main as command
+from m3i_fast.benchmarks.one_stage.arms import ARMS
 from m3i_fast.benchmarks.one_stage.main import Config
 from m3i_fast.benchmarks.one_stage.plan import BASELINES, Plan, Run, read_plan
 from m3i_fast.benchmarks.one_stage.resampling import ClusterCounts, accuracy, resample
-from m3i_fast.benchmarks.one_stage.tables import chosen, comparisons, counted_table, is_complete
+from m3i_fast.benchmarks.one_stage.tables import (
+    chosen,
+    comparisons,
+    counted_table,
+    is_complete,
+    stage_terms,
+)
 from m3i_fast.benchmarks.one_stage.verdict import compare
 from tests.benchmarks.one_stage.test_plan import folder  # noqa: F401 (a fixture)
 
@@ -31,8 +38,18 @@ def _rows(plan: Plan) -> dict[Run, dict[str, Any]]:
             "found": {who: {measure: found}},
             "clusters": [clusters],
             "measured": {who: {measure: 0.5}},
+            "stages": [{"logged": _logged(run.seed)} for _ in ARMS.get(run.arm, ())],
         }
     return rows
+
+
+def _logged(seed: int) -> dict[str, list[float | None]]:
+    first = None if seed else 1.0  # of the later seeds no picture had a caption
+    return {
+        "gradient/caption": [first, 2.0, 4.0, 8.0, seed + 1.0],
+        "monitor/intra_explained": [-0.5, 0.0, 0.1, 0.2, 0.1 * seed],
+        "loss/total": [5.0] * 5,
+    }
 
 
 def test_arms_are_compared_by_their_counts() -> None:
@@ -68,11 +85,28 @@ def test_rows_are_shown_and_drawn(
     told = capsys.readouterr().out
     assert "One stage is better than the best other arm on every set:" in told
     assert "untrained" in told and "best other" in told
-    assert "so far" not in (tmp_path / "one_stage_small.svg").read_text()
+    for name in ("one_stage_small.svg", "one_stage_small_terms.svg"):
+        assert "so far" not in (tmp_path / name).read_text()
     rows.pop(next(iter(rows)))
     command.draw_arms(Config(ledger=tmp_path), plan, rows)
     assert "so far" in (tmp_path / "one_stage_small.svg").read_text()
     assert len(counted_table(plan, rows).columns) == 2 + len(plan.seeds)
+
+
+def test_what_terms_logged_is_averaged_over_seeds() -> None:
+    plan = read_plan("small")
+    rows = _rows(plan)
+    found = stage_terms(plan, rows)
+    assert list(found) == ["styles", "earth"] and list(found["earth"]) == list(plan.arms)
+    assert [stage.share for stage in found["styles"]["two stages"]] == [0.7, 0.3]
+    seeds = np.array(plan.seeds)
+    [stage] = found["earth"]["m3i"]
+    assert stage.gradient == {"caption": [1.0, 2.0, 4.0, 8.0, pytest.approx(1 + seeds.mean())]}
+    last = stage.explained["intra"][-1]
+    assert set(stage.explained) == {"intra"} and last == pytest.approx(0.1 * seeds.mean())
+    rows = {run: row for run, row in rows.items() if (run.data_set, run.arm) != ("earth", "slip")}
+    assert "slip" not in stage_terms(plan, rows)["earth"]
+    assert stage_terms(plan, {}) == {}
 
 
 def test_the_best_setting_is_chosen_once_all_were_tried() -> None:
