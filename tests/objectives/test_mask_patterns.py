@@ -8,7 +8,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import CutMix
 
 from m3i_fast.config.mixing import Pattern
-from m3i_fast.objectives.mask_patterns import box_distance, deal_cells
+from m3i_fast.objectives.mask_patterns import NOBODY, box_distance, deal_cells, deal_grids
 
 PATTERNS: tuple[Pattern, ...] = ("blocks", "rectangle")
 every_pattern = pytest.mark.parametrize("pattern", PATTERNS)
@@ -115,7 +115,7 @@ def test_the_nearest_cells_are_those_of_cutmixs_box() -> None:
         if area == 0 or height != width or area == side * side:
             continue  # cut off by a border, or nothing to see
         point = torch.tensor([[(y1 + y2) / 2, (x1 + x2) / 2]])
-        order = box_distance(point, torch.ones(1), (side, side))[0].argsort()
+        order = box_distance(point, torch.ones(1), torch.tensor([[side]]), side * side)[0].argsort()
         expected = torch.zeros(side, side, dtype=torch.bool)
         expected[y1:y2, x1:x2] = True
         assert torch.equal(_flags(order[None, :area], side)[0], expected)
@@ -123,10 +123,41 @@ def test_the_nearest_cells_are_those_of_cutmixs_box() -> None:
     assert seen > 50
 
 
+@every_pattern
+@pytest.mark.parametrize(("num_images", "block"), [(1, 2), (2, 3), (3, 1)])
+def test_grids_together_are_dealt_as_each_alone(
+    pattern: Pattern, num_images: int, block: int
+) -> None:
+    grids = [(3, 7), (1, 4), (6, 6), (2, 2), (7, 3), (8, 5)]
+    own = [rows * columns // (num_images + 1) for rows, columns in grids]
+    drawn = torch.rand(len(grids), 100, generator=torch.Generator().manual_seed(0))
+    part = deal_grids(
+        pattern,
+        num_images=num_images,
+        num_own=torch.tensor(own),
+        grids=torch.tensor(grids),
+        block=block,
+        uniform=lambda count: drawn[:, :count],
+    )
+    assert part.shape == (len(grids), 40)
+    for number, (grid, num_own) in enumerate(zip(grids, own, strict=True)):
+
+        def alone(count: int, number: int = number) -> Tensor:
+            return drawn[[number], :count]
+
+        cells = deal_cells(
+            pattern, num_images=num_images, num_own=num_own, grid=grid, block=block, uniform=alone
+        )
+        for image in range(num_images):
+            assert (part[number] == image).nonzero()[:, 0].tolist() == cells[image, 0].tolist()
+        assert (part[number] == NOBODY).sum() == 40 - num_images * num_own
+
+
 @pytest.mark.parametrize("aspect", [0.5, 1.0, 2.0])
 def test_an_aspect_is_the_boxs_height_over_its_width(aspect: float) -> None:
     point = torch.tensor([[50.0, 50.0]])
-    near = (box_distance(point, torch.tensor([aspect]), (100, 100)) < 20).view(100, 100)
+    distance = box_distance(point, torch.tensor([aspect]), torch.tensor([[100]]), 100 * 100)
+    near = (distance < 20).view(100, 100)
     height, width = int(near.any(1).sum()), int(near.any(0).sum())
     assert near.sum() == height * width  # a box
     assert height / width == pytest.approx(aspect, rel=0.05)

@@ -11,9 +11,7 @@ pictures with one grid.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,12 +23,9 @@ from m3i_fast.keyed_draws import Purpose
 from m3i_fast.models.encoder import PackedCells
 from m3i_fast.models.transformer.packing import to_device
 from m3i_fast.models.transformer.ragged import Cells, Ragged, joined
-from m3i_fast.objectives.mask_patterns import Uniform, deal_cells
+from m3i_fast.objectives.mask_patterns import NOBODY, deal_grids
 from m3i_fast.objectives.mixing import Draws, Mix
 from m3i_fast.objectives.step_context import Rows
-
-NOBODY = -1
-"""Number of the image that has a cell left over where K does not divide the first grid."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,22 +221,16 @@ class _Drawing:
 
     def _masked(self, grids: Tensor, inside: Tensor) -> Tensor:  # [I, M] bool
         """Draw the cells that each image shows over its own grid."""
-        own = torch.zeros_like(inside)
-        for grid, rows, uniform in self._by_grid(grids):
-            count = grid[0] * grid[1]
-            num_own = min(max(self.cfg.num_own(count, self.progress), 1), count - 1)
-            own[rows[:, None], self._deal(grid, uniform, 1, num_own)[0]] = True
-        return own
+        count = grids.prod(1)
+        num_own = torch.minimum(self._num_own(count).clamp_min(1), count - 1)
+        return self._deal(grids, num_own, 1) == 0
 
     def _parts(self, grids: Tensor, inside: Tensor) -> Tensor:  # [I, M] int64
         """Return the number of the image in whose part of the first one's grid each cell lies."""
         num_inputs, num_images = self.members.shape
-        part_of_first = torch.full((num_inputs, inside.shape[1]), NOBODY)
-        for grid, rows, uniform in self._by_grid(grids[:num_inputs]):
-            num_own = self.cfg.num_own(grid[0] * grid[1], self.progress)
-            for number, own in enumerate(self._deal(grid, uniform, num_images, num_own)):
-                part_of_first[rows[:, None], own] = number
-        first = grids[:num_inputs].repeat(num_images, 1)
+        first = grids[:num_inputs]
+        part_of_first = self._deal(first, self._num_own(first.prod(1)), num_images)
+        first = first.repeat(num_images, 1)
         index = torch.arange(inside.shape[1])
         place = [index // grids[:, 1:], index % grids[:, 1:]]
         # The centre (2 i + 1) / (2 n) of a side is in cell floor(m (2 i + 1) / (2 n)) of m cells.
@@ -252,29 +241,25 @@ class _Drawing:
         seen = (row * first[:, 1:] + column).masked_fill(~inside, 0)
         return part_of_first.repeat(num_images, 1).gather(1, seen).masked_fill(~inside, NOBODY)
 
-    def _deal(self, grid: tuple[int, int], uniform: Uniform, images: int, own: int) -> Tensor:
-        cfg = self.cfg
-        return deal_cells(
-            cfg.pattern,
-            num_images=images,
-            num_own=own,
-            grid=grid,
-            block=cfg.mask_block,
-            uniform=uniform,
-        )
+    def _num_own(self, count: Tensor) -> Tensor:  # [P] -> [P] int64
+        """Return the cells that are an image's own of so many."""
+        kinds, which = count.unique(return_inverse=True)
+        own = [self.cfg.num_own(each, self.progress) for each in kinds.tolist()]
+        return torch.tensor(own)[which]
 
-    def _by_grid(self, grids: Tensor) -> Iterator[tuple[tuple[int, int], Tensor, Uniform]]:
-        """Yield each grid, the inputs that have it, and what draws for them; grids: [P, 2]."""
-        blocks = int((-(-grids // self.cfg.mask_block)).prod(1).max())
-        if self.cfg.mask_per_batch:
-            drawn = self.draws.of_step(Purpose.CELLS)(3 + blocks).expand(len(grids), -1)
-        else:
-            firsts = self.draws.of_samples(self.members[:, 0].numpy(), Purpose.CELLS)
-            drawn = firsts(3 + blocks)  # a smaller grid takes the first ones of these
-        kinds, which, counts = grids.unique(dim=0, return_inverse=True, return_counts=True)
-        rows_of = which.argsort(stable=True).split(counts.tolist())
-        for (rows, columns), own in zip(kinds.tolist(), rows_of, strict=True):
-            yield (rows, columns), own, partial(_first, drawn[own])
+    def _deal(self, grids: Tensor, num_own: Tensor, num_images: int) -> Tensor:  # [P, M] int64
+        cfg, firsts = self.cfg, self.members[:, 0].numpy()
+        part = deal_grids(
+            cfg.pattern,
+            num_images=num_images,
+            num_own=num_own,
+            grids=grids,
+            block=cfg.mask_block,
+            uniform=self.draws.of_step(Purpose.CELLS)
+            if cfg.mask_per_batch
+            else self.draws.of_samples(firsts, Purpose.CELLS),
+        )
+        return part.expand(len(grids), -1)
 
     def _choose(self, among: Tensor, asked: Tensor, purpose: Purpose) -> Ragged:
         """Choose cells to predict of the images asked, `num_queries` of them where there are."""
@@ -291,10 +276,6 @@ class _Drawing:
         cells = among.to(torch.uint8).argsort(dim=1, descending=True, stable=True).gather(1, pick)
         lengths = counts.clamp(max=most)
         return Ragged(cells[torch.arange(most) < lengths[:, None]], tuple(lengths.tolist()))
-
-
-def _first(drawn: Tensor, count: int) -> Tensor:  # [D, n] -> [D, count]
-    return drawn[:, :count]
 
 
 def _some(own: Tensor, inside: Tensor) -> Tensor:  # [I, M] bool, [I, M] bool
