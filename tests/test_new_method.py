@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from m3i_fast.config import TextConfig, TrainConfig
-from m3i_fast.config.losses import LOSSES, no_products
-from m3i_fast.config.targets import TARGETS
+from m3i_fast.config.objective.losses import LOSSES, no_products
+from m3i_fast.config.objective.targets import TARGETS
 from m3i_fast.costs.step_flops import step_flops, without_sampling
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.objectives.methods import METHODS
@@ -50,8 +50,8 @@ import math
 import torch
 from m3i_fast.cli import main
 from m3i_fast.config import Term
-from m3i_fast.config.flops import Flops
-from m3i_fast.config.losses import LOSSES, Loss
+from m3i_fast.config.objective.flops import Flops
+from m3i_fast.config.objective.losses import LOSSES, Loss
 from m3i_fast.objectives.methods import METHODS, Method
 
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Literal
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.config.heads import CaptionerConfig
-from m3i_fast.config.mixing import MixingConfig
-from m3i_fast.config.objective import Term
+from m3i_fast.config.objective.heads import CaptionerConfig
+from m3i_fast.config.objective.mixing import MixingConfig
+from m3i_fast.config.objective.objective import Term
 from m3i_fast.objectives.methods import CAPTION_TOKENS, cell_prototypes, prototypes
 
 Change = Callable[[TrainConfig], TrainConfig]

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.config.flops import Flops
+from m3i_fast.config.objective.flops import Flops
 from m3i_fast.costs.gpus import Card
 from m3i_fast.costs.roofline import CANDIDATES
 from m3i_fast.costs.step_flops import step_flops, without_sampling

@@ -9,8 +9,8 @@ from rich import box
 from rich.table import Table
 
 from m3i_fast.cli import refuse
-from m3i_fast.config.losses import LOSSES
-from m3i_fast.config.objective import ObjectiveConfig, Term
+from m3i_fast.config.objective.losses import LOSSES
+from m3i_fast.config.objective.objective import ObjectiveConfig, Term
 from m3i_fast.did_you_mean import nearest
 from m3i_fast.objectives.methods import METHODS, Method
 from m3i_fast.terminal import make_console

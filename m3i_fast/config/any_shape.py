@@ -10,7 +10,7 @@ from m3i_fast.config.models.vit import ViTConfig
 
 if TYPE_CHECKING:
     from m3i_fast.config.data import ViewConfig
-    from m3i_fast.config.objective import ObjectiveConfig
+    from m3i_fast.config.objective.objective import ObjectiveConfig
     from m3i_fast.config.train import TrainConfig
 
 

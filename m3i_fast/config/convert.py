@@ -15,8 +15,8 @@ from m3i_fast.config.fields import all_conflicts, deferred_checks
 from m3i_fast.config.models.internimage import InternImageConfig
 from m3i_fast.config.models.vision import VisionConfig
 from m3i_fast.config.models.vit import ViTConfig
-from m3i_fast.config.objective import Term
-from m3i_fast.config.targets import LABELS
+from m3i_fast.config.objective.objective import Term
+from m3i_fast.config.objective.targets import LABELS
 
 T = TypeVar("T")
 

@@ -28,7 +28,7 @@ from m3i_fast.config.guard import GuardConfig
 from m3i_fast.config.models.text import TextConfig
 from m3i_fast.config.models.vision import VisionConfig
 from m3i_fast.config.models.vit import ViTConfig
-from m3i_fast.config.objective import ObjectiveConfig
+from m3i_fast.config.objective.objective import ObjectiveConfig
 from m3i_fast.config.optim import EmaConfig, OptimConfig
 from m3i_fast.config.parallel import ParallelConfig
 from m3i_fast.config.telemetry import TelemetryConfig

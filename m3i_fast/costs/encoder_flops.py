@@ -1,7 +1,7 @@
 """Floating-point operations of the encoders, in closed form from their configs.
 
-What is counted, `m3i_fast.config.flops` says; `torch.utils.flop_counter` counts the same. DCNv3's
-sampling, which that counter does not see, is a function of its own.
+What is counted, `m3i_fast.config.objective.flops` says; `torch.utils.flop_counter` counts the same.
+DCNv3's sampling, which that counter does not see, is a function of its own.
 
 Letters: B images, T tokens of each, D width, n cells of a map, c its channels.
 """
@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from m3i_fast.config.fields import Mlp
-from m3i_fast.config.flops import NONE, Flops, LayerFlops, linear
-from m3i_fast.config.heads import CaptionerConfig
 from m3i_fast.config.models.internimage import InternImageConfig
 from m3i_fast.config.models.text import TextConfig
 from m3i_fast.config.models.vit import ViTConfig
+from m3i_fast.config.objective.flops import NONE, Flops, LayerFlops, linear
+from m3i_fast.config.objective.heads import CaptionerConfig
 from m3i_fast.models.internimage.deformable import NUM_POINTS
 from m3i_fast.models.internimage.model import HEAD_RATIO
 from m3i_fast.models.transformer.drop_path import num_kept

@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.fields import Mlp
-from m3i_fast.config.flops import Product
 from m3i_fast.config.models.internimage import InternImageConfig
 from m3i_fast.config.models.vision import VisionConfig
 from m3i_fast.config.models.vit import ViTConfig
+from m3i_fast.config.objective.flops import Product
 from m3i_fast.costs.packed_pictures import PackedPictures
 from m3i_fast.costs.step_flops import counts_of
 from m3i_fast.costs.step_sizes import StepCounts

@@ -1,6 +1,6 @@
 """Floating-point operations of the terms, in closed form from the configs.
 
-The operations of a loss itself stand in its row of `m3i_fast.config.losses`.
+The operations of a loss itself stand in its row of `m3i_fast.config.objective.losses`.
 
 Legend: B samples, I images in inputs, A of them (or all) asked by a dense term, n cells an image
 shows, N cells of the grid, Q cells asked, m cells of a local view.
@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import replace
 
-from m3i_fast.config.flops import NONE, Flops, linear
-from m3i_fast.config.heads import DecoderConfig
-from m3i_fast.config.losses import LOSSES, LossSizes
 from m3i_fast.config.models.internimage import InternImageConfig
 from m3i_fast.config.models.vision import VisionConfig
 from m3i_fast.config.models.vit import ViTConfig
-from m3i_fast.config.objective import Term
+from m3i_fast.config.objective.flops import NONE, Flops, linear
+from m3i_fast.config.objective.heads import DecoderConfig
+from m3i_fast.config.objective.losses import LOSSES, LossSizes
+from m3i_fast.config.objective.objective import Term
 from m3i_fast.costs.encoder_flops import (
     block,
     internimage,

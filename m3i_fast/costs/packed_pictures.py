@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from m3i_fast.config.data import LoaderConfig
-from m3i_fast.config.flops import NONE, Flops
-from m3i_fast.config.mixing import MixingConfig
 from m3i_fast.config.models.vit import ViTConfig
+from m3i_fast.config.objective.flops import NONE, Flops
+from m3i_fast.config.objective.mixing import MixingConfig
 from m3i_fast.costs.encoder_flops import vit_packed
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from m3i_fast.config.flops import Flops
+from m3i_fast.config.objective.flops import Flops
 from m3i_fast.costs.gpus import UTILISATION, Card
 from m3i_fast.costs.step_flops import without_sampling
 from m3i_fast.costs.traffic import Traffic

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.config.flops import Flops
 from m3i_fast.config.models.vision import VisionConfig
 from m3i_fast.config.models.vit import ViTConfig
+from m3i_fast.config.objective.flops import Flops
 from m3i_fast.costs import objective_flops
 from m3i_fast.costs.packed_pictures import PackedPictures, expected_pictures
 from m3i_fast.costs.step_sizes import StepCounts

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from m3i_fast.config.columns import REGION_WIDTH, ColumnConfig
 from m3i_fast.config.models.text import TextConfig
 from m3i_fast.config.models.vision import VisionConfig
-from m3i_fast.config.objective import ObjectiveConfig, Term
+from m3i_fast.config.objective.objective import ObjectiveConfig, Term
 from m3i_fast.costs.packed_pictures import PackedPictures, Shown
 from m3i_fast.objectives.step_context import Rows
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.config.targets import LABELS
+from m3i_fast.config.objective.targets import LABELS
 from m3i_fast.durable_files import created_whole
 from m3i_fast.export.weight_files import WEIGHTS, write_weights
 from m3i_fast.inference.loading import PREFIXES, data_record, find_weights

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.config.targets import LABELS
+from m3i_fast.config.objective.targets import LABELS
 from m3i_fast.engine.checkpoint.checkpoints import Checkpoint, latest
 from m3i_fast.engine.checkpoint.shard_files import Shards
 from m3i_fast.engine.precision.arithmetic import compute_dtype, resolve_device

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from m3i_fast.config.balance import BalanceConfig
+from m3i_fast.config.objective.balance import BalanceConfig
 from m3i_fast.objectives.row_statistics import wide
 
 # The gradient of a term that is nearly solved is noise, so that its factor is bounded.

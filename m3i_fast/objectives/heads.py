@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m3i_fast.config.heads import DecoderConfig, ProjectorConfig
+from m3i_fast.config.objective.heads import DecoderConfig, ProjectorConfig
 from m3i_fast.models.batch_norm import BatchNorm
 from m3i_fast.models.transformer.blocks import TORCH_LAYERS, Block, BlockLayers
 from m3i_fast.models.transformer.layers import (

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from m3i_fast.config.mixing import Pattern
+from m3i_fast.config.objective.mixing import Pattern
 
 NOBODY = -1
 """Number of the image that has a cell left over where K does not divide the grid."""

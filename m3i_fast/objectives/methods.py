@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
-from m3i_fast.config.mixing import MixingConfig
-from m3i_fast.config.objective import Term, m3i
+from m3i_fast.config.objective.mixing import MixingConfig
+from m3i_fast.config.objective.objective import Term, m3i
 
 Family = Literal[
     "supervised", "weakly supervised", "intra-view", "inter-view", "several targets", "M3I"

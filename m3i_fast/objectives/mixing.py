@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from m3i_fast.config.fields import refuse
-from m3i_fast.config.mixing import Asked, MixingConfig
+from m3i_fast.config.objective.mixing import Asked, MixingConfig
 from m3i_fast.keyed_draws import Purpose, uniform, words
 from m3i_fast.models.transformer.packing import to_device
 from m3i_fast.models.transformer.ragged import Cells

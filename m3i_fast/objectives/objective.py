@@ -20,7 +20,7 @@ from m3i_fast.config.columns import ColumnConfig
 from m3i_fast.config.fields import refuse
 from m3i_fast.config.models.text import TextConfig
 from m3i_fast.config.models.vision import VisionConfig
-from m3i_fast.config.objective import ObjectiveConfig, Term
+from m3i_fast.config.objective.objective import ObjectiveConfig, Term
 from m3i_fast.models.encoder import ImageEncoder, take_cells
 from m3i_fast.models.image_encoder import build_encoder
 from m3i_fast.models.transformer.blocks import TORCH_LAYERS, BlockLayers

@@ -19,7 +19,7 @@ from m3i_fast.models.encoder import ImageEncoder
 from m3i_fast.models.transformer.ragged import Cells, Ragged, tensor_of
 
 if TYPE_CHECKING:
-    from m3i_fast.config.objective import Term
+    from m3i_fast.config.objective.objective import Term
     from m3i_fast.objectives.mixing import Mix
     from m3i_fast.pipelines.batch import Batch
 

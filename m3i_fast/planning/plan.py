@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.config.flops import Flops
+from m3i_fast.config.objective.flops import Flops
 from m3i_fast.costs import loader_cost as loading
 from m3i_fast.costs import traffic
 from m3i_fast.costs.gemm_shapes import FP8, LegalBatch, legal_batches, token_rows

@@ -13,10 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from m3i_fast.config.data import LoaderConfig, ViewConfig
-from m3i_fast.config.heads import ProjectorConfig
-from m3i_fast.config.mixing import MixingConfig
 from m3i_fast.config.models.vit import vit_b
-from m3i_fast.config.objective import ObjectiveConfig
+from m3i_fast.config.objective.heads import ProjectorConfig
+from m3i_fast.config.objective.mixing import MixingConfig
+from m3i_fast.config.objective.objective import ObjectiveConfig
 from m3i_fast.config.optim import EmaConfig, OptimConfig
 from m3i_fast.config.train import TrainConfig
 from m3i_fast.objectives.methods import METHODS

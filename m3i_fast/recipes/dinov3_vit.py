@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from m3i_fast.config.models.vit import ViTConfig, vit_b, vit_l, vit_s
-from m3i_fast.config.objective import Term
+from m3i_fast.config.objective.objective import Term
 from m3i_fast.config.optim import EmaConfig
 from m3i_fast.config.train import TrainConfig
 from m3i_fast.objectives.methods import METHODS

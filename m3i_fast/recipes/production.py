@@ -9,11 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from m3i_fast.config.data import LoaderConfig, ViewConfig
-from m3i_fast.config.heads import DecoderConfig
-from m3i_fast.config.mixing import MixingConfig
 from m3i_fast.config.models.text import TextConfig
 from m3i_fast.config.models.vision import VisionConfig
-from m3i_fast.config.objective import ObjectiveConfig
+from m3i_fast.config.objective.heads import DecoderConfig
+from m3i_fast.config.objective.mixing import MixingConfig
+from m3i_fast.config.objective.objective import ObjectiveConfig
 from m3i_fast.config.optim import EmaConfig, OptimConfig
 from m3i_fast.config.train import TrainConfig
 

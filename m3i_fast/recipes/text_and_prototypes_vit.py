@@ -15,10 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from m3i_fast.config.data import LoaderConfig, ViewConfig
-from m3i_fast.config.heads import CaptionerConfig, ProjectorConfig
 from m3i_fast.config.models.text import TextConfig
 from m3i_fast.config.models.vit import ViTConfig, vit_b, vit_l, vit_s
-from m3i_fast.config.objective import ObjectiveConfig
+from m3i_fast.config.objective.heads import CaptionerConfig, ProjectorConfig
+from m3i_fast.config.objective.objective import ObjectiveConfig
 from m3i_fast.config.optim import EmaConfig, OptimConfig
 from m3i_fast.config.train import TrainConfig
 from m3i_fast.objectives.methods import METHODS

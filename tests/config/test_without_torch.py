@@ -22,7 +22,7 @@ def loaded_by(program: str) -> str:
 MODULES = (
     "m3i_fast",
     "m3i_fast.config",
-    "m3i_fast.config.losses",
+    "m3i_fast.config.objective.losses",
     "m3i_fast.objectives.methods",
     "m3i_fast.recipes",
 )

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from m3i_fast.config.losses import LOSSES, Loss, LossKey, LossSizes, no_products
-from m3i_fast.config.objective import ObjectiveConfig, Term
-from m3i_fast.config.targets import TARGETS
+from m3i_fast.config.objective.losses import LOSSES, Loss, LossKey, LossSizes, no_products
+from m3i_fast.config.objective.objective import ObjectiveConfig, Term
+from m3i_fast.config.objective.targets import TARGETS
 from m3i_fast.objectives.losses.builders import build_loss
 from m3i_fast.objectives.losses.stateful import Prototypes, UniGrad
 from tests.shared.flop_formulas import FORMULAS

@@ -14,10 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.data import ViewConfig
 from m3i_fast.config.fields import Recompute
-from m3i_fast.config.heads import DecoderConfig
 from m3i_fast.config.models.text import TextConfig
 from m3i_fast.config.models.vision import VisionConfig
 from m3i_fast.config.models.vit import ViTConfig
+from m3i_fast.config.objective.heads import DecoderConfig
 from m3i_fast.costs.encoder_flops import vit
 from m3i_fast.costs.objective_flops import (
     DECODER,

@@ -12,7 +12,7 @@ from torch import Tensor
 import m3i_fast
 from m3i_fast.cli import main
 from m3i_fast.config import TrainConfig
-from m3i_fast.config.losses import LOSSES, Loss, no_products
+from m3i_fast.config.objective.losses import LOSSES, Loss, no_products
 from m3i_fast.config.optim import EmaConfig
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.run.data_fields import take_data_fields

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.config.balance import BalanceConfig
 from m3i_fast.config.models.text import TextConfig
 from m3i_fast.config.models.vit import vit_demo
+from m3i_fast.config.objective.balance import BalanceConfig
 from m3i_fast.config.parallel import ParallelConfig
 from m3i_fast.engine import cuda_graphs as graphs
 from m3i_fast.engine.cuda_graphs import (

@@ -23,8 +23,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from m3i_fast.benchmarks.core.random_batch import draw_batch
 from m3i_fast.config import TrainConfig
-from m3i_fast.config.balance import BalanceConfig
 from m3i_fast.config.guard import GuardConfig
+from m3i_fast.config.objective.balance import BalanceConfig
 from m3i_fast.config.optim import EmaConfig
 from m3i_fast.config.parallel import ParallelConfig
 from m3i_fast.engine import step_graph

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from m3i_fast.config.balance import BalanceConfig
+from m3i_fast.config.objective.balance import BalanceConfig
 from m3i_fast.objectives.balance import MAX_SCALE, Balance
 from m3i_fast.ops import boltzmann, gaussian
 

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from m3i_fast.config.mixing import MixingConfig
-from m3i_fast.config.objective import ObjectiveConfig, m3i
+from m3i_fast.config.objective.mixing import MixingConfig
+from m3i_fast.config.objective.objective import ObjectiveConfig, m3i
 from m3i_fast.objectives.methods import METHODS
 from m3i_fast.objectives.objective import MutualInformation
 from tests.shared.small_objective import NUM_CLASSES, TEXT, VISION, make_config

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m3i_fast.config.balance import BalanceConfig
-from m3i_fast.config.mixing import MixingConfig
-from m3i_fast.config.objective import ObjectiveConfig
+from m3i_fast.config.objective.balance import BalanceConfig
+from m3i_fast.config.objective.mixing import MixingConfig
+from m3i_fast.config.objective.objective import ObjectiveConfig
 from m3i_fast.objectives.balance import Balance
 from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.pipelines.batch import Batch

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
-from m3i_fast.config.heads import DecoderConfig
+from m3i_fast.config.objective.heads import DecoderConfig
 from m3i_fast.models.transformer.positions import relative_positions
 from m3i_fast.objectives.heads import DenseDecoder, GlobalHead
 

@@ -8,11 +8,11 @@ import torch
 
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.data import ViewConfig
-from m3i_fast.config.heads import DecoderConfig
-from m3i_fast.config.mixing import MixingConfig
 from m3i_fast.config.models.internimage import internimage_demo, internimage_t
 from m3i_fast.config.models.text import TextConfig
-from m3i_fast.config.objective import ObjectiveConfig, m3i
+from m3i_fast.config.objective.heads import DecoderConfig
+from m3i_fast.config.objective.mixing import MixingConfig
+from m3i_fast.config.objective.objective import ObjectiveConfig, m3i
 from m3i_fast.models.image_encoder import build_encoder
 from m3i_fast.objectives.mixing import Mix, draw_mix
 from m3i_fast.objectives.objective import MutualInformation

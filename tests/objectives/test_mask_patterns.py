@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import CutMix
 
-from m3i_fast.config.mixing import Pattern
+from m3i_fast.config.objective.mixing import Pattern
 from m3i_fast.objectives.mask_patterns import NOBODY, box_distance, deal_cells, deal_grids
 
 PATTERNS: tuple[Pattern, ...] = ("blocks", "rectangle")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from m3i_fast.config.mixing import MixingConfig
+from m3i_fast.config.objective.mixing import MixingConfig
 from m3i_fast.objectives.mixing import Mix, draw_branch_priority, draw_mix, drop_tokens
 from m3i_fast.ops import mask_mix
 from m3i_fast.pipelines.sample_order.positions import StepLayout

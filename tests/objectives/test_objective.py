@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m3i_fast.config.balance import BalanceConfig
-from m3i_fast.config.objective import Term
+from m3i_fast.config.objective.balance import BalanceConfig
+from m3i_fast.config.objective.objective import Term
 from m3i_fast.objectives.monitors import feature_std, rankme
 from m3i_fast.objectives.step_context import Encoded
 from tests.shared.small_objective import (

@@ -15,9 +15,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from m3i_fast.config.heads import CaptionerConfig, DecoderConfig, ProjectorConfig
-from m3i_fast.config.mixing import MixingConfig
-from m3i_fast.config.objective import ObjectiveConfig
+from m3i_fast.config.objective.heads import CaptionerConfig, DecoderConfig, ProjectorConfig
+from m3i_fast.config.objective.mixing import MixingConfig
+from m3i_fast.config.objective.objective import ObjectiveConfig
 from m3i_fast.objectives.methods import METHODS
 from m3i_fast.objectives.mixing import Mix, draw_mix
 from m3i_fast.objectives.objective import MutualInformation

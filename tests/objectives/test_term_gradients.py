@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m3i_fast.config.balance import BalanceConfig
 from m3i_fast.config.columns import ColumnConfig
-from m3i_fast.config.objective import ObjectiveConfig
+from m3i_fast.config.objective.balance import BalanceConfig
+from m3i_fast.config.objective.objective import ObjectiveConfig
 from m3i_fast.objectives.methods import METHODS
 from m3i_fast.objectives.mixing import draw_mix, draw_slice_key
 from m3i_fast.objectives.objective import MutualInformation

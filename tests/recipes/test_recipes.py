@@ -9,8 +9,8 @@ import torch
 
 from m3i_fast.config import TrainConfig, differences
 from m3i_fast.config.data import ViewConfig
-from m3i_fast.config.mixing import MixingConfig
 from m3i_fast.config.models.text import TextConfig
+from m3i_fast.config.objective.mixing import MixingConfig
 from m3i_fast.engine.build import build_objective
 from m3i_fast.engine.run.data_fields import take_data_fields
 from m3i_fast.engine.trainer import Trainer

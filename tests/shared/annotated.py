@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from m3i_fast.config.columns import NO_LABELS, REGION_UNIT, REGION_WIDTH, ColumnConfig
-from m3i_fast.config.heads import CaptionerConfig, DecoderConfig
-from m3i_fast.config.mixing import MixingConfig
-from m3i_fast.config.objective import ObjectiveConfig, Term
+from m3i_fast.config.objective.heads import CaptionerConfig, DecoderConfig
+from m3i_fast.config.objective.mixing import MixingConfig
+from m3i_fast.config.objective.objective import ObjectiveConfig, Term
 from m3i_fast.objectives.mixing import Mix
 from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.objectives.step_context import Encoded, Targets

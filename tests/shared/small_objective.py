@@ -7,11 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from m3i_fast.config.heads import DecoderConfig
-from m3i_fast.config.mixing import MixingConfig
 from m3i_fast.config.models.text import TextConfig
 from m3i_fast.config.models.vit import vit_demo
-from m3i_fast.config.objective import ObjectiveConfig, m3i
+from m3i_fast.config.objective.heads import DecoderConfig
+from m3i_fast.config.objective.mixing import MixingConfig
+from m3i_fast.config.objective.objective import ObjectiveConfig, m3i
 from m3i_fast.objectives.mixing import Mix, draw_mix
 from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.pipelines.batch import Batch

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 import transformer_engine.pytorch as te
 from torch import Tensor, nn
 
-from m3i_fast.config.heads import DecoderConfig
 from m3i_fast.config.models.text import TextConfig
 from m3i_fast.config.models.vit import ViTConfig, dinov3_s_plus, vit_b, vit_s
+from m3i_fast.config.objective.heads import DecoderConfig
 from m3i_fast.export.transformer_engine import to_transformer_layers
 from m3i_fast.models import TextEncoder, ViT
 from m3i_fast.models.transformer.layers import LAYER_NORM_EPS

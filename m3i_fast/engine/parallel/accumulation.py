@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.config.losses import LOSSES
+from m3i_fast.config.objective.losses import LOSSES
 
 _INSTEAD = "; set --parallel.chunk, which computes losses over the whole batch in as little memory"
 _SMALLER = "; set a smaller --data.max-tokens-per-batch, or more ranks"

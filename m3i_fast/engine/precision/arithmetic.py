@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from m3i_fast.config import Backend, Precision
-from m3i_fast.config.flops import Product
+from m3i_fast.config.objective.flops import Product
 from m3i_fast.costs.gemm_shapes import ALIGNMENT, FP8, GemmShapes, too_narrow
 
 logger = logging.getLogger(__name__)

@@ -19,8 +19,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.config.flops import Flops
 from m3i_fast.config.models.vit import ViTConfig
+from m3i_fast.config.objective.flops import Flops
 from m3i_fast.costs.gpus import Card
 from m3i_fast.costs.packed_pictures import PackedPictures, expected_pictures
 from m3i_fast.costs.step_flops import step_flops, without_sampling

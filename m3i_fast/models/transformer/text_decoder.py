@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from m3i_fast.config.heads import CaptionerConfig
+from m3i_fast.config.objective.heads import CaptionerConfig
 from m3i_fast.models.transformer.blocks import MASK_ALIGNMENT, TORCH_LAYERS, BlockLayers
 from m3i_fast.models.transformer.decoder_block import DecoderBlock
 from m3i_fast.models.transformer.layers import INIT_STD, Residual, product_dtype, reset_children

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from m3i_fast.config.fields import refuse
-from m3i_fast.config.mixing import Asked, MixingConfig
+from m3i_fast.config.objective.mixing import Asked, MixingConfig
 from m3i_fast.keyed_draws import Purpose
 from m3i_fast.models.encoder import PackedCells
 from m3i_fast.models.transformer.packing import to_device

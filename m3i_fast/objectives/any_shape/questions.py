@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from m3i_fast.config.objective import Term
+from m3i_fast.config.objective.objective import Term
 from m3i_fast.models.transformer.packing import to_device
 from m3i_fast.models.transformer.positions import (
     cells_of_grids,

@@ -1,4 +1,4 @@
-"""What builds each loss of `m3i_fast.config.losses.LOSSES`, and builds the loss of a term.
+"""What builds each loss of `config.objective.losses.LOSSES`, and builds the loss of a term.
 
 A builder takes the term, the objective's config, the width of z and the process group. The loss
 that it returns is called as loss(z_hat, z) for pixels, features and embeddings, and returns a
@@ -20,8 +20,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from m3i_fast.config.losses import LOSSES
-from m3i_fast.config.objective import ObjectiveConfig, Term
+from m3i_fast.config.objective.losses import LOSSES
+from m3i_fast.config.objective.objective import ObjectiveConfig, Term
 from m3i_fast.objectives.losses import similarity
 from m3i_fast.objectives.losses.annotations import binary_cross_entropy, known_squares
 from m3i_fast.objectives.losses.dense import gaussian_of_rows

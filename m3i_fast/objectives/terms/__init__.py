@@ -5,7 +5,7 @@ Legend, beside that of step_context: Q cells predicted, E embedding width, K pro
 
 from __future__ import annotations
 
-from m3i_fast.config.objective import ObjectiveConfig, Term
+from m3i_fast.config.objective.objective import ObjectiveConfig, Term
 from m3i_fast.objectives.terms.base import Sizes, TermModule, copy_state, momentum_copy
 from m3i_fast.objectives.terms.caption_tokens import CaptionTokens, TextTokens
 from m3i_fast.objectives.terms.columns import Labels, Numbers

@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from m3i_fast.config.columns import ColumnConfig
-from m3i_fast.config.losses import LOSSES
 from m3i_fast.config.models.text import TextConfig
 from m3i_fast.config.models.vision import VisionConfig
-from m3i_fast.config.objective import ObjectiveConfig, Term
+from m3i_fast.config.objective.losses import LOSSES
+from m3i_fast.config.objective.objective import ObjectiveConfig, Term
 from m3i_fast.models.transformer.blocks import TORCH_LAYERS, BlockLayers
 from m3i_fast.models.transformer.layers import reset_children
 from m3i_fast.objectives.losses.builders import build_loss

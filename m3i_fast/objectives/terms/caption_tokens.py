@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from m3i_fast.config.heads import CaptionerConfig
-from m3i_fast.config.objective import ObjectiveConfig, Term
+from m3i_fast.config.objective.heads import CaptionerConfig
+from m3i_fast.config.objective.objective import ObjectiveConfig, Term
 from m3i_fast.models.transformer.layers import INIT_STD
 from m3i_fast.models.transformer.text_decoder import TextDecoder
 from m3i_fast.objectives.step_context import Monitor, StepContext

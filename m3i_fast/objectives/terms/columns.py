@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from m3i_fast.config.columns import NO_LABELS
-from m3i_fast.config.objective import ObjectiveConfig, Term
+from m3i_fast.config.objective.objective import ObjectiveConfig, Term
 from m3i_fast.objectives.heads import GlobalHead
 from m3i_fast.objectives.row_statistics import wide
 from m3i_fast.objectives.step_context import Monitor, StepContext

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from m3i_fast.config.objective import ObjectiveConfig, Term
+from m3i_fast.config.objective.objective import ObjectiveConfig, Term
 from m3i_fast.models.transformer.layers import Linear
 from m3i_fast.models.transformer.positions import grid_positions, relative_fractions
 from m3i_fast.models.transformer.ragged import (

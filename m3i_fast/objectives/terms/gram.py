@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from m3i_fast.config.objective import ObjectiveConfig, Term
+from m3i_fast.config.objective.objective import ObjectiveConfig, Term
 from m3i_fast.models.transformer.packing import to_device
 from m3i_fast.models.transformer.ragged import Cells, Ragged, alike, gather_cells, rows_of
 from m3i_fast.objectives.monitors import mean_cosine

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from m3i_fast.config.objective import MAX_SCALE, ObjectiveConfig, Term
+from m3i_fast.config.objective.objective import MAX_SCALE, ObjectiveConfig, Term
 from m3i_fast.models.transformer.text_encoder import TextEncoder
 from m3i_fast.objectives.heads import GlobalHead
 from m3i_fast.objectives.mixing import drop_tokens

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from m3i_fast.config.objective import ObjectiveConfig, Term
+from m3i_fast.config.objective.objective import ObjectiveConfig, Term
 from m3i_fast.objectives.heads import Mlp
 from m3i_fast.objectives.losses.sigreg import LeJepa
 from m3i_fast.objectives.step_context import Monitor, StepContext

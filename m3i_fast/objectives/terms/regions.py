@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from m3i_fast.config.columns import REGION_TOKENS, REGION_UNIT, REGION_WIDTH
-from m3i_fast.config.objective import ObjectiveConfig, Term
+from m3i_fast.config.objective.objective import ObjectiveConfig, Term
 from m3i_fast.objectives.step_context import Monitor, StepContext
 from m3i_fast.objectives.terms.base import Sizes
 from m3i_fast.objectives.terms.caption_tokens import TextTokens

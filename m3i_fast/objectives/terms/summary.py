@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from m3i_fast.config.objective import ObjectiveConfig, Term
+from m3i_fast.config.objective.objective import ObjectiveConfig, Term
 from m3i_fast.objectives.losses.sigreg import SigReg
 from m3i_fast.objectives.step_context import Monitor, StepContext
 from m3i_fast.objectives.terms.base import Sizes, TermModule, log_spread

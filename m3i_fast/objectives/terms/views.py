@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from m3i_fast.config.objective import ObjectiveConfig, Term
+from m3i_fast.config.objective.objective import ObjectiveConfig, Term
 from m3i_fast.objectives.heads import Mlp, PrototypeHead
 from m3i_fast.objectives.losses.stateful import Prototypes, UniGrad
 from m3i_fast.objectives.step_context import Monitor, StepContext

@@ -9,8 +9,8 @@ import pytest
 
 from m3i_fast.benchmarks.methods.variants import VARIANTS
 from m3i_fast.config import differences
-from m3i_fast.config.mixing import MixingConfig
 from m3i_fast.config.models.text import TextConfig
+from m3i_fast.config.objective.mixing import MixingConfig
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.observe.metrics import read_jsonl
 from m3i_fast.recipes import demo, shrink

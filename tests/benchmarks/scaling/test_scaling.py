@@ -32,8 +32,8 @@ from m3i_fast.benchmarks.scaling.model import (
     workload,
 )
 from m3i_fast.config import TrainConfig
-from m3i_fast.config.flops import Flops
 from m3i_fast.config.models.text import TextConfig
+from m3i_fast.config.objective.flops import Flops
 from m3i_fast.costs.gpus import CARDS
 from m3i_fast.costs.roofline import StepCost
 from m3i_fast.costs.roofline import predict as roofline

@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from m3i_fast.benchmarks.core.random_batch import draw_any_batch
 from m3i_fast.benchmarks.training import explain_step, step
 from m3i_fast.config import TrainConfig
-from m3i_fast.config.flops import Flops
 from m3i_fast.config.models.vit import vit_demo
+from m3i_fast.config.objective.flops import Flops
 from m3i_fast.costs.gemm_shapes import gemm_shapes
 from m3i_fast.costs.packed_pictures import PackedPictures
 from m3i_fast.costs.step_flops import step_flops

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.config.balance import BalanceConfig
 from m3i_fast.config.models.internimage import InternImageConfig
+from m3i_fast.config.objective.balance import BalanceConfig
 from m3i_fast.config.parallel import ParallelConfig
 from m3i_fast.costs.packed_pictures import PackedPictures
 from m3i_fast.costs.step_flops import step_flops, without_sampling

@@ -15,8 +15,8 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.config.balance import BalanceConfig
 from m3i_fast.config.guard import GuardConfig
+from m3i_fast.config.objective.balance import BalanceConfig
 from m3i_fast.config.optim import OptimConfig
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.guard.guard import SpikeDetector

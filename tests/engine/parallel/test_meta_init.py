@@ -13,8 +13,8 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.config.balance import BalanceConfig
 from m3i_fast.config.models.text import TextConfig
+from m3i_fast.config.objective.balance import BalanceConfig
 from m3i_fast.config.parallel import ParallelConfig
 from m3i_fast.engine.build import blocks_of, build_objective
 from m3i_fast.engine.parallel.meta_init import initialise, is_on_meta

@@ -11,8 +11,8 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.config.balance import BalanceConfig
 from m3i_fast.config.models.vit import dinov3_h_plus
+from m3i_fast.config.objective.balance import BalanceConfig
 from m3i_fast.engine.run.data_fields import take_data_fields
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.recipes import demo, demo_method, shrink

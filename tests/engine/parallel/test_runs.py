@@ -11,7 +11,7 @@ import torch
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from m3i_fast.config.balance import BalanceConfig
+from m3i_fast.config.objective.balance import BalanceConfig
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.observe.metrics import read_jsonl
 from tests.engine.parallel.run_work import SHARDS, Watched, work

@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.config.balance import BalanceConfig
+from m3i_fast.config.objective.balance import BalanceConfig
 from m3i_fast.config.parallel import ParallelConfig
 from m3i_fast.engine.checkpoint.checkpoints import tensors_of
 from m3i_fast.engine.trainer import Trainer

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from m3i_fast.config.heads import DecoderConfig
 from m3i_fast.config.models.vit import ViTConfig
+from m3i_fast.config.objective.heads import DecoderConfig
 from m3i_fast.models.encoder import take_cells
 from m3i_fast.models.transformer.blocks import Block
 from m3i_fast.models.transformer.packing import Packed, Sequences, pack, unpack

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from m3i_fast.config.fields import Recompute
-from m3i_fast.config.heads import CaptionerConfig
+from m3i_fast.config.objective.heads import CaptionerConfig
 from m3i_fast.models.transformer.text_decoder import TextDecoder
 from tests.shared.torch_decoder import hidden_of
 

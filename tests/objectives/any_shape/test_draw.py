@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from m3i_fast.config.mixing import MixingConfig
+from m3i_fast.config.objective.mixing import MixingConfig
 from m3i_fast.models.transformer.ragged import Ragged
 from m3i_fast.objectives.any_shape.draw import PackedMix, draw_packed_mix
 from m3i_fast.objectives.mixing import draw_mix

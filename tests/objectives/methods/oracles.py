@@ -16,7 +16,7 @@ from lightly.loss import BarlowTwinsLoss, NTXentLoss, VICRegLoss
 from torch import Tensor, nn
 
 from m3i_fast.cli.methods import predicted, shown
-from m3i_fast.config.objective import Term
+from m3i_fast.config.objective.objective import Term
 from m3i_fast.objectives.methods import METHODS, Method
 from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.objectives.step_context import Encoded, Source, Targets

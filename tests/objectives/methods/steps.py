@@ -21,10 +21,10 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
 from m3i_fast.config.columns import ColumnConfig
-from m3i_fast.config.heads import CaptionerConfig, DecoderConfig, ProjectorConfig
 from m3i_fast.config.models.text import TextConfig
 from m3i_fast.config.models.vit import vit_demo
-from m3i_fast.config.objective import ObjectiveConfig
+from m3i_fast.config.objective.heads import CaptionerConfig, DecoderConfig, ProjectorConfig
+from m3i_fast.config.objective.objective import ObjectiveConfig
 from m3i_fast.export.timm import load_timm, to_timm
 from m3i_fast.objectives.methods import METHODS, Method
 from m3i_fast.objectives.mixing import Mix, draw_mix, draw_slice_key

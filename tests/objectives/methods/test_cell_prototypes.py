@@ -11,9 +11,9 @@ from lightly import loss as lightly
 from lightly.models.utils import get_at_index
 from torch import Tensor, nn
 
-from m3i_fast.config.mixing import MixingConfig
 from m3i_fast.config.models.internimage import internimage_demo
-from m3i_fast.config.objective import ObjectiveConfig, Term
+from m3i_fast.config.objective.mixing import MixingConfig
+from m3i_fast.config.objective.objective import ObjectiveConfig, Term
 from m3i_fast.models.transformer.vit import Masking, ViT
 from m3i_fast.objectives.methods import METHODS, Method, cell_prototypes
 from m3i_fast.objectives.objective import MutualInformation

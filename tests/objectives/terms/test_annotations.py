@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from sklearn.metrics import log_loss, r2_score
 from torch import Tensor
 
-from m3i_fast.config.heads import CaptionerConfig
-from m3i_fast.config.objective import ObjectiveConfig
+from m3i_fast.config.objective.heads import CaptionerConfig
+from m3i_fast.config.objective.objective import ObjectiveConfig
 from m3i_fast.objectives.losses.annotations import binary_cross_entropy, known_squares
 from m3i_fast.objectives.methods import METHODS
 from m3i_fast.objectives.mixing import Mix

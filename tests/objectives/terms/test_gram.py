@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from m3i_fast.benchmarks.core.random_batch import draw_batch
 from m3i_fast.config import TextConfig, TrainConfig
-from m3i_fast.config.objective import ObjectiveConfig, Term
+from m3i_fast.config.objective.objective import ObjectiveConfig, Term
 from m3i_fast.costs.step_flops import step_flops, without_sampling
 from m3i_fast.engine.parallel.ranks import World
 from m3i_fast.engine.train_step import build_train_step

@@ -16,8 +16,8 @@ from torchvision.ops import box_iou as torchvision_iou
 
 from m3i_fast.config.any_shape import objective_conflicts
 from m3i_fast.config.columns import REGION_UNIT, REGION_WIDTH
-from m3i_fast.config.heads import CaptionerConfig
-from m3i_fast.config.objective import Term
+from m3i_fast.config.objective.heads import CaptionerConfig
+from m3i_fast.config.objective.objective import Term
 from m3i_fast.objectives.mixing import Mix
 from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.objectives.terms import RegionTokens

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from m3i_fast.cli.methods import explain
-from m3i_fast.config.objective import ObjectiveConfig
+from m3i_fast.config.objective.objective import ObjectiveConfig
 from m3i_fast.objectives.methods import METHODS, Method
 from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.objectives.terms.reversal import Reversal

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from m3i_fast.config.objective import ObjectiveConfig, Term
+from m3i_fast.config.objective.objective import ObjectiveConfig, Term
 from m3i_fast.engine.teacher import Teacher
 from m3i_fast.models.transformer.vit import ViT
 from m3i_fast.objectives.methods import METHODS

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from m3i_fast.config.balance import BalanceConfig
 from m3i_fast.config.fields import NUMBERS, SOME_ROWS, WIDTHS, Checked, Conflict, unmet
-from m3i_fast.config.heads import CaptionerConfig, DecoderConfig, ProjectorConfig
-from m3i_fast.config.losses import LOSSES, LossKey
-from m3i_fast.config.mixing import MixingConfig
 from m3i_fast.config.models.vision import VisionConfig
-from m3i_fast.config.targets import TARGETS, Target
+from m3i_fast.config.objective.balance import BalanceConfig
+from m3i_fast.config.objective.heads import CaptionerConfig, DecoderConfig, ProjectorConfig
+from m3i_fast.config.objective.losses import LOSSES, LossKey
+from m3i_fast.config.objective.mixing import MixingConfig
+from m3i_fast.config.objective.targets import TARGETS, Target
 
 MAX_SCALE = 100.0
 SHARPENING = ("centring", "sinkhorn", "joint_sinkhorn", "mean_entropy")
@@ -30,7 +30,7 @@ class Term(Checked):
     name: str
     """Name of the term in metrics and tables."""
     target: str
-    """Target z, a row of `m3i_fast.config.targets.TARGETS`. category: embedding of the class;
+    """Target z, a row of `targets.TARGETS`. category: embedding of the class;
     caption: embedding of the caption; caption_tokens: its tokens, one after another;
     grounded_caption: those of a region's box and then of its text; referring_box: of its text and
     then of its box; labels: which of many the picture has; numbers: of the picture; pixels: of a
@@ -69,7 +69,7 @@ class Term(Checked):
     """Likelihood. gaussian: squared distance; boltzmann: softmax over candidates; sigmoid: of each
     pair; or one that a loss of your own names."""
     regulariser: str
-    """Regulariser, for the entropy H(p(z)); `m3i_fast.config.losses.LOSSES` has the
+    """Regulariser, for the entropy H(p(z)); `m3i_fast.config.objective.losses.LOSSES` has the
     combinations."""
     column: str = ""
     """Named column of the data that holds an annotation; empty: the data set's class, or its
@@ -119,7 +119,7 @@ class Term(Checked):
             yield (
                 "target",
                 f"expected one of {sorted(TARGETS)}, got {self.target!r}; a new one is added to "
-                "m3i_fast.config.targets.TARGETS",
+                "m3i_fast.config.objective.targets.TARGETS",
             )
             return
         if self.loss_key not in LOSSES:
@@ -127,7 +127,8 @@ class Term(Checked):
             yield (
                 "likelihood",
                 f"of target {self.target} expected likelihood and regulariser among {known}, got "
-                f"{self.loss_key[1:]}; a new one is added to m3i_fast.config.losses.LOSSES",
+                f"{self.loss_key[1:]}; a new one is added to "
+                "m3i_fast.config.objective.losses.LOSSES",
             )
         compares_features = self.target == "features" and self.likelihood != "boltzmann"
         yield from unmet(

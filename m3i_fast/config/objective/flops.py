@@ -2,8 +2,8 @@
 
 A multiply-accumulate is two operations. Counted are matrix products and convolutions; what is done
 to single elements (norms, activations, softmax) is not, nor is it by `torch.utils.flop_counter`.
-Closed forms return `Flops`: those of losses stand in `m3i_fast.config.losses`, those of encoders
-and predictors in `m3i_fast.costs`.
+Closed forms return `Flops`: those of losses stand in `m3i_fast.config.objective.losses`, those of
+encoders and predictors in `m3i_fast.costs`.
 """
 
 from __future__ import annotations

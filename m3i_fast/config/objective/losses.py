@@ -15,10 +15,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from m3i_fast.config.flops import NONE, Flops, linear
+from m3i_fast.config.objective.flops import NONE, Flops, linear
 
 if TYPE_CHECKING:
-    from m3i_fast.config.objective import ObjectiveConfig, Term
+    from m3i_fast.config.objective.objective import ObjectiveConfig, Term
 
 LossKey = tuple[str, str, str]
 """Target, likelihood, regulariser."""

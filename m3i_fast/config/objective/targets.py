@@ -2,7 +2,7 @@
 
 A row says what z is of, which predictors and encoders go with it, which module computes the term
 and what counts its operations. A target of your own is one more row, which its file puts here
-(docs/extend/new_method.md), beside the rows of its losses in `m3i_fast.config.losses.LOSSES`.
+(docs/extend/new_method.md), beside the rows of its losses in `losses.LOSSES`.
 
 Nothing here imports torch: a row names what builds and what counts it by path, which is resolved
 when a term is built or counted.

@@ -1,0 +1,1 @@
+"""The settings of the objective: its terms, what they predict and by which loss, masks, weights."""
