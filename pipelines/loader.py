@@ -16,18 +16,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from m3i_fast.config.columns import NO_CLASS
 from m3i_fast.config.data import MAX_PIXELS, BackendName, LoaderConfig, ViewConfig
 from m3i_fast.ops.views import view_specs
 from m3i_fast.pipelines.backends import start_backend
 from m3i_fast.pipelines.batch import Batch, copy_to_device
-from m3i_fast.pipelines.batch_rows import BatchRows, TrainingRows, good_rows, ordered_rows
+from m3i_fast.pipelines.batch_rows import TrainingRows, good_rows, ordered_rows
 from m3i_fast.pipelines.dataset.manifest import Manifest
-from m3i_fast.pipelines.dataset.regions import RegionViews
 from m3i_fast.pipelines.dataset.sample_table import SampleTable
-from m3i_fast.pipelines.mixed_table import MixedTable
-from m3i_fast.pipelines.mixture import MixedData
-from m3i_fast.pipelines.open_data import OpenSplit, open_data
+from m3i_fast.pipelines.make_batch import cuts_alternates, to_batch
+from m3i_fast.pipelines.opened.mixed_table import MixedTable
+from m3i_fast.pipelines.opened.mixture import MixedData
+from m3i_fast.pipelines.opened.open_data import OpenSplit, open_data
 from m3i_fast.pipelines.sample_order.positions import Layout, StepLayout
 from m3i_fast.pipelines.samples_to_views import (
     Backend,
@@ -222,7 +221,7 @@ class BatchesOfRun(ABC, Generic[AnyBatch]):
             tokenizer=self.manifest.tokenizer,
             max_pixels=cfg.max_pixels,
             caption_member=caption_member(self.manifest),
-            alternates=_cuts_alternates(cfg, self._open),
+            alternates=cuts_alternates(cfg, self._open),
             batch_size=self._layout.most_samples,
             num_threads=cfg.num_threads,
             cores=self.placement.cores,
@@ -343,7 +342,7 @@ class Loader(BatchesOfRun[Batch]):
         )
 
     def _to_batch(self, made: MadeBatch) -> Batch:
-        batch = _to_batch(made, self._open, self.cfg, self.cfg.global_views.count, self._device_id)
+        batch = to_batch(made, self._open, self.cfg, self.cfg.global_views.count, self._device_id)
         if not self.features:
             return batch
         of_rows = {name: stored.take(made.rows.samples) for name, stored in self.features.items()}
@@ -388,7 +387,7 @@ class Loader(BatchesOfRun[Batch]):
         made = with_captions(start_backend(self.cfg.backend, ordered, work), self.manifest)
         try:
             for _ in range(0, len(good), self.cfg.batch_size):
-                yield _to_batch(next(made), self._open, self.cfg, 1, self._device_id)
+                yield to_batch(next(made), self._open, self.cfg, 1, self._device_id)
         except SampleError as error:
             raise _with_command(error, self.cfg.path) from error
         finally:
@@ -463,7 +462,7 @@ def evaluation_batches(
             made = with_captions(start_backend(backend, ordered, work), opened.manifest)
             while True:
                 try:
-                    batch = _to_batch(next(made), opened, cfg, 1, device_id)
+                    batch = to_batch(next(made), opened, cfg, 1, device_id)
                 except StopIteration:
                     return
                 except SampleError as error:
@@ -481,77 +480,3 @@ def _with_command(error: SampleError, path: Path) -> RuntimeError:
     """Return the error of a corrupt sample, with the command that reads all of its data set."""
     command = f"m3i-fast data verify --decode {shlex.quote(place_of(path))}"
     return RuntimeError(f"{error}; check the files with: {command}")
-
-
-def _wrong_row(rows: BatchRows, index: int, opened: OpenSplit) -> SampleError:
-    """Return the error for a sample of a label or an id that cannot be, as its table has it."""
-    table, number = opened.table, rows.samples[index : index + 1]
-    num_classes, ids = len(opened.manifest.class_names), "at least 0"
-    if isinstance(table, MixedTable):
-        ((dataset,), number) = table.mixed.split_rows(number)
-        num_classes = len(table.mixed.manifests[dataset].class_names)
-        table, ids = table.tables[dataset], "0 to 2**48 - 1 in a mixture"
-    (row,) = table.at(number)
-    return SampleError(
-        sample_id=int(row["sample_id"]),
-        position=int(rows.positions[index]),
-        file=rows.path(index),
-        reason=f"expected a label from -1 to {num_classes - 1} and ids of {ids}, got label "
-        f"{row['label']}, sample {row['sample_id']} of group {row['group_id']}",
-    )
-
-
-def expect_allowed(rows: BatchRows, opened: OpenSplit) -> None:
-    """Raise SampleError for a sample whose label or group the manifest does not allow."""
-    num_classes = len(opened.manifest.class_names)
-    wrong = (rows.label < -1) | (rows.label >= num_classes) | (rows.sample_id < 0)
-    wrong |= rows.group_id < 0
-    if wrong.any():
-        raise _wrong_row(rows, int(np.flatnonzero(wrong)[0]), opened)
-
-
-def _to_batch(
-    made: MadeBatch, opened: OpenSplit, cfg: LoaderConfig, num_global: int, device_id: int | None
-) -> Batch:
-    """Make a `Batch` of what a backend made, on a GPU where one is given.
-
-    Raises SampleError as `expect_allowed`.
-    """
-    expect_allowed(made.rows, opened)
-    batch = Batch(
-        global_views=made.views[:num_global],
-        local_views=made.views[num_global:],
-        **fields_beside_views(made, opened, cfg),
-    )
-    return batch if device_id is None else batch.to(f"cuda:{device_id}")
-
-
-def _cuts_alternates(cfg: LoaderConfig, opened: OpenSplit) -> bool:
-    """Return whether view 1 is cut of another picture of the sample."""
-    several = cfg.augment and cfg.global_views.count > 1
-    return cfg.alternates and several and opened.split.max_alternates > 0
-
-
-def fields_beside_views(made: MadeBatch, opened: OpenSplit, cfg: LoaderConfig) -> dict[str, Any]:
-    """Return the fields of a batch that do not depend on the shape of its views, by name."""
-    rows = made.rows
-    columns = dict(rows.columns)
-    shown = RegionViews(most=cfg.max_regions, least_share=cfg.min_region_share, seed=cfg.seed)
-    for column in opened.described.columns:
-        if column.kind == "regions":
-            columns[column.name] = shown.of(
-                columns[column.name], made.params.numpy(), made.image_size.numpy(), rows.positions
-            )
-            if _cuts_alternates(cfg, opened):  # whose regions are not known
-                columns[column.name][:, 1] = NO_CLASS
-    return {
-        "boxes": made.params[:, :, :5].contiguous(),
-        "image_size": made.image_size.float(),
-        "token_ids": made.token_ids,
-        "num_tokens": made.num_tokens,
-        "label": torch.from_numpy(rows.label),
-        "sample_id": torch.from_numpy(rows.sample_id.copy()),
-        "group_id": torch.from_numpy(rows.group_id),
-        "position": torch.from_numpy(rows.positions.copy()),
-        "columns": {name: torch.from_numpy(values) for name, values in columns.items()},
-    }

@@ -42,7 +42,7 @@ from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.dataset.near_duplicates import COMPARED_SIZE
 from m3i_fast.pipelines.dataset.sample_table import split_digest
 from m3i_fast.pipelines.loader import Loader, evaluation_batches
-from m3i_fast.pipelines.mixture import read_described
+from m3i_fast.pipelines.opened.mixture import read_described
 from m3i_fast.pipelines.storage.objects import place_of
 from m3i_fast.pipelines.storage.remote import folder_at, manifest_at
 

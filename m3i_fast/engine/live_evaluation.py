@@ -33,8 +33,8 @@ from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.batch_rows import good_rows
 from m3i_fast.pipelines.dataset.sample_table import SampleTable
 from m3i_fast.pipelines.loader import evaluation_batches
-from m3i_fast.pipelines.mixture import read_described
-from m3i_fast.pipelines.open_data import open_data
+from m3i_fast.pipelines.opened.mixture import read_described
+from m3i_fast.pipelines.opened.open_data import open_data
 from m3i_fast.pipelines.samples_to_views import SampleError
 from m3i_fast.pipelines.storage.objects import place_of
 from m3i_fast.pipelines.storage.remote import manifest_at, shards_url

@@ -35,7 +35,7 @@ from m3i_fast.inference.transform import Transform
 from m3i_fast.models.image_encoder import build_encoder
 from m3i_fast.models.transformer.layers import reset
 from m3i_fast.objectives.terms import Caption, Category, Sizes, TermModule, build_term
-from m3i_fast.pipelines.mixture import MixedData, read_described
+from m3i_fast.pipelines.opened.mixture import MixedData, read_described
 
 if TYPE_CHECKING:
     from m3i_fast.pipelines.dataset.manifest import Manifest

@@ -16,7 +16,7 @@ from m3i_fast.objectives.mixing import Mix, draw_mix
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.dataset.manifest import Manifest
 from m3i_fast.pipelines.loader import Loader
-from m3i_fast.pipelines.open_few import open_few
+from m3i_fast.pipelines.opened.open_few import open_few
 from m3i_fast.report.data.gather import samples_of
 from m3i_fast.report.inputs import MixedPair, Picture, SeenInput, ShownSample
 

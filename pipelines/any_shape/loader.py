@@ -7,8 +7,9 @@ from pathlib import Path
 
 from m3i_fast.config.data import LoaderConfig
 from m3i_fast.pipelines.any_shape.batch import PackedBatch
-from m3i_fast.pipelines.loader import BatchesOfRun, expect_allowed, fields_beside_views
-from m3i_fast.pipelines.open_data import OpenSplit, in_object_storage
+from m3i_fast.pipelines.loader import BatchesOfRun
+from m3i_fast.pipelines.make_batch import expect_allowed, fields_beside_views
+from m3i_fast.pipelines.opened.open_data import OpenSplit, in_object_storage
 from m3i_fast.pipelines.sample_order.token_budget import TokenBudget, ViewSides
 from m3i_fast.pipelines.samples_to_views import MadeBatch, PatchSides
 

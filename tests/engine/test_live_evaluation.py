@@ -363,7 +363,7 @@ def test_shares_of_ranks_are_as_long_and_cover_all_rows(dataset: Path) -> None:
 
 
 def test_chosen_rows_are_labelled_and_spread_over_the_split(dataset: Path) -> None:
-    from m3i_fast.pipelines.open_data import open_data
+    from m3i_fast.pipelines.opened.open_data import open_data
 
     cfg = small_run(dataset).data
     table = open_data(cfg).table

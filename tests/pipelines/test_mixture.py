@@ -17,7 +17,7 @@ from m3i_fast.pipelines.dataset.manifest import read_manifest
 from m3i_fast.pipelines.dataset.pack import write_dataset
 from m3i_fast.pipelines.dataset.sample_table import BAD, ROW, write_table
 from m3i_fast.pipelines.loader import Loader
-from m3i_fast.pipelines.mixture import MAX_ID, MixedData, read_described
+from m3i_fast.pipelines.opened.mixture import MAX_ID, MixedData, read_described
 from m3i_fast.pipelines.sample_order.positions import shuffled
 from tests.shared.pipelines.data import (
     TOKENIZER,

@@ -16,7 +16,7 @@ from m3i_fast.json_files import read_json
 from m3i_fast.ops import IMAGENET_MEAN, IMAGENET_STD
 from m3i_fast.pipelines.dataset.manifest import Manifest
 from m3i_fast.pipelines.dataset.tokenizer import TokenizerInfo
-from m3i_fast.pipelines.mixture import MixedData
+from m3i_fast.pipelines.opened.mixture import MixedData
 
 DATA_FILE = "data.json"
 

@@ -29,8 +29,8 @@ from m3i_fast.pipelines.dataset.sample_table import SampleTable
 from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
 from m3i_fast.pipelines.inspection.statistics import column_counts
 from m3i_fast.pipelines.loader import Loader, evaluation_batches
-from m3i_fast.pipelines.open_data import OpenSplit
-from m3i_fast.pipelines.open_few import open_few
+from m3i_fast.pipelines.opened.open_data import OpenSplit
+from m3i_fast.pipelines.opened.open_few import open_few
 from m3i_fast.pipelines.storage.objects import Bucket, url_of
 from m3i_fast.pipelines.storage.remote import manifest_at
 from m3i_fast.pipelines.tar_members import sample_files

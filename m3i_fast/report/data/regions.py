@@ -15,7 +15,7 @@ from m3i_fast.pipelines.dataset.manifest import Manifest
 from m3i_fast.pipelines.dataset.regions import RegionViews, region_values
 from m3i_fast.pipelines.dataset.sample_table import SampleTable
 from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
-from m3i_fast.pipelines.open_data import OpenSplit
+from m3i_fast.pipelines.opened.open_data import OpenSplit
 from m3i_fast.report.inputs import ShownRegion
 
 

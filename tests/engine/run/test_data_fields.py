@@ -16,7 +16,7 @@ from m3i_fast.config import TrainConfig, differences
 from m3i_fast.engine.run.data_fields import expect_data, take_data_fields
 from m3i_fast.pipelines.dataset.manifest import read_manifest
 from m3i_fast.pipelines.dataset.pack import write_dataset
-from m3i_fast.pipelines.mixture import read_described
+from m3i_fast.pipelines.opened.mixture import read_described
 from m3i_fast.recipes import demo, recipes
 from tests.shared.pipelines.data import TOKENIZER, encode_image, info, sample, smooth_picture
 

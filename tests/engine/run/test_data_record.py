@@ -17,7 +17,7 @@ from m3i_fast.engine.trainer import Trainer
 from m3i_fast.pipelines.dataset.columns import ColumnInfo, ColumnsInfo
 from m3i_fast.pipelines.dataset.manifest import read_manifest
 from m3i_fast.pipelines.loader import Loader
-from m3i_fast.pipelines.mixture import read_described
+from m3i_fast.pipelines.opened.mixture import read_described
 from m3i_fast.pipelines.sources import openmoji
 from tests.shared.engine.small_run import small_run
 

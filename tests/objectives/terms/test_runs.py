@@ -19,7 +19,7 @@ from m3i_fast.pipelines.dataset.columns import ColumnInfo
 from m3i_fast.pipelines.dataset.manifest import read_manifest
 from m3i_fast.pipelines.dataset.pack import write_dataset
 from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
-from m3i_fast.pipelines.mixture import read_described
+from m3i_fast.pipelines.opened.mixture import read_described
 from m3i_fast.recipes import demo, shrink
 from tests.shared.annotated import TERMS, objective
 from tests.shared.engine.small_run import assert_same_run

@@ -24,7 +24,7 @@ from m3i_fast.pipelines.dataset.samples import Sample
 from m3i_fast.pipelines.dataset.verification.verify import find_faults, verify
 from m3i_fast.pipelines.inspection.statistics import describe
 from m3i_fast.pipelines.loader import Loader, evaluation_batches
-from m3i_fast.pipelines.mixture import MixedData
+from m3i_fast.pipelines.opened.mixture import MixedData
 from m3i_fast.pipelines.storage.objects import Bucket
 from m3i_fast.pipelines.storage.remote_files import opened_files
 from m3i_fast.pipelines.storage.upload import push

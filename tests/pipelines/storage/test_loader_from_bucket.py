@@ -15,7 +15,7 @@ from m3i_fast.pipelines import loader as loader_module
 from m3i_fast.pipelines.dataset.pack import write_dataset
 from m3i_fast.pipelines.dataset.sample_table import split_digest
 from m3i_fast.pipelines.loader import Loader, evaluation_batches
-from m3i_fast.pipelines.open_few import open_few
+from m3i_fast.pipelines.opened.open_few import open_few
 from m3i_fast.pipelines.storage.remote import folder_at
 from m3i_fast.pipelines.storage.upload import push
 from m3i_fast.pipelines.threads import Placement

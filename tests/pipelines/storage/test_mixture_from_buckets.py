@@ -19,8 +19,8 @@ from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.dataset.manifest import read_manifest
 from m3i_fast.pipelines.dataset.pack import write_dataset
 from m3i_fast.pipelines.loader import Loader
-from m3i_fast.pipelines.mixture import MAX_ID, MixedData, read_described
-from m3i_fast.pipelines.open_data import open_data
+from m3i_fast.pipelines.opened.mixture import MAX_ID, MixedData, read_described
+from m3i_fast.pipelines.opened.open_data import open_data
 from m3i_fast.pipelines.sample_order import lanes
 from m3i_fast.pipelines.storage import clumps, remote
 from m3i_fast.pipelines.storage.objects import Bucket

@@ -13,7 +13,7 @@ import pytest
 from m3i_fast.config.data import LoaderConfig, ViewConfig
 from m3i_fast.pipelines.any_shape.batch import PackedBatch
 from m3i_fast.pipelines.any_shape.loader import PackedLoader
-from m3i_fast.pipelines.mixture import MAX_ID
+from m3i_fast.pipelines.opened.mixture import MAX_ID
 from m3i_fast.pipelines.storage.upload import push
 from tests.pipelines.storage.packed import write
 from tests.shared.pipelines.data import encode_image, pack, sample, smooth_picture, take

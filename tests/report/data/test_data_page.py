@@ -17,7 +17,7 @@ from m3i_fast.pipelines.dataset.columns import ColumnInfo
 from m3i_fast.pipelines.dataset.pack import write_dataset
 from m3i_fast.pipelines.dataset.samples import Sample
 from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
-from m3i_fast.pipelines.open_few import open_few
+from m3i_fast.pipelines.opened.open_few import open_few
 from m3i_fast.recipes import recipes
 from m3i_fast.report.data.gather import gather, pictures_of
 from m3i_fast.report.data.inputs import DataPageInputs

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from m3i_fast.pipelines.dataset.columns import Values, missing_values, moved
 from m3i_fast.pipelines.dataset.sample_table import ROW, Rows, SampleTable
-from m3i_fast.pipelines.mixture import MixedData
+from m3i_fast.pipelines.opened.mixture import MixedData
 from m3i_fast.pipelines.storage.shards import BucketReads, Shards
 
 NO_CLASS = -2  # of a label that its data set has no class for: refused as what it is

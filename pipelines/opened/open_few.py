@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from m3i_fast.config.data import LoaderConfig
 from m3i_fast.pipelines.dataset.files import DatasetFiles, check_sizes
 from m3i_fast.pipelines.dataset.sample_table import SampleTable
-from m3i_fast.pipelines.open_data import OpenSplit, open_data
+from m3i_fast.pipelines.opened.open_data import OpenSplit, open_data
 from m3i_fast.pipelines.storage.objects import Bucket
 from m3i_fast.pipelines.storage.remote import check_rows, described_in, shards_url
 from m3i_fast.pipelines.storage.remote_files import RemoteFiles

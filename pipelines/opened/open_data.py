@@ -11,8 +11,8 @@ from m3i_fast.config.data import LoaderConfig
 from m3i_fast.pipelines.dataset.directory import open_split
 from m3i_fast.pipelines.dataset.manifest import Manifest, SplitInfo
 from m3i_fast.pipelines.dataset.sample_table import SampleTable
-from m3i_fast.pipelines.mixed_table import MixedShards, MixedTable
-from m3i_fast.pipelines.mixture import MixedData
+from m3i_fast.pipelines.opened.mixed_table import MixedShards, MixedTable
+from m3i_fast.pipelines.opened.mixture import MixedData
 from m3i_fast.pipelines.sample_order.lanes import LaneOrder
 from m3i_fast.pipelines.sample_order.positions import ORDER_VERSION, Order
 from m3i_fast.pipelines.storage.objects import place_of
