@@ -36,8 +36,8 @@ def deal_cells(
         block=block,
         uniform=uniform,
     )
-    cells = [(part == image).nonzero()[:, 1] for image in range(num_images)]
-    return torch.stack(cells).view(num_images, len(part), num_own)
+    order = part.masked_fill(part == NOBODY, num_images).argsort(dim=1, stable=True)
+    return order[:, : num_images * num_own].unflatten(1, (num_images, num_own)).movedim(1, 0)
 
 
 def deal_grids(
