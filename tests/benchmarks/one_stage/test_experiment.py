@@ -20,7 +20,7 @@ from m3i_fast.pipelines.sources import earth, styles
 from m3i_fast.pipelines.sources.concepts import read_drawings
 from m3i_fast.pipelines.sources.earth_maps import COVERS, EarthMaps
 from tests.benchmarks.one_stage.test_plan import TREE, _commit, _git
-from tests.shared.pipelines.icons import disc, slug, write_icons
+from tests.shared.pipelines.icons import slug, write_icons
 
 pytestmark = pytest.mark.slow
 
@@ -29,7 +29,9 @@ pytestmark = pytest.mark.slow
 def maps() -> EarthMaps:
     """An Earth in squares of one land cover each, whose brightness tells it."""
     rng = np.random.default_rng(0)
-    cover = np.kron(rng.integers(len(COVERS), size=(90, 180)), np.ones((30, 30), int))
+    squares = rng.integers(len(COVERS), size=(90, 180))
+    squares[:, 60:] = 0  # water: a third of the Earth is enough
+    cover = np.kron(squares, np.ones((30, 30), int))
     return EarthMaps(
         picture=np.repeat(15 * cover[..., None], 3, 2).astype(np.uint8),
         cover=cover.astype(np.uint8),
@@ -41,9 +43,19 @@ def maps() -> EarthMaps:
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A second style to train on: discs whose colour tells the drawing."""
-    icons = {slug(d.caption): disc(f"#{d.sample_id:06x}") for d in read_drawings()}
+    """A second style to train on: four squares whose colours tell the drawing."""
+    icons = {slug(d.caption): _squares(d.sample_id) for d in read_drawings()}
     return write_icons(tmp_path_factory.mktemp("shapes"), icons)
+
+
+def _squares(seed: int) -> dict[str, str]:
+    colours = np.random.default_rng(seed).integers(1 << 24, size=4)
+    places = ((0, 0), (16, 0), (0, 16), (16, 16))
+    parts = [
+        f'<rect x="{x}" y="{y}" width="16" height="16" fill="#{colour:06x}"/>'
+        for (x, y), colour in zip(places, colours, strict=True)
+    ]
+    return {"body": "".join(parts)}
 
 
 def test_a_plan_is_packed_run_and_told(
@@ -76,8 +88,11 @@ def test_a_plan_is_packed_run_and_told(
         main([*here, "--pack", "--iconify", f"{shapes}"])
     main([*here, "--pack", "--iconify", f"{shapes}", "--countries", "none.json"])
     told = capsys.readouterr().out
-    digests = json.loads(told[told.index("{") :])
+    digests, end = json.JSONDecoder().raw_decode(told, told.index("{"))
     assert len(digests) == 8
+    splits = ("heldout_other_styles", "heldout_seen_style")
+    assert all(f"styles-fold-0, {split}: " in told[end:] for split in splits)
+    assert "earth-fold-0-tune, tune: " in told[end:]  # nothing leaks, and it is told
     with pytest.raises(ValueError, match=r"styles-fold-0-tune: expected the data set of the plan"):
         main(here)
     path.write_text(json.dumps({**tree, "data": digests}))
