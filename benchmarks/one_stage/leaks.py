@@ -57,8 +57,9 @@ def separation_of_styles(path: Path, *, nearer_than: float = NEARER_THAN) -> Ite
                 f"{path}: expected captions of {split} that no training picture has, got "
                 f"{len(shared)} of both, such as {some}"
             )
-        sizes = {"size": COMPARED_SIZE}
-        held_out = describe_held_out(_views(path, split, **sizes), _views(path, "train", **sizes))
+        held_out = describe_held_out(
+            _views(path, split, size=COMPARED_SIZE), _views(path, "train", size=COMPARED_SIZE)
+        )
         rows = held_out.rows("_hard" if split == OTHER_STYLES else "")
         nearest, place = held_out.distance[rows].min(0)
         if nearest < nearer_than:
@@ -78,8 +79,9 @@ def separation_of_earth(path: Path, masks: Path, *, tile: int = 64) -> Iterator[
     masks: tiles by part, named by their upper left corners. Raises ValueError for a caption that
     names a land cover, and for a measured tile with a training tile nearer than a tile's side.
     """
-    for split in read_manifest(path).splits:
-        if named := sorted({c for c in captions(path, split) if names_a_cover(c)}):
+    told = {split: captions(path, split) for split in read_manifest(path).splits}
+    for split, those in told.items():
+        if named := sorted(filter(names_a_cover, those)):
             raise ValueError(
                 f"{path}: expected captions of {split} that name no land cover, got {named[0]}"
             )
@@ -93,9 +95,8 @@ def separation_of_earth(path: Path, masks: Path, *, tile: int = 64) -> Iterator[
                 f"{masks}: expected tiles of {part} at least {tile} pixels from every training "
                 f"tile, got {nearest}"
             )
-        asked = captions(path, split)
         name = f"{path.name}, {split}"
-        yield Separation(name=name, num_captions=len(asked), nearest=nearest / tile)
+        yield Separation(name=name, num_captions=len(told[split]), nearest=nearest / tile)
 
 
 def captions(path: Path, split: str) -> set[str]:
