@@ -165,14 +165,15 @@ struct Places {
   }
 
   // An offset is split before it is added: the sum of fractions has one rounding error at most,
-  // however large the offset. One that is NaN is put outside, like those far away.
+  // however large the offset. One that is NaN is put outside, like those far away. Where the table
+  // is whole, an offset's fraction may round to 1 and is not carried, as above.
   Places(Values offset, Bits distance, Values table_fraction) {
     constexpr A kOutside = 2 * static_cast<A>(kFar);
     offset = offset < kOutside ? offset : broadcast<kLanes<A>>(kOutside);
     offset = offset > -kOutside ? offset : broadcast<kLanes<A>>(-kOutside);
     const Values below = floor_of<A, kLanes<A>>(offset);
     const Values sum = offset - below + table_fraction;
-    const Values carry = floor_of<A, kLanes<A>>(sum);  // 0 or 1
+    const Values carry = table_fraction > 0 ? floor_of<A, kLanes<A>>(sum) : Values{};  // 0 or 1
     fraction = sum - carry;
     whole = convert(below) + convert(carry) + distance;
   }

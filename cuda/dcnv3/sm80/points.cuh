@@ -195,13 +195,15 @@ __device__ inline A stretched(A offset, A scale) {
 
 // One coordinate: whole + fraction, valid where -1 < it < extent. The offset is split before
 // anything is added, and tested before it becomes an integer: NaN is not near, and is the fraction.
+// Where an offset is below a whole number by less than float32 can tell, the fraction is 1 and not
+// the next pixel's 0: the derivative is the left side's, as the CPU's kernels and float64 have it.
 template <class A>
 __device__ inline bool place(A offset, int base, int extent, int step, A step_fraction, int& whole,
                              A& fraction) {
   const bool near = offset > -kFar && offset < kFar;
   const A below = near ? floor_of(offset) : A(0);
   fraction = offset - below + step_fraction;
-  const bool carry = fraction >= 1;
+  const bool carry = fraction >= 1 && step_fraction > 0;
   if (carry) fraction -= 1;
   whole = static_cast<int>(below) + step + base + carry;
   return near && fraction >= 0 && whole < extent && (whole >= 0 || (whole == -1 && fraction > 0));

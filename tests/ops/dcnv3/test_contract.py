@@ -192,6 +192,31 @@ def test_a_sample_on_the_border_is_outside() -> None:
     assert torch.equal(grad_mask.flatten(), out.flatten())
 
 
+# By windows and without them (a stride), with whole pixels a step and with halves.
+KINKS = {
+    "whole": Config(group_size=8),
+    "strided": Config(stride=2),
+    "scaled": Config(offset_scale=2.0, softmax=True),
+    "half": Config(offset_scale=0.5, group_size=15),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("config", KINKS.values(), ids=KINKS.keys())
+def test_derivative_right_below_a_pixel_is_the_left_one(config: Config, dtype: torch.dtype) -> None:
+    """Where float32 rounds the fraction to 1, as float64, which does not round it, has it."""
+    (x, _, mask), grad_out = make(config, dtype)
+    below = torch.tensor([-(2.0**-27), -(2.0**-40), 0.0, -(2.0**-26)], dtype=dtype)
+    offset = below[torch.randint(4, (*mask.shape[:3], 2 * mask.shape[-1]))]
+    inputs = (x, offset, mask)
+    ours = results(dcnv3, inputs, grad_out, **config.options)[2]
+    inputs, grad_out = tuple(t.double() for t in inputs), grad_out.double()
+    exact = results(dcnv3, inputs, grad_out, **config.options)[2]
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    allowed = tolerance * exact.abs().max().item()
+    torch.testing.assert_close(ours.double(), exact, rtol=0, atol=allowed)
+
+
 # ---- Threads, types, memory ----------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ from m3i_fast.ops import dcnv3
 from tests.ops.dcnv3.test_contract import (  # noqa: F401  run here on the other kernel
     SMALL,
     test_a_sample_on_the_border_is_outside,
+    test_derivative_right_below_a_pixel_is_the_left_one,
     test_offsets_that_lead_far_outside_add_nothing,
     test_opcheck_of_other_types,
     test_points_outside_meet_no_infinity,
