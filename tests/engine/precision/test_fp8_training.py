@@ -103,17 +103,7 @@ def test_fp8_learns_as_bf16(train: Train, bf16: Curves, pytestconfig: pytest.Con
         assert found < MOST
 
 
-NIGHTLY = pytest.mark.nightly  # a run of minutes where a CPU's FP8 products are slow
-
-
-@pytest.mark.parametrize(
-    "role",
-    [
-        pytest.param("INPUT", marks=NIGHTLY),
-        pytest.param("WEIGHT", marks=NIGHTLY),
-        "GRAD_OUTPUT",
-    ],
-)
+@pytest.mark.parametrize("role", ["INPUT", "WEIGHT", "GRAD_OUTPUT"])
 def test_a_scale_wrong_by_a_factor_of_two_is_found(
     role: str, train: Train, bf16: Curves, monkeypatch: pytest.MonkeyPatch
 ) -> None:
