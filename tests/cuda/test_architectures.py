@@ -65,7 +65,7 @@ def test_compiled_code_is_of_every_generation(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["100", "120"])
+@pytest.mark.parametrize("architecture", [pytest.param("100", marks=pytest.mark.nightly), "120"])
 @pytest.mark.parametrize("source", sorted(CUDA.glob("*/sm*/*.cu")), ids=name_of)
 def test_kernels_compile_for_blackwell(source: Path, architecture: str, tmp_path: Path) -> None:
     """Without a warning, in the shared memory that they have on Ampere, and hardly spilling.

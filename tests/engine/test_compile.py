@@ -40,11 +40,20 @@ def _losses(run: Path) -> list[dict[str, float]]:
     ]
 
 
+RUNS = (("demo", False), ("demo_internimage", False), ("demo", True), ("demo_cappa", False))
+SLOW, NIGHTLY = [pytest.mark.slow], [pytest.mark.slow, pytest.mark.nightly]
+
+
 @pytest.mark.parametrize(
-    ("name", "freeze"),
-    [("demo", False), ("demo_internimage", False), ("demo", True), ("demo_cappa", False)],
+    ("name", "freeze", "backend"),
+    [
+        *((*run, "aot_eager") for run in RUNS),
+        *(
+            pytest.param(*run, "inductor", marks=NIGHTLY if "internimage" in run[0] else SLOW)
+            for run in RUNS
+        ),
+    ],
 )
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_blocks_train_as_eager_ones(
     name: str,
     freeze: bool,

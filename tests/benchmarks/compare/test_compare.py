@@ -203,7 +203,7 @@ def test_no_commit_is_refused() -> None:
         pass
 
 
-@pytest.mark.slow  # compiles the other commit
+@pytest.mark.nightly  # compiles the other commit
 def test_another_commit_is_built_measured_and_gone() -> None:
     before = _worktrees()
     command = "compare gaussian --against HEAD --pairs 1 --samples 10 --threshold 3"

@@ -21,7 +21,7 @@ def campaign(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Campaign]:
 
 @pytest.mark.slow
 def test_runs_recover_from_every_fault(campaign: Campaign) -> None:
-    trials = plan(campaign, kills=3, writes=3)
+    trials = plan(campaign, kills=2, writes=1)
     found = carry_out(campaign, trials, jobs=1)
     assert len(found) == len(trials) >= 15
     bad = [v for v in found if not (v.recovered and v.weights_equal)]

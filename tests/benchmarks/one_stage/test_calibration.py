@@ -22,6 +22,7 @@ ARMS = ("m3i", "siameseim", "category + caption", "slip", "two stages")
 LINEAR = Design(seed=5.9, cluster=17.0, rest=47.4, clusters_a_fold=168)
 PATCHES = Design(seed=0.7, cluster=7.7, rest=9.9, clusters_a_fold=168)
 NO_SEEDS = Design(seed=0.0, cluster=17.0, rest=47.4, clusters_a_fold=168)
+MORE_SEEDS = pytest.param(3, marks=pytest.mark.nightly)  # a fold; the first plan has one
 
 
 def _band(share: float, num: int) -> float:
@@ -125,7 +126,7 @@ def test_intervals_cover_in_a_few_experiments(design: Design) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seeds_a_fold", [1, 3])
+@pytest.mark.parametrize("seeds_a_fold", [1, MORE_SEEDS])
 @pytest.mark.parametrize("design", [LINEAR, PATCHES], ids=["linear", "patches"])
 def test_intervals_cover_as_often_as_they_say(design: Design, seeds_a_fold: int) -> None:
     each = design.longer(seeds_a_fold)
@@ -165,7 +166,7 @@ def test_an_arm_that_varies_more_than_the_others_is_covered_less_often() -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seeds_a_fold", [1, 3])
+@pytest.mark.parametrize("seeds_a_fold", [1, MORE_SEEDS])
 def test_intervals_of_mean_iou_cover(seeds_a_fold: int) -> None:
     """Five arms that are alike, so that the true differences of a ratio are known: 0."""
     design = Design(seed=0.1, cluster=0.3, rest=0.3, clusters_a_fold=50, seeds_a_fold=seeds_a_fold)

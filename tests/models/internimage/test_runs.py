@@ -30,8 +30,17 @@ def seeded(cfg: InternImageConfig) -> InternImage:
     return model
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("cfg", [TINY, SMALL_H], ids=["plain", "h"])
+@pytest.mark.parametrize(
+    ("cfg", "backend"),
+    [
+        pytest.param(TINY, "aot_eager", id="plain-aot_eager"),
+        pytest.param(SMALL_H, "aot_eager", id="h-aot_eager"),
+        pytest.param(TINY, "inductor", id="plain-inductor", marks=pytest.mark.slow),
+        pytest.param(
+            SMALL_H, "inductor", id="h-inductor", marks=[pytest.mark.slow, pytest.mark.nightly]
+        ),
+    ],
+)
 def test_compiles_whole_without_graph_breaks(cfg: InternImageConfig, backend: str) -> None:
     model = seeded(replace(cfg, depths=(1, 1, 3, 1))).eval()
     images = seeded_images(32, 32)
