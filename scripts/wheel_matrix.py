@@ -156,7 +156,7 @@ def make_environment(case: Case, where: Path) -> Path:
 
 def pip(python: Path, *arguments: str, cuda: bool) -> None:
     """Run `pip install`; for CUDA's torch without the machine's own folders of CPU builds."""
-    options = ["--quiet", "--disable-pip-version-check"]
+    options = ["--quiet", "--disable-pip-version-check", "--no-compile"]
     plain = {"PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": "", "PIP_CONSTRAINT": ""}
     command = [str(python), "-m", "pip", "install", *options, *arguments]
     print("+ pip install", *arguments, flush=True)
