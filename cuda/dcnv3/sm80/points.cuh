@@ -204,7 +204,7 @@ __device__ inline bool place(A offset, int base, int extent, int step, A step_fr
   const A below = near ? floor_of(offset) : A(0);
   fraction = offset - below + step_fraction;
   const bool carry = fraction >= 1 && step_fraction > 0;
-  if (carry) fraction -= 1;
+  fraction -= carry ? A(1) : A(0);  // a branch takes more registers
   whole = static_cast<int>(below) + step + base + carry;
   return near && fraction >= 0 && whole < extent && (whole >= 0 || (whole == -1 && fraction > 0));
 }
