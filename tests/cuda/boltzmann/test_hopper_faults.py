@@ -10,7 +10,7 @@ import torch
 
 from tests.cuda.boltzmann.source import limit_blocks, shrink
 from tests.shared.cuda import emulator
-from tests.shared.cuda.fault import Fault
+from tests.shared.cuda.fault import Fault, a_third_by_day
 from tests.shared.ops.boltzmann_kernel_cases import make
 
 DEADLOCK = r"deadlock: no thread of the cluster can go on.*"
@@ -136,7 +136,13 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
+def test_every_fault_is_of_a_line_that_is_there_once() -> None:
+    """Also one that is planted by night."""
+    for fault in FAULTS.values():
+        fault.planted((emulator.CUDA / "boltzmann" / fault.source).read_text())
+
+
+@pytest.mark.parametrize("fault", a_third_by_day(FAULTS))
 def test_planted_fault_is_reported(fault: Fault, tmp_path: Path) -> None:
     """Six steps go round the ring of four stages; one cluster takes all tiles."""
     folder = tmp_path / "boltzmann"

@@ -11,7 +11,7 @@ import torch
 from m3i_fast.ops.library import m3i
 from tests.cuda.boltzmann.source import shrink
 from tests.shared.cuda import emulator
-from tests.shared.cuda.fault import Fault
+from tests.shared.cuda.fault import Fault, a_third_by_day
 
 FAULTS = {
     "a row too many": Fault(
@@ -68,7 +68,13 @@ def run(launcher: str) -> None:
         m3i.boltzmann_scale.default(one, None, None, *grads, one, one, torch.bfloat16)
 
 
-@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
+def test_every_fault_is_of_a_line_that_is_there_once() -> None:
+    """Also one that is planted by night."""
+    for fault in FAULTS.values():
+        fault.planted((emulator.CUDA / "boltzmann" / fault.source).read_text())
+
+
+@pytest.mark.parametrize("fault", a_third_by_day(FAULTS))
 def test_planted_fault_is_reported(fault: Fault, tmp_path: Path) -> None:
     folder = tmp_path / "boltzmann"
     shutil.copytree(emulator.CUDA / "boltzmann", folder)

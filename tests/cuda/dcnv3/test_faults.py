@@ -12,7 +12,7 @@ import torch
 
 from m3i_fast.ops import dcnv3
 from tests.shared.cuda.emulator import CUDA, emulated
-from tests.shared.cuda.fault import Fault
+from tests.shared.cuda.fault import Fault, a_third_by_day
 from tests.shared.ops.dcnv3_cases import Config, assert_right, make
 
 KINDS = ("out of bounds by one", "missing barrier", "unwritten shared memory", "racing write")
@@ -217,7 +217,15 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("fault", FAULTS.values(), ids=[" ".join(key) for key in FAULTS])
+def test_every_fault_is_of_a_line_that_is_there_once() -> None:
+    """Also one that is planted by night."""
+    for fault in FAULTS.values():
+        fault.planted((CUDA / "dcnv3" / fault.source).read_text())
+
+
+@pytest.mark.parametrize(
+    "fault", a_third_by_day({" ".join(key): fault for key, fault in FAULTS.items()})
+)
 def test_planted_fault_is_reported(fault: Fault, folder: Path) -> None:
     fault.plant(folder / fault.source)
     with (

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +20,17 @@ class Fault:
     launcher: str
     report: str
 
-    def plant(self, path: Path) -> None:
-        text = path.read_text()
+    def planted(self, text: str) -> str:
         assert text.count(self.before) == 1, f"{text.count(self.before)} times: {self.before}"
-        path.write_text(text.replace(self.before, self.after))
+        return text.replace(self.before, self.after)
+
+    def plant(self, path: Path) -> None:
+        path.write_text(self.planted(path.read_text()))
+
+
+def a_third_by_day(faults: Mapping[str, Fault]) -> list[Any]:
+    """Parameters of a test that builds a kernel for each: all but every third are nightly."""
+    return [
+        pytest.param(fault, id=name, marks=[pytest.mark.nightly] if number % 3 else [])
+        for number, (name, fault) in enumerate(faults.items())
+    ]
