@@ -200,7 +200,7 @@ def test_the_image_is_made_of_what_is_there() -> None:
         assert f"runAsUser: {users[-1]}\n" in (LAUNCH / "kubernetes" / f"{name}.yaml").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_what_the_image_copies_is_enough_to_build(tmp_path: Path) -> None:
     """Its last pip command, without CUDA, in a folder with its files and nothing else."""
     lines, source = _image(), tmp_path / "src"

@@ -137,6 +137,7 @@ def test_a_preempted_job_saves_and_goes_on(
     expect_went_on(out, undisturbed)
 
 
+@pytest.mark.nightly  # a minute until Slurm misses it
 def test_a_job_whose_node_falls_silent_goes_on_from_the_last_checkpoint(
     cluster: Cluster, config: Path, undisturbed: Path, tmp_path: Path
 ) -> None:

@@ -22,7 +22,6 @@ ARMS = ("m3i", "siameseim", "category + caption", "slip", "two stages")
 LINEAR = Design(seed=5.9, cluster=17.0, rest=47.4, clusters_a_fold=168)
 PATCHES = Design(seed=0.7, cluster=7.7, rest=9.9, clusters_a_fold=168)
 NO_SEEDS = Design(seed=0.0, cluster=17.0, rest=47.4, clusters_a_fold=168)
-MORE_SEEDS = pytest.param(3, marks=pytest.mark.nightly)  # a fold; the first plan has one
 
 
 def _band(share: float, num: int) -> float:
@@ -125,8 +124,8 @@ def test_intervals_cover_in_a_few_experiments(design: Design) -> None:
     assert covered == pytest.approx(0.95, abs=_band(0.95, 250))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seeds_a_fold", [1, MORE_SEEDS])
+@pytest.mark.nightly
+@pytest.mark.parametrize("seeds_a_fold", [1, 3])
 @pytest.mark.parametrize("design", [LINEAR, PATCHES], ids=["linear", "patches"])
 def test_intervals_cover_as_often_as_they_say(design: Design, seeds_a_fold: int) -> None:
     each = design.longer(seeds_a_fold)
@@ -143,13 +142,13 @@ def test_one_rival_is_beaten_by_luck_no_more_often_than_said() -> None:
     assert holds <= 0.025 + _band(0.025, 3000)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_intervals_are_wide_where_seeds_make_no_variance() -> None:
     covered, _, _ = _rates(NO_SEEDS, np.zeros(5), 2000)
     assert 0.95 - _band(0.95, 2000) <= covered <= 0.98
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_an_arm_that_varies_more_than_the_others_is_covered_less_often() -> None:
     """Runs' variance is pooled over arms, which the module says the price of."""
 
@@ -165,8 +164,8 @@ def test_an_arm_that_varies_more_than_the_others_is_covered_less_often() -> None
     assert holds <= 0.025
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seeds_a_fold", [1, MORE_SEEDS])
+@pytest.mark.nightly
+@pytest.mark.parametrize("seeds_a_fold", [1, 3])
 def test_intervals_of_mean_iou_cover(seeds_a_fold: int) -> None:
     """Five arms that are alike, so that the true differences of a ratio are known: 0."""
     design = Design(seed=0.1, cluster=0.3, rest=0.3, clusters_a_fold=50, seeds_a_fold=seeds_a_fold)

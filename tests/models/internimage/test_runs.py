@@ -35,10 +35,8 @@ def seeded(cfg: InternImageConfig) -> InternImage:
     [
         pytest.param(TINY, "aot_eager", id="plain-aot_eager"),
         pytest.param(SMALL_H, "aot_eager", id="h-aot_eager"),
-        pytest.param(TINY, "inductor", id="plain-inductor", marks=pytest.mark.slow),
-        pytest.param(
-            SMALL_H, "inductor", id="h-inductor", marks=[pytest.mark.slow, pytest.mark.nightly]
-        ),
+        pytest.param(TINY, "inductor", id="plain-inductor", marks=pytest.mark.nightly),
+        pytest.param(SMALL_H, "inductor", id="h-inductor", marks=pytest.mark.nightly),
     ],
 )
 def test_compiles_whole_without_graph_breaks(cfg: InternImageConfig, backend: str) -> None:
