@@ -61,5 +61,12 @@ def test_no_optimum_is_an_error() -> None:
     features, labels = _wine()
     with pytest.raises(ValueError, match="l2: expected > 0"):
         fit_linear(features, labels, l2=0.0)
-    with pytest.raises(RuntimeError, match="stopped after 2 iterations"):
+    with pytest.raises(RuntimeError, match="stopped after 8 iterations"):
         fit_linear(features, labels, l2=0.001, max_iterations=2)
+
+
+def test_a_fit_that_one_round_does_not_end_goes_on() -> None:
+    features, labels = _wine()
+    whole = fit_linear(features, labels, l2=0.001)
+    rounds = fit_linear(features, labels, l2=0.001, max_iterations=20)
+    torch.testing.assert_close(rounds.weight, whole.weight, rtol=0, atol=1e-3)
