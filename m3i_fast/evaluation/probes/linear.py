@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TOLERANCE = 1e-6  # of the gradient; below it the line search measures only rounding
-ROUNDS = 4  # of L-BFGS at most; features with classes that hardly differ need a second one
+ROUNDS = 4  # of L-BFGS at most; what ends in the first has the bits of a single one
 
 
 @dataclass(frozen=True, slots=True)
