@@ -48,12 +48,14 @@ def watch_files() -> None:
 def data_files(package: Path) -> list[str]:
     """Return the files beside the code that were opened; raise where one of them is missing.
 
-    A file that code looks for beside the package, where a checkout has it, counts as missing.
+    A file that code looks for beside the package, where a checkout has it, counts as missing. What
+    Python writes into __pycache__ and renames is not the package's.
     """
     site = package.parent
     mine = [site / name for name in ("m3i_fast", "cuda", "docs", "scripts", "build", "launch")]
     paths = {Path(name) for name in _opened if not name.endswith(CODE)}
     paths = {path for path in paths if any(path.is_relative_to(folder) for folder in mine)}
+    paths = {path for path in paths if path.parent.name != "__pycache__"}
     if missing := sorted(str(path) for path in paths if not path.is_file()):
         raise FileNotFoundError(f"opened by the package, and not in the wheel: {missing}")
     return sorted(path.relative_to(site).as_posix() for path in paths)
