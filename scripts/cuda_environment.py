@@ -58,8 +58,8 @@ def site_packages() -> Path:
 def pip(*arguments: str) -> None:
     """Run pip in the environment: torch with CUDA, whatever pip's own settings prefer here."""
     os.environ.update({"PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": "", "PIP_CONSTRAINT": ""})
-    options = ("--quiet", "--disable-pip-version-check", "--no-compile")
-    install.run(PYTHON, "-m", "pip", "install", *options, "--constraint", CONSTRAINTS, *arguments)
+    options = ("--quiet", "--disable-pip-version-check", "--constraint", str(CONSTRAINTS))
+    install.run(PYTHON, "-m", "pip", "install", *options, *arguments)
 
 
 def name_toolkit() -> None:

@@ -113,11 +113,8 @@ def run(*command: str | Path) -> None:
 
 
 def pip_install(*arguments: str) -> None:
-    """Install by pip into the venv, with the tested versions as constraints.
-
-    A module is compiled when it is first imported: most of 640 MB never are.
-    """
-    run(PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile",
+    """Install by pip into the venv, with the tested versions as constraints."""
+    run(PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
         "--constraint", "constraints.txt", *arguments)  # fmt: skip
 
 
