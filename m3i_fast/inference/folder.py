@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.config.objective.targets import LABELS
+from m3i_fast.config.objective.targets import ANSWERS
 from m3i_fast.durable_files import created_whole
 from m3i_fast.export.weight_files import WEIGHTS, write_weights
 from m3i_fast.inference.loading import PREFIXES, data_record, find_weights
 
 
 def save_folder(run: Path, out: Path, *, data: Path | None = None) -> None:
-    """Write the encoder, its moving average and the heads of labels of a run to a new folder.
+    """Write the encoder, its moving average and the heads of annotations of a run to a new folder.
 
     run, data: as `load` takes them. After an error there is no folder. Raises as `load`, ValueError
     where a run of an older version lacks its data, and FileExistsError.
@@ -20,7 +20,7 @@ def save_folder(run: Path, out: Path, *, data: Path | None = None) -> None:
     stored = find_weights(run)
     cfg = TrainConfig.load(stored.directory / "config.json")
     record = data_record(stored, cfg, data)
-    terms = [term.name for term in cfg.objective.active_terms if term.target in LABELS]
+    terms = [term.name for term in cfg.objective.active_terms if term.target in ANSWERS]
     prefixes = (*PREFIXES.values(), *(f"terms.{name}." for name in terms))
     with created_whole(out) as folder:
         write_weights(folder / WEIGHTS, stored.weights.read(prefixes))

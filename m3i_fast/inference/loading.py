@@ -1,4 +1,4 @@
-"""Loads the model of a run for use: the encoder and the heads of labels, and nothing else of it.
+"""Loads the model of a run for use: the encoder and the heads of annotations, no more of it.
 
 Decoders, prototypes, teachers and moments are neither built nor read.
 """
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.config.objective.targets import LABELS
+from m3i_fast.config.objective.targets import ANSWERS
 from m3i_fast.engine.checkpoint.checkpoints import Checkpoint, latest
 from m3i_fast.engine.checkpoint.shard_files import Shards
 from m3i_fast.engine.precision.arithmetic import compute_dtype, resolve_device
@@ -34,7 +34,15 @@ from m3i_fast.inference.model import Model
 from m3i_fast.inference.transform import Transform
 from m3i_fast.models.image_encoder import build_encoder
 from m3i_fast.models.transformer.layers import reset
-from m3i_fast.objectives.terms import Caption, Category, Sizes, TermModule, build_term
+from m3i_fast.objectives.terms import (
+    Caption,
+    Category,
+    Labels,
+    Numbers,
+    Sizes,
+    TermModule,
+    build_term,
+)
 from m3i_fast.pipelines.opened.mixture import MixedData, read_described
 
 if TYPE_CHECKING:
@@ -102,15 +110,17 @@ def load(
 
     with torch.device("meta"):
         encoder = build_encoder(cfg.vision)
-        terms = _label_terms(cfg) if which == "trained" else {}
+        terms = _answering_terms(cfg) if which == "trained" else {}
     parts = {f"terms.{name}.": term for name, term in terms.items()}
     _read(stored.weights, {PREFIXES[which]: encoder, **parts})
     captions = [term for term in terms.values() if isinstance(term, Caption)]
-    categories = [term for term in terms.values() if isinstance(term, Category)]
+    others = [term for term in terms.values() if isinstance(term, Category | Labels | Numbers)]
+    categories = [term for term in others if isinstance(term, Category) and not term.term.column]
     model = Model(
         encoder=encoder,
         caption=captions[0] if captions else None,
         category=categories[0] if categories else None,
+        columns=[term for term in others if term.term.column],
         transform=Transform(preprocessing),
         compute_dtype=dtype or compute_dtype(cfg.precision, target),
         without_heads=_without_heads(directory, which),
@@ -156,8 +166,8 @@ def _expect_choices(run: Path, cfg: TrainConfig, which: str, dtype: torch.dtype 
         raise ValueError(f"dtype: expected torch.float32, torch.bfloat16 or None, got {dtype}")
 
 
-def _label_terms(cfg: TrainConfig) -> dict[str, TermModule]:
-    """Build the terms of captions and categories, whose heads embed pictures, by name."""
+def _answering_terms(cfg: TrainConfig) -> dict[str, TermModule]:
+    """Build the terms whose heads answer for a picture by themselves, by name."""
     sizes = Sizes(
         vision=cfg.vision,
         text=cfg.text,
@@ -169,7 +179,7 @@ def _label_terms(cfg: TrainConfig) -> dict[str, TermModule]:
     return {
         term.name: build_term(term, cfg.objective, sizes)
         for term in cfg.objective.active_terms
-        if term.target in LABELS and (not term.column or term.target == "caption")
+        if term.target in ANSWERS
     }
 
 

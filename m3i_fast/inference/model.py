@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +19,15 @@ from m3i_fast.engine.run.data_record import DataRecord
 from m3i_fast.inference.transform import Transform, normalise
 from m3i_fast.models.internimage.model import InternImage
 from m3i_fast.models.transformer.vit import ViT
-from m3i_fast.objectives.terms import Caption, Category
+from m3i_fast.objectives.terms import Caption, Category, Labels, Numbers
 from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     Pictures = Image | Tensor | Sequence[Image | Tensor]
+
+ColumnHead: TypeAlias = Category | Labels | Numbers
 
 
 class Model(nn.Module):
@@ -46,17 +48,21 @@ class Model(nn.Module):
         encoder: ViT | InternImage,
         caption: Caption | None,
         category: Category | None,
+        columns: Sequence[ColumnHead],
         transform: Transform,
         compute_dtype: torch.dtype,
         without_heads: str,
         read_record: Callable[[], DataRecord],
     ) -> None:
-        """without_heads: why a head is missing, for errors.
+        """columns: the heads of named columns, each of which gives its name as `term.column`.
+
+        without_heads: why a head is missing, for errors.
 
         read_record: returns the run's record of its data, when it is first asked for.
         """
         super().__init__()
         self.encoder, self.caption, self.category = encoder, caption, category
+        self.columns = nn.ModuleList(columns)
         self.transform, self.compute_dtype = transform, compute_dtype
         self._without_heads, self._read_record = without_heads, read_record
 
@@ -66,6 +72,22 @@ class Model(nn.Module):
     def class_names(self) -> tuple[str, ...]:
         """Return the names of the categories in the order of `classify`'s logits."""
         return self._record.class_names
+
+    @property
+    def column_names(self) -> dict[str, tuple[str, ...]]:
+        """Return the names of the outputs of each named column that has a head, by its own name.
+
+        Those of a class or of labels are of `classify`'s logits, those of numbers of
+        `predict_numbers`. Raises ValueError where the run has no record of them.
+        """
+        names = {column.name: column.names for column in self._record.columns}
+        heads = self._column_heads
+        if missing := sorted(heads.keys() - names.keys()):
+            raise ValueError(
+                f"data.json: expected the names of the columns {', '.join(missing)}, got those of "
+                f"{', '.join(names) or 'none'}"
+            )
+        return {name: names[name] for name in heads}
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -130,16 +152,40 @@ class Model(nn.Module):
             embedded = head.project_captions(token_ids, self._num_tokens(token_ids))
         return F.normalize(embedded, dim=-1) if normalize else embedded
 
-    def classify(self, pictures: Pictures) -> Tensor:  # -> [B, K] fp32
-        """Return the logits of `class_names`, whose softmax the category term trained.
+    def classify(self, pictures: Pictures, column: str = "") -> Tensor:  # -> [B, K] fp32
+        """Return the logits of a picture's classes or labels.
 
-        Raises ValueError where the model has no category head.
+        column: a named column of the data, of a class or of labels, which `column_names` names the
+            outputs of; empty: the class, whose names are `class_names`.
+
+        A softmax over classes was trained, and a sigmoid of each label by itself. Raises ValueError
+        where the model has no such head.
         """
-        if self.category is None:
-            raise ValueError(f"classify: expected a category head, got none: {self._without_heads}")
-        with self._arithmetic():
-            cells = self.encoder.encode_cells(self._images(pictures))
-            return self.category.logits(self.encoder.summarise(cells))
+        if not column:
+            if self.category is None:
+                raise ValueError(f"classify: {self._no_head('a category head')}")
+            return self._answer(pictures, self.category.logits)
+        head = self._column(column)
+        if isinstance(head, Numbers):
+            raise ValueError(
+                f"classify: column: expected a class or labels, got {column!r}, whose numbers "
+                "predict_numbers(pictures, column) gives"
+            )
+        return self._answer(pictures, head.logits)
+
+    def predict_numbers(self, pictures: Pictures, column: str) -> Tensor:  # -> [B, K] fp32
+        """Predict the numbers of a column for each picture, in the units that the data have.
+
+        column: a named column of numbers, which `column_names` names the outputs of. Raises
+        ValueError where the model has no such head.
+        """
+        head = self._column(column)
+        if not isinstance(head, Numbers):
+            raise ValueError(
+                f"predict_numbers: column: expected one of numbers, got {column!r}, whose logits "
+                "classify(pictures, column) gives"
+            )
+        return self._answer(pictures, head.predict)
 
     # ---- Features, as timm -----------------------------------------------------------------------
 
@@ -171,10 +217,30 @@ class Model(nn.Module):
     def _caption(self) -> Caption:
         if self.caption is None:
             raise ValueError(
-                f"expected a caption head, got none: {self._without_heads}; the model itself, "
-                "called on pictures, returns a vector of features each"
+                f"{self._no_head('a caption head')}; the model itself, called on pictures, returns "
+                "a vector of features each"
             )
         return self.caption
+
+    @property
+    def _column_heads(self) -> dict[str, ColumnHead]:
+        return {head.term.column: head for head in cast("list[ColumnHead]", self.columns)}
+
+    def _column(self, name: str) -> ColumnHead:
+        if name not in self._column_heads:
+            raise ValueError(f"column: {self._no_head(f'a head of {name!r}')}")
+        return self._column_heads[name]
+
+    def _no_head(self, wanted: str) -> str:
+        """Say which head is missing, and which columns have one."""
+        there = f"heads of the columns {', '.join(self._column_heads)} alone"
+        got = there if self.columns else f"none: {self._without_heads}"
+        return f"expected {wanted}, got {got}"
+
+    def _answer(self, pictures: Pictures, head: Callable[[Tensor], Tensor]) -> Tensor:
+        with self._arithmetic():
+            cells = self.encoder.encode_cells(self._images(pictures))
+            return head(self.encoder.summarise(cells))
 
     def _images(self, pictures: Pictures) -> Tensor:  # -> [B, 3, H, W] normalised
         if not isinstance(pictures, Tensor | Sequence):

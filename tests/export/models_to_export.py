@@ -82,6 +82,7 @@ def make_model(architecture: str) -> m3i_fast.Model:
         encoder=encoder,
         caption=None,
         category=None,
+        columns=[],
         transform=Transform(made),
         compute_dtype=torch.float32,
         without_heads="it never had any",

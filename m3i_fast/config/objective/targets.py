@@ -61,6 +61,8 @@ _TERMS = "m3i_fast.objectives.terms"
 _COUNTS = "m3i_fast.costs.objective_flops"
 LABELS = ("category", "caption")
 """Targets in whose space a term's head embeds pictures."""
+ANSWERS = (*LABELS, "labels", "numbers")
+"""Targets that a term's head alone answers for a picture, once it is trained."""
 ENCODERS = ("momentum", "shared", "frozen")
 """Encoders of targets that are features of a view as a whole."""
 

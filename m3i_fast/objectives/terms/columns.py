@@ -27,6 +27,10 @@ class Labels(Annotation):
         self.num_labels = count
         self.head = GlobalHead(sizes.vision.summary_dim, cfg.head_hidden_dim, count)
 
+    def logits(self, summary: Tensor) -> Tensor:  # [I, s, P] -> [I, L] fp32
+        """Return the logits of the labels of images by their summaries, each a sigmoid's own."""
+        return wide(self.head(summary))
+
     def forward(self, step: StepContext, monitor: Monitor | None) -> tuple[Tensor, Tensor | int]:
         ids = step.per_row(step.batch.columns[self.term.column])  # [N, M]
         members = ids[:, 0] != NO_LABELS
