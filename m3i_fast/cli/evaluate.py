@@ -17,7 +17,7 @@ from rich.table import Table
 from m3i_fast.cli import console
 from m3i_fast.config.data import CACHE_DIR
 from m3i_fast.config.fields import BATCHES, check_fields
-from m3i_fast.report.verdict import SOURCES, Judgement, judge, judge_more
+from m3i_fast.report.evaluations.verdict import SOURCES, Judgement, judge, judge_more
 from m3i_fast.terminal import make_console
 
 if TYPE_CHECKING:  # torch takes seconds: help and refusals come before it

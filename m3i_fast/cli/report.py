@@ -73,8 +73,8 @@ def write(command: ReportCommand, out: Path, *, beside_untrained: bool = False) 
     from m3i_fast.engine.run.status import status_of
     from m3i_fast.observe.metrics import last_step
     from m3i_fast.report.evaluations.files import evaluations_of
-    from m3i_fast.report.run_inputs import gather
-    from m3i_fast.report.run_page import write_report
+    from m3i_fast.report.run.gather import gather
+    from m3i_fast.report.run.page import write_report
 
     run = command.run
     cfg = TrainConfig.load(run / "config.json")
@@ -117,7 +117,7 @@ def _encoders(run: Path, device: str) -> tuple[Any, tuple[str, ...]]:
     import torch
 
     from m3i_fast.inference.loading import load
-    from m3i_fast.report.run_inputs import ShownEncoder
+    from m3i_fast.report.run.gather import ShownEncoder
 
     try:
         model = load(run, device=device, dtype=torch.float32)
@@ -140,7 +140,7 @@ def _untrained(cfg: TrainConfig) -> Any:
     """Return the encoder that a run started from, with its caption head, on the CPU."""
     from m3i_fast.engine.evaluator import build_untrained
     from m3i_fast.objectives.terms import Caption
-    from m3i_fast.report.run_inputs import ShownEncoder
+    from m3i_fast.report.run.gather import ShownEncoder
 
     objective = build_untrained(replace(cfg, device="cpu"))
     captions = objective.terms_of(Caption)

@@ -12,7 +12,7 @@ from m3i_fast.cli.demo import set_aside
 from m3i_fast.engine.run.lock import RunLock
 from m3i_fast.pipelines.sources import openmoji
 from m3i_fast.recipes import DEMO_MERGES, demo
-from m3i_fast.report.verdict import SOURCES
+from m3i_fast.report.evaluations.verdict import SOURCES
 from tests.shared.chromium import check_page, skip_reason
 
 MEASURES = (

@@ -17,7 +17,7 @@ from m3i_fast.engine.run.lock import RunLock
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.pipelines.dataset.manifest import read_manifest
 from m3i_fast.recipes import recipes, shrink
-from m3i_fast.report import run_inputs
+from m3i_fast.report.run import gather
 from tests.shared.chromium import check_page, skip_reason
 
 TEXT = TextConfig(vocab_size=814, context_length=24, dim=32, depth=1, num_heads=2, embed_dim=32)
@@ -95,14 +95,14 @@ def test_no_more_pictures_are_encoded_than_asked_for(
     most: int, batch: int, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cfg = TrainConfig.load(run / "config.json")
-    monkeypatch.setattr(run_inputs, "_BATCH", batch)
-    shown = run_inputs.ShownEncoder(encoder=load_objective(run, cfg).encoder)
+    monkeypatch.setattr(gather, "_BATCH", batch)
+    shown = gather.ShownEncoder(encoder=load_objective(run, cfg).encoder)
     manifest = read_manifest(cfg.data.path)
-    held = run_inputs._embed(cfg, cfg.data, "heldout", manifest, {"trained": shown}, most)
+    held = gather._embed(cfg, cfg.data, "heldout", manifest, {"trained": shown}, most)
     number = min(most, manifest.splits["heldout"].num_groups)
     assert len(held.views) == len(held.captions) == len(held.label) == number
     assert len(held.features["trained"]) == number
-    assert len(held.tokens["trained"]) == min(number, run_inputs.NUM_PCA)
+    assert len(held.tokens["trained"]) == min(number, gather.NUM_PCA)
 
 
 @pytest.mark.parametrize("name", OTHERS)

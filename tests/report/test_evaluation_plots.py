@@ -9,7 +9,7 @@ from sklearn import metrics
 from sklearn.calibration import calibration_curve
 
 from m3i_fast.evaluation.rows.calibration import NUM_BINS
-from m3i_fast.report.evaluation_plots import (
+from m3i_fast.report.evaluations.plots import (
     MOST_CLASSES,
     REST,
     RIGHT,

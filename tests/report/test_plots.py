@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plotly.offline import get_plotlyjs
 
-from m3i_fast.report.curves import (
+from m3i_fast.report.evaluations.verdict import judge
+from m3i_fast.report.panels import Panel, plotly_source
+from m3i_fast.report.run.curves import (
     MAX_BINS,
     curve,
     curves,
@@ -20,9 +22,7 @@ from m3i_fast.report.curves import (
     time_shares,
     what_bounds,
 )
-from m3i_fast.report.panels import Panel, plotly_source
-from m3i_fast.report.plots import bars, recall_curve
-from m3i_fast.report.verdict import judge
+from m3i_fast.report.run.figures import bars, recall_curve
 from tests.report.sample_run import columns
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from m3i_fast.observe.collapse import healthy_range
-from m3i_fast.report.run_page import MixedPair, ReportInputs, write_report
+from m3i_fast.report.run.page import MixedPair, ReportInputs, write_report
 from tests.report import sample_run
 from tests.shared.chromium import check_page, skip_reason
 

@@ -1,6 +1,6 @@
 import pytest
 
-from m3i_fast.report.verdict import judge, judge_more, points, summary, tiles
+from m3i_fast.report.evaluations.verdict import judge, judge_more, points, summary, tiles
 
 
 def _interval(low: float, high: float) -> dict[str, float]:

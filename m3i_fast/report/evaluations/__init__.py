@@ -1,1 +1,1 @@
-"""The page of `m3i-fast evaluate MODEL --data DIR`, drawn from the files that it left."""
+"""What an evaluation found, drawn and in words; the page of one on pictures of a user's own."""

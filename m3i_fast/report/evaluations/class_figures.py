@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from m3i_fast.report.evaluation_plots import confusion_matrix, reliability_diagram
+from m3i_fast.report.evaluations.plots import confusion_matrix, reliability_diagram
 from m3i_fast.report.inputs import DataEvaluation
 from m3i_fast.report.panels import Panel
 

@@ -14,11 +14,11 @@ from m3i_fast.durable_files import write_atomically
 from m3i_fast.report import template
 from m3i_fast.report.evaluations.class_figures import class_figures
 from m3i_fast.report.evaluations.examples import patch_cards, retrieval_sides, short_names
+from m3i_fast.report.evaluations.verdict import Tile, percent, points
 from m3i_fast.report.inputs import DataEvaluation
 from m3i_fast.report.panels import Panel, plotly_source
 from m3i_fast.report.sample_card import printable
 from m3i_fast.report.settings_list import flat
-from m3i_fast.report.verdict import Tile, percent, points
 
 STYLES = (Path(__file__).parent / "parts.css",)
 MOST_TILES = 4

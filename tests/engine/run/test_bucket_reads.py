@@ -15,7 +15,7 @@ from m3i_fast.config import TrainConfig
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.observe.metrics import read_curves, read_jsonl
 from m3i_fast.observe.sinks.prometheus import exported
-from m3i_fast.report.curves import NAMES, curves
+from m3i_fast.report.run.curves import NAMES, curves
 from tests.engine.run.bucket_work import train
 from tests.shared.engine.small_run import small_run
 

@@ -31,7 +31,7 @@ from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
 from m3i_fast.pipelines.loader import evaluation_batches
 from m3i_fast.pipelines.storage.objects import place_of
 from m3i_fast.pipelines.storage.remote import manifest_at
-from m3i_fast.report.evaluation_plots import evenly
+from m3i_fast.report.evaluations.plots import evenly
 from m3i_fast.report.inputs import (
     Guesses,
     Nearest,
@@ -41,7 +41,7 @@ from m3i_fast.report.inputs import (
     ReportInputs,
     RetrievalRow,
 )
-from m3i_fast.report.seen_inputs import mixed_pair, seen_inputs
+from m3i_fast.report.run.seen import mixed_pair, seen_inputs
 
 NUM_CAPTIONS = 12
 NUM_NEAREST = 5

@@ -12,16 +12,15 @@ from markupsafe import Markup
 
 from m3i_fast.durable_files import write_atomically
 from m3i_fast.observe.metrics import Curves
-from m3i_fast.report import curves as curve_plots
-from m3i_fast.report import pictures, verdict
-from m3i_fast.report import plots as figures
-from m3i_fast.report.evaluation_plots import (
+from m3i_fast.report import pictures, template
+from m3i_fast.report.evaluations import page as evaluation_page
+from m3i_fast.report.evaluations import verdict
+from m3i_fast.report.evaluations.plots import (
     confidences,
     confusion_matrix,
     reliability_diagram,
     retrieval_sheet,
 )
-from m3i_fast.report.evaluations import page as evaluation_page
 from m3i_fast.report.inputs import (
     MixedPair,
     Nearest,
@@ -33,9 +32,10 @@ from m3i_fast.report.inputs import (
     SeenInput,
 )
 from m3i_fast.report.panels import Panel, plotly_source
+from m3i_fast.report.run import curves as curve_plots
+from m3i_fast.report.run import figures
 from m3i_fast.report.sample_card import printable, sample_card
 from m3i_fast.report.settings_list import flat, setting_text
-from m3i_fast.report.template import render
 
 __all__ = [
     "MixedPair",
@@ -48,7 +48,7 @@ __all__ = [
     "write_report",
 ]
 
-_HERE = Path(__file__).parent
+_HERE, _SHARED = Path(__file__).parent, Path(template.__file__).parent
 # Sections of the page with curves, and the groups of logged names that each shows.
 GROUPS = {
     "evaluations": ("evaluate",),
@@ -76,10 +76,10 @@ def render_report(inputs: ReportInputs) -> str:
         evaluation_page.parts(evaluation, prefix=f"data-{evaluation.name}")
         for evaluation in inputs.data_evaluations
     ]
-    return render(
-        _HERE / "report.html",
-        styles=[_HERE / "sample_card.css", *evaluation_page.STYLES],
-        scripts=[_HERE / "report.js"],
+    return template.render(
+        _HERE / "page.html",
+        styles=[_SHARED / "sample_card.css", *evaluation_page.STYLES],
+        scripts=[_SHARED / "report.js"],
         **_words(inputs),
         **_figures(inputs, [panel for each in on_data for panel in each.classes]),
         data_evaluations=on_data,

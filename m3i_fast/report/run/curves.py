@@ -15,6 +15,7 @@ import numpy.typing as npt
 from m3i_fast.observe.collapse import HealthyRange, healthy_range
 from m3i_fast.observe.metrics import Curves
 from m3i_fast.observe.stages import STAGES, family_of
+from m3i_fast.report.evaluations.verdict import percent
 from m3i_fast.report.panels import (
     CURVE_HEIGHT,
     LEGEND_HEIGHT,
@@ -26,7 +27,6 @@ from m3i_fast.report.panels import (
     panel,
     plain,
 )
-from m3i_fast.report.verdict import percent
 
 Values = npt.NDArray[np.float64]  # [N]
 

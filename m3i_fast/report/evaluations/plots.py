@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from m3i_fast.evaluation.rows.calibration import NUM_BINS, calibrate
+from m3i_fast.report.evaluations.verdict import percent
 from m3i_fast.report.inputs import Picture
 from m3i_fast.report.panels import CURVE_HEIGHT, LEGEND_HEIGHT, Panel, axis, legend, panel, plain
 from m3i_fast.report.sample_card import printable
-from m3i_fast.report.verdict import percent
 
 Labels = npt.NDArray[np.int64]
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from m3i_fast.report.evaluations.verdict import SOURCES, Judgement, percent
 from m3i_fast.report.panels import (
     CURVE_HEIGHT,
     LEGEND_HEIGHT,
@@ -17,7 +18,6 @@ from m3i_fast.report.panels import (
     panel,
     plain,
 )
-from m3i_fast.report.verdict import SOURCES, Judgement, percent
 
 
 def bars(judgement: Judgement) -> Panel:
