@@ -34,10 +34,11 @@ class ExportCommand:
     to: Target
     """What reads it. timm: timm.create_model("local-dir:OUT", pretrained=True), of a ViT with
     absolute positions. hf: transformers.AutoModel.from_pretrained(OUT), of any encoder, and of its
-    text encoder. open_clip: open_clip.create_model_and_transforms("local-dir:OUT"), of a ViT and a
-    causal text encoder. internimage: the published InternImage programs, of an InternImage.
-    safetensors: m3i_fast.load(OUT), of any encoder with its heads and its moving average, without
-    decoders and optimiser. Graphs of any encoder and its heads, pixels normalised inside: onnx:
+    text encoder, or a classifier by --task. open_clip:
+    open_clip.create_model_and_transforms("local-dir:OUT"), of a ViT and a causal text encoder.
+    internimage: the published InternImage programs, of an InternImage. safetensors:
+    m3i_fast.load(OUT), of any encoder with its heads and its moving average, without decoders and
+    optimiser. Graphs of any encoder and its heads, pixels normalised inside: onnx:
     onnxruntime and others; torch-export: torch.export.load; aoti: machine code,
     torch._inductor.aoti_load_package."""
     which: Literal["trained", "ema"] = "trained"
@@ -46,6 +47,12 @@ class ExportCommand:
     """Data set of a run that an older version began without data.json."""
     image_only: bool = False
     """Leave the text encoder out, for hf: the class is then one of transformers where one fits."""
+    task: Literal["encoders", "image-classification"] = "encoders"
+    """What hf's folder does. encoders: embeds pictures, and texts where the run has captions;
+    image-classification: transformers.AutoModelForImageClassification, with the run's head."""
+    column: str = ""
+    """Named column, of a class or of labels, that --task image-classification tells; none: the
+    class."""
     license: str = ""
     """Licence of the weights as the hub names them, such as cc-by-4.0, for hf's model card."""
     layout: Layout = "classification"
@@ -60,6 +67,8 @@ TAKEN_BY: dict[str, tuple[Target, ...]] = {
     "which": ("timm", "hf", "internimage", "onnx", "torch-export", "aoti"),
     "data": ("hf", "open_clip", "onnx", "torch-export", "aoti", "safetensors"),
     "image_only": ("hf",),
+    "task": ("hf",),
+    "column": ("hf",),
     "license": ("hf",),
     "layout": ("internimage",),
     "device": ("aoti",),
@@ -134,6 +143,8 @@ def _to_timm(command: ExportCommand) -> int:
 
 
 def _to_transformers(command: ExportCommand) -> int:
+    if command.column and command.task == "encoders":
+        return refuse("--column: expected with --task image-classification, got --task encoders")
     from m3i_fast.inference.huggingface import save_transformers_folder
 
     lines = save_transformers_folder(
@@ -141,6 +152,7 @@ def _to_transformers(command: ExportCommand) -> int:
         command.out,
         which=command.which,
         image_only=command.image_only,
+        classifies=None if command.task == "encoders" else command.column,
         licence=command.license,
         data=command.data,
     )

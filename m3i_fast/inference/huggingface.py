@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,10 @@ from m3i_fast.json_files import read_json
 from m3i_fast.models.internimage.model import InternImage
 from m3i_fast.models.transformer.vit import ViT
 from m3i_fast.objectives.methods import METHODS, Method
+from m3i_fast.objectives.terms import Category
 from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
 
+_CLASSIFIER = "no class of transformers classifies by this head of the mean over the patches"
 _CAPTIONS = "no class of transformers compares texts with the mean over a picture's patches"
 
 
@@ -37,6 +40,7 @@ def save_transformers_folder(
     *,
     which: Which = "trained",
     image_only: bool = False,
+    classifies: str | None = None,
     licence: str = "",
     data: Path | None = None,
 ) -> str:
@@ -44,8 +48,10 @@ def save_transformers_folder(
 
     The encoder is a class of transformers where one computes the same (`export.huggingface.native`)
     and else one that the folder brings. A run with captions becomes both encoders with the
-    tokenizer, unless image_only or the moving average, which has no heads. licence: of the weights,
-    for the card. run, which, data: as `load` takes them. Returns the lines that use the folder.
+    tokenizer, unless image_only or the moving average, which has no heads. classifies: a column of
+    a class or of labels, or an empty name for the class, whose head makes the folder a classifier
+    without texts. licence: of the weights, for the card. run, which, data: as `load` takes them.
+    Returns the lines that use the folder.
 
     Raises as `load`, and FileExistsError.
     """
@@ -53,8 +59,11 @@ def save_transformers_folder(
     stored = find_weights(run)
     cfg = TrainConfig.load(stored.directory / "config.json")
     record = data_record(stored, cfg, data)
-    text = None if image_only else _text_tower(model, cfg)
-    config, weights, loading = _model(model.encoder, text)
+    if classifies is not None:
+        config, weights, loading = _classifier(model, classifies)
+    else:
+        text = None if image_only else _text_tower(model, cfg)
+        config, weights, loading = _model(model.encoder, text)
     made = record.preprocessing
     preprocessing = preprocessor_config(
         made.size,
@@ -94,6 +103,26 @@ def _model(
         has_logit_bias=text is not None and "bias" in text.weights,
     )
     return config, weights, loading
+
+
+def _classifier(model: Model, column: str) -> tuple[dict[str, Any], dict[str, Tensor], Loading]:
+    """Return config.json and weights of a classifier of our own, and that it is one."""
+    head = model.head_of_names(column)
+    told = own_model.ClassifierHead(
+        names=model.column_names[column] if column else model.class_names,
+        weights={n: value for n, value in head.state_dict().items() if n.startswith("head.")},
+    )
+    if isinstance(head, Category):
+        told = replace(told, class_embeddings=head.class_embeddings(), log_scale=head.log_scale)
+    config, state = own_model.own_classifier(model.encoder, told)
+    loading = Loading(
+        class_name=own_model.CLASSIFIER_NAME,
+        why_own=_CLASSIFIER,
+        num_prefix=model.num_prefix_tokens,
+        has_text=False,
+        classifies="classes" if told.excludes else "labels",
+    )
+    return config, state, loading
 
 
 def _why_own(encoder: ViT | InternImage) -> str:

@@ -161,17 +161,7 @@ class Model(nn.Module):
         A softmax over classes was trained, and a sigmoid of each label by itself. Raises ValueError
         where the model has no such head.
         """
-        if not column:
-            if self.category is None:
-                raise ValueError(f"classify: {self._no_head('a category head')}")
-            return self._answer(pictures, self.category.logits)
-        head = self._column(column)
-        if isinstance(head, Numbers):
-            raise ValueError(
-                f"classify: column: expected a class or labels, got {column!r}, whose numbers "
-                "predict_numbers(pictures, column) gives"
-            )
-        return self._answer(pictures, head.logits)
+        return self._answer(pictures, self.head_of_names(column).logits)
 
     def predict_numbers(self, pictures: Pictures, column: str) -> Tensor:  # -> [B, K] fp32
         """Predict the numbers of a column for each picture, in the units that the data have.
@@ -221,6 +211,20 @@ class Model(nn.Module):
                 "a vector of features each"
             )
         return self.caption
+
+    def head_of_names(self, column: str) -> Category | Labels:
+        """Return the head of a class or of labels, as `classify` takes them."""
+        if not column:
+            if self.category is None:
+                raise ValueError(self._no_head("a category head"))
+            return self.category
+        head = self._column(column)
+        if isinstance(head, Numbers):
+            raise ValueError(
+                f"column: expected a class or labels, got {column!r}, whose numbers "
+                "predict_numbers(pictures, column) gives"
+            )
+        return head
 
     @property
     def _column_heads(self) -> dict[str, ColumnHead]:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
-import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,24 +25,9 @@ from m3i_fast.pipelines.dataset.manifest import read_manifest
 from m3i_fast.recipes import demo_internimage, demo_method, shrink
 from tests.shared.engine.small_run import TEXT, as_clip, small_run
 
+pytestmark = pytest.mark.usefixtures("offline")
+
 TEXTS = ["a red apple", "It\u2019s the ship &amp; the sea", "", "one " * 40]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """No network, and no file in the user's cache."""
-
-    def refuse(*_: object) -> None:
-        raise AssertionError("nothing here may connect")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(socket.socket, "connect", refuse)
-        patch.setattr(
-            "transformers.dynamic_module_utils.HF_MODULES_CACHE",
-            str(tmp_path_factory.mktemp("modules")),
-        )
-        patch.setattr(sys, "path", [*sys.path])
-        yield
 
 
 def trained(cfg: TrainConfig, out: Path) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 _SOURCES = ("trained", "ema", "untrained", "pixels", "chance")  # of evaluation.json
 
@@ -15,13 +15,15 @@ class Loading:
     """Say how a folder is loaded, and what it computes."""
 
     class_name: str
-    """Class that AutoModel returns."""
+    """Class that AutoModel returns, or AutoModelForImageClassification of a classifier."""
     why_own: str = ""
     """Why the folder brings its own code; empty where the class is of transformers."""
     num_prefix: int
     """Tokens before the patches."""
     has_text: bool
     has_logit_bias: bool = False
+    classifies: Literal["", "classes", "labels"] = ""
+    """What a classifier tells: one of classes, or which labels; empty: there is none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,13 +69,14 @@ def model_card(title: str, licence: str, size: int, loading: Loading, training: 
 def loading_lines(loading: Loading, folder: str = "FOLDER") -> str:
     """Return the lines of Python that load a folder and use it on a picture."""
     auto = "AutoProcessor" if loading.has_text else "AutoImageProcessor"
+    model = "AutoModelForImageClassification" if loading.classifies else "AutoModel"
     trust = ", trust_remote_code=True" if loading.why_own else ""
     lines = [
         "import torch",
-        f"from transformers import AutoModel, {auto}",
+        f"from transformers import {', '.join(sorted((model, auto)))}",
         "from transformers.image_utils import load_image",
         "",
-        f'model = AutoModel.from_pretrained("{folder}"{trust})',
+        f'model = {model}.from_pretrained("{folder}"{trust})',
         f'processor = {auto}.from_pretrained("{folder}"{trust})',
         'picture = load_image("picture.jpg")',
     ]
@@ -88,9 +91,15 @@ def loading_lines(loading: Loading, folder: str = "FOLDER") -> str:
             + (".sigmoid()" if loading.has_logit_bias else ".softmax(-1)"),
         ]
         return "\n".join(lines)
+    lines += ['inputs = processor(images=picture, return_tensors="pt")', "with torch.no_grad():"]
+    if loading.classifies:
+        lines += ["    logits = model(**inputs).logits[0]"]
+        lines += {
+            "classes": ["named = model.config.id2label[int(logits.argmax())]"],
+            "labels": ["named = [model.config.id2label[n] for n, x in enumerate(logits) if x > 0]"],
+        }[loading.classifies]
+        return "\n".join(lines)
     lines += [
-        'inputs = processor(images=picture, return_tensors="pt")',
-        "with torch.no_grad():",
         "    tokens = model(**inputs).last_hidden_state",
         f"vector = tokens[:, {loading.num_prefix}:].mean(1)  # the mean over the patches",
     ]
@@ -99,6 +108,7 @@ def loading_lines(loading: Loading, folder: str = "FOLDER") -> str:
 
 def _front_matter(licence: str, loading: Loading, training: Training) -> str:
     task = "zero-shot-image-classification" if loading.has_text else "image-feature-extraction"
+    task = "image-classification" if loading.classifies else task
     lines = ["---"]
     if licence:
         lines.append(f"license: {json.dumps(licence)}")
@@ -119,6 +129,8 @@ def _what(size: int, loading: Loading, training: Training) -> str:
     what = "An image encoder and a text encoder in one space" if loading.has_text else (
         "An image encoder"
     )  # fmt: skip
+    if loading.classifies:
+        what = f"A classifier of pictures by {loading.classifies}"
     text = (
         f"{what}, for pictures of {size} x {size} pixels, trained by m3i-fast: "
         f"{_trained_by(training)}.\n"
@@ -146,6 +158,12 @@ def _trained_by(training: Training) -> str:
 
 
 def _outputs(loading: Loading) -> str:
+    if loading.classifies:
+        of = "a softmax" if loading.classifies == "classes" else "a sigmoid each"
+        return (
+            f"`logits` is [B, K], of {of}, in the order of `model.config.id2label`. "
+            "`AutoModel.from_pretrained` loads the image encoder\nalone.\n"
+        )
     prefix = loading.num_prefix
     lines = [
         f"`last_hidden_state` is [B, {prefix} + N, C]: {prefix} tokens before the patches, then N "
@@ -248,9 +266,11 @@ def _limits(licence: str, loading: Loading) -> str:
         lines.append("- The licence of the weights is not stated: ask who trained them.")
     else:
         lines.append("- The licence named at the top is that of the weights.")
-    if not loading.has_text and not loading.why_own:
+    if loading.classifies:
+        lines.append("- Other heads of the training are not in the folder.")
+    elif not loading.has_text:
         lines.append("- Heads of the training (categories, captions) are not in the folder.")
-    if loading.has_text:
+    else:
         lines.append("- The head of categories is not in the folder.")
     if loading.why_own:
         lines.append("- The code in the folder is m3i-fast's, under Apache-2.0.")

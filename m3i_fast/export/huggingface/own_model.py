@@ -1,12 +1,13 @@
 """The model in `folder_code`, which a folder brings with it: what no class of transformers is.
 
-That is both encoders of a run with captions, whose head of pictures reads the mean over patches,
-InternImage, and a few ViTs (`native.no_class_for`). Its weights have our names.
+That is both encoders of a run with captions, whose head of pictures reads the mean over patches, a
+classifier by that mean, InternImage, and a few ViTs (`native.no_class_for`). Its weights have our
+names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from m3i_fast.models.transformer.vit import ViT
 
 CODE = ("modeling_m3i.py", "vision_transformer.py", "internimage.py")
 CLASS_NAME = "M3IModel"
+CLASSIFIER_NAME = "M3IForImageClassification"
 _NAMES = {"log_scale": "logit_scale", "bias": "logit_bias"}
 
 
@@ -31,6 +33,25 @@ class TextTower:
     cfg: TextConfig
     weights: Mapping[str, Tensor]
     """Those of the caption term: text_encoder.*, head.*, log_scale and, of a sigmoid, bias."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClassifierHead:
+    """Hold the head of a run that tells the classes or labels of a picture."""
+
+    names: Sequence[str]
+    """Of the logits, in their order."""
+    weights: Mapping[str, Tensor]
+    """Those of the term's head: head.*."""
+    class_embeddings: Tensor | None = None
+    """[K, E], of unit length, with which cosines are taken; None: the head gives the logits."""
+    log_scale: Tensor | None = None
+    """Logarithm of the scale of these cosines, []."""
+
+    @property
+    def excludes(self) -> bool:
+        """Return whether a picture has one class, in the place of a set of labels."""
+        return self.class_embeddings is not None
 
 
 def code() -> dict[str, bytes]:
@@ -68,8 +89,42 @@ def own_model(
             "logit_bias": "bias" in text.weights,
         }
         state |= {_text_name(name): value for name, value in text.weights.items()}
-    copies = {name: value.detach().to("cpu", copy=True).float() for name, value in state.items()}
-    return config, copies
+    return config, _copies(state)
+
+
+def own_classifier(
+    encoder: ViT | InternImage, head: ClassifierHead
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return config.json and weights of M3IForImageClassification, as `own_model` does.
+
+    AutoModel takes the folder, too, as the encoder alone.
+    """
+    config, weights = own_model(encoder, None)
+    hidden, embeddings = head.weights.get("head.hidden.weight"), head.class_embeddings
+    config["architectures"] = [CLASSIFIER_NAME]
+    config["auto_map"]["AutoModelForImageClassification"] = f"modeling_m3i.{CLASSIFIER_NAME}"
+    labels = dict(enumerate(head.names))
+    config |= {
+        "id2label": labels,
+        "label2id": {name: number for number, name in labels.items()},
+        "problem_type": f"{'single' if head.excludes else 'multi'}_label_classification",
+        "classifier": {
+            "head_dim": 0 if hidden is None else hidden.shape[0],
+            "embed_dim": None if embeddings is None else embeddings.shape[1],
+        },
+    }
+    state = {f"m3i.{name}": value for name, value in weights.items()}
+    state |= {f"classifier.{name}": value for name, value in head.weights.items()}
+    if embeddings is not None and head.log_scale is not None:
+        state |= {
+            "classifier.class_embeddings": embeddings,
+            "classifier.logit_scale": head.log_scale,
+        }
+    return config, _copies(state)
+
+
+def _copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().to("cpu", copy=True).float() for name, value in state.items()}
 
 
 def _text_name(ours: str) -> str:

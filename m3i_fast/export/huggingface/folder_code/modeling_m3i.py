@@ -2,13 +2,14 @@
 """The model of an export of m3i-fast, in torch and transformers alone.
 
 An image encoder, a Vision Transformer or an InternImage, and where the weights have them a text
-encoder and the head that projects pictures into its space. Load it with trust_remote_code=True:
+encoder and the head that projects pictures into its space, or a classifier. Load it with
+trust_remote_code=True, a classifier by AutoModelForImageClassification:
 
     model = transformers.AutoModel.from_pretrained(FOLDER, trust_remote_code=True)
 
-Legend: B pictures or texts, S pixels of a side, R tokens before the patches (class token and
-registers), N patches, C width of a token, P that of a summary of a picture, T token ids of a text,
-E width of an embedding.
+Legend: B pictures or texts, K classes or labels, S pixels of a side, R tokens before the patches
+(class token and registers), N patches, C width of a token, P that of a summary of a picture, T
+token ids of a text, E width of an embedding.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.models.clip.modeling_clip import CLIPOutput
 
 from .internimage import InternImage
@@ -32,7 +33,8 @@ class M3IConfig(PretrainedConfig):
     vision: the arguments of `VisionTransformer` or, with "type": "internimage", of `InternImage`.
     text: those of `TextTransformer`; None without captions. head_dim: width of the hidden layer of
     the pictures' head, 0 for none. embed_dim: E. logit_bias: whether a number is added to the
-    scaled cosines.
+    scaled cosines. classifier: arguments of `Classifier` beside the width of what it reads; None
+    without one. Its classes are `id2label`, and problem_type says whether they exclude each other.
     """
 
     model_type = "m3i"
@@ -44,12 +46,15 @@ class M3IConfig(PretrainedConfig):
         head_dim: int | None = None,
         embed_dim: int | None = None,
         logit_bias: bool = False,
+        classifier: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.vision, self.text = vision or {}, text
         self.head_dim, self.embed_dim, self.logit_bias = head_dim, embed_dim, logit_bias
-        self.hidden_size = self.vision.get("dim")
+        self.classifier = classifier
+        self.hidden_size: int = self.vision.get("dim", 0)
+        self.summary_dim: int = self.vision.get("pooled_dim", self.hidden_size)
 
 
 class TextTransformer(nn.Module):
@@ -127,8 +132,7 @@ class M3IModel(PreTrainedModel):
         if config.text is not None:
             assert config.head_dim is not None and config.embed_dim is not None
             self.text_encoder = TextTransformer(config.text, config.embed_dim)
-            summary_dim = config.vision.get("pooled_dim", config.vision["dim"])
-            self.image_head = ImageHead(summary_dim, config.head_dim, config.embed_dim)
+            self.image_head = ImageHead(config.summary_dim, config.head_dim, config.embed_dim)
             self.logit_scale = parameter()
             self.logit_bias = parameter() if config.logit_bias else None
         self.post_init()
@@ -199,3 +203,65 @@ class M3IModel(PreTrainedModel):
         if self.text_encoder is None:
             raise ValueError("expected a model with a text encoder, got an image encoder alone")
         return self.text_encoder
+
+
+class Classifier(nn.Module):
+    """Return the logits of classes or labels by the summary of a picture: [B, P] -> [B, K].
+
+    embed_dim: of scaled cosines with the embeddings of K classes, which have unit length; None: the
+    head's outputs are the logits themselves.
+    """
+
+    def __init__(
+        self, summary_dim: int, head_dim: int, num_labels: int, embed_dim: int | None
+    ) -> None:
+        super().__init__()
+        self.head = ImageHead(summary_dim, head_dim, embed_dim or num_labels)
+        self.class_embeddings = parameter(num_labels, embed_dim) if embed_dim else None
+        self.logit_scale = parameter() if embed_dim else None
+
+    def forward(self, summary: Tensor) -> Tensor:
+        found = self.head(summary)
+        if self.class_embeddings is None or self.logit_scale is None:
+            return found
+        cosines = F.normalize(found, dim=-1) @ self.class_embeddings.T
+        return self.logit_scale.exp() * cosines
+
+
+class M3IForImageClassification(PreTrainedModel):
+    """An image encoder with the head that a run trained on classes or labels."""
+
+    config_class = M3IConfig
+    base_model_prefix = "m3i"
+    main_input_name = "pixel_values"
+    _no_split_modules = ["Block"]
+    _supports_sdpa = True
+
+    def __init__(self, config: M3IConfig) -> None:
+        super().__init__(config)
+        assert config.classifier is not None
+        self.m3i = M3IModel(config)
+        self.classifier = Classifier(
+            config.summary_dim, num_labels=config.num_labels, **config.classifier
+        )
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: Tensor,  # [B, 3, S, S]
+        labels: Tensor | None = None,  # [B] int64, or [B, K] of 0 and 1 where labels do not exclude
+        return_dict: bool | None = None,
+    ) -> ImageClassifierOutput | tuple[Any, ...]:
+        """Return logits [B, K] of `config.id2label`, and the loss where labels are given."""
+        tokens = self.m3i.encoder(pixel_values.to(self.dtype))
+        logits = self.classifier(self.m3i.encoder.summarise(tokens))
+        loss = None
+        if labels is not None:
+            several = self.config.problem_type == "multi_label_classification"
+            loss = (
+                F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+                if several
+                else F.cross_entropy(logits, labels)
+            )
+        output = ImageClassifierOutput(loss=loss, logits=logits)
+        return output if return_dict is not False else output.to_tuple()
