@@ -154,6 +154,7 @@ class ShownSample:
     group_id: int
     caption: str  # "": none
     category: str  # "": none
+    columns: Sequence[tuple[str, str]] = ()  # name of a column, and its value in words
     views: Sequence[ShownView] = ()
     regions: Sequence[ShownRegion] = ()
 

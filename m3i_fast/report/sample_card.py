@@ -39,6 +39,7 @@ def sample_card(sample: ShownSample) -> dict[str, Any]:
         "picture": photo(sample.picture, name),
         "caption": caption,
         "category": category,
+        "columns": [(name, printable(value)) for name, value in sample.columns],
         "ids": f"sample {sample.sample_id}"
         + (f", group {sample.group_id}" if sample.group_id != sample.sample_id else ""),
         "size": f"{width} x {height}",

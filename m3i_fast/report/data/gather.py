@@ -16,6 +16,7 @@ from PIL import Image
 
 from m3i_fast.config.data import LoaderConfig
 from m3i_fast.pipelines.batch import Batch
+from m3i_fast.pipelines.dataset.columns import ColumnInfo, Values
 from m3i_fast.pipelines.dataset.manifest import REFUSED_NAME, Manifest
 from m3i_fast.pipelines.dataset.near_duplicates import (
     COMPARED_SIZE,
@@ -173,6 +174,7 @@ def samples_of(
     ids, sizes = batch.sample_id.tolist(), batch.image_size.tolist()
     pictures = pictures_of(opened, [ids[row] for row in rows], cfg.max_pixels)
     regions = ShownRegions(manifest, opened, tokenizer)
+    columns = _columns(opened, [ids[row] for row in rows])
     return [
         ShownSample(
             picture=pictures[ids[row]],
@@ -181,11 +183,44 @@ def samples_of(
             group_id=int(batch.group_id[row]),
             caption=_caption(tokenizer, batch, row),
             category=names[int(batch.label[row])],
+            columns=[
+                (column.name, shown_value(column, columns[column.name][number], tokenizer))
+                for column in manifest.columns
+                if column.kind != "regions"  # they are drawn
+            ],
             views=_views(batch, row, has_alternates, regions),
             regions=regions.of_picture(ids[row]),
         )
-        for row in rows
+        for number, row in enumerate(rows)
     ]
+
+
+def _columns(opened: OpenSplit, sample_ids: Sequence[int]) -> Values:
+    """Return the values of the columns of samples, a row each."""
+    table = opened.table
+    assert isinstance(table, SampleTable)  # one data set
+    stored = table.rows["sample_id"]
+    return table.columns_at(
+        np.concatenate([np.flatnonzero(stored == id_)[:1] for id_ in sample_ids])
+    )
+
+
+def shown_value(column: ColumnInfo, row: npt.NDArray[Any], tokenizer: Tokenizer) -> str:
+    """Return what a row of a column says, in words; empty where nothing is known."""
+    value = column.value(row)
+    if value is None:
+        return ""
+    match column.kind:
+        case "class":
+            return column.names[value]
+        case "labels":
+            return ", ".join(column.names[label] for label in value) or "none of them"
+        case "numbers":
+            told = ["not known" if each is None else f"{each:.7g}" for each in value]
+            return ", ".join(
+                f"{name} {text}" for name, text in zip(column.names, told, strict=True)
+            )
+    return tokenizer.decode(np.array(value, np.int32))
 
 
 def _caption(tokenizer: Tokenizer, batch: Batch, row: int) -> str:

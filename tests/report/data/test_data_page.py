@@ -366,3 +366,39 @@ def test_boxes_are_drawn_where_regions_are(tokenizer: Tokenizer, tmp_path: Path)
     if skip_reason() is None:
         (tmp_path / "page.html").write_text(html)
         check_page(tmp_path / "page.html", tmp_path, num_figures=0)
+
+
+def test_named_columns_stand_beside_a_picture(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    columns = (
+        ColumnInfo(name="genus", kind="class", names=("cat", "<b>dog</b>")),
+        ColumnInfo(name="tags", kind="labels", names=("red", "old \u202e", "big"), size=3),
+        ColumnInfo(name="sizes", kind="numbers", names=("height", "weight"), size=2),
+        ColumnInfo(name="alt", kind="text", size=48),
+    )
+    values = [
+        {"genus": 1, "tags": [2, 0], "sizes": [1.5, -20000.0], "alt": tokenizer.encode("a hat")},
+        {"genus": 0, "tags": [], "sizes": [None, 0.25]},
+        {"tags": [1]},
+    ]
+    samples = [sample(i, picture(i), columns=of) for i, of in enumerate(values)]
+    about = info(tokenizer=tokenizer.info, columns=columns)
+    write_dataset(tmp_path / "data", {"train": samples}, about, seed=0, samples_per_shard=2)
+    found = read(tmp_path / "data")
+    assert {shown.sample_id: dict(shown.columns) for shown in found.samples} == {
+        0: {
+            "genus": "<b>dog</b>",
+            "tags": "big, red",
+            "sizes": "height 1.5, weight -20000",
+            "alt": "a hat",
+        },
+        1: {
+            "genus": "cat",
+            "tags": "none of them",
+            "sizes": "height not known, weight 0.25",
+            "alt": "",
+        },
+        2: {"genus": "", "tags": "old \u202e", "sizes": "", "alt": ""},
+    }
+    html = render_data_page(found)
+    assert "<dd>&lt;b&gt;dog&lt;/b&gt;</dd>" in html and "\u202e" not in html
+    assert html.count('<dd class="absent">not known</dd>') == 4
