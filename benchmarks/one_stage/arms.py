@@ -28,6 +28,11 @@ class Stage:
     share: float = 1.0
     """Of the arm's time."""
 
+    @property
+    def needs_annotation(self) -> bool:
+        """Return whether a picture without class and caption gives the stage nothing to learn."""
+        return all(term.is_annotation for term in stage_config(self).objective.active_terms)
+
 
 ARMS: Mapping[str, tuple[Stage, ...]] = {
     "m3i": (Stage("m3i"),),

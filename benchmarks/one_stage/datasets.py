@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from m3i_fast.benchmarks.one_stage.arms import Tuning
+from m3i_fast.benchmarks.one_stage.arms import Stage, Tuning
 from m3i_fast.benchmarks.one_stage.leaks import (
     Separation,
     separation_of_earth,
@@ -35,19 +35,23 @@ class Folder:
 def folders(plan: Plan) -> Iterator[Folder]:
     """Yield every data set that the plan's runs read, once."""
     seen: set[str] = set()
+    stages = [Stage(method) for method in plan.methods]
     for run in (*plan.tuning_runs(), *_one_a_fold(plan)):
-        for is_whole in (True, False):
-            name = plan.folder(run, is_whole=is_whole)
+        whole, partly = plan.folder(run, is_whole=True), plan.folder(run, is_whole=False)
+        for name in (whole, *(plan.stage_folder(run, stage) for stage in stages)):
             if name in seen:
                 continue
             seen.add(name)
+            is_whole = name == whole
             shares = (1.0, 1.0) if is_whole else (plan.labelled, plan.captioned)
+            only = {} if name in (whole, partly) else {"annotated_only": True}
             of_styles = {"other_styles": True} if run.is_counted else {}
             yield Folder(
                 name=name,
                 data_set=run.data_set,
                 options={
                     **(of_styles if run.data_set == "styles" else {}),
+                    **only,
                     "heldout": plan.heldout,
                     "fold": plan.fold(run),
                     "tune": 0.0 if run.is_counted else plan.tuning.share,

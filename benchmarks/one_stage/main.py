@@ -30,7 +30,7 @@ from m3i_fast.benchmarks.core.child_processes import child_processes
 from m3i_fast.benchmarks.core.command import read_command
 from m3i_fast.benchmarks.ledger.rows import append_row, read_rows, results_dir
 from m3i_fast.benchmarks.one_stage import datasets
-from m3i_fast.benchmarks.one_stage.arms import Stage, Tuning, stage_config
+from m3i_fast.benchmarks.one_stage.arms import ARMS, Stage, Tuning, stage_config
 from m3i_fast.benchmarks.one_stage.plan import NUM_CLASSES, Plan, Run, SetName, read_plan
 from m3i_fast.benchmarks.one_stage.plot import draw
 from m3i_fast.benchmarks.one_stage.tables import (
@@ -249,7 +249,7 @@ def job_of(cfg: Config, plan: Plan, run: Run) -> Job:
     return Job(
         run=run,
         steps=plan.steps(run),
-        data=cfg.data / plan.folder(run, is_whole=False),
+        data=tuple(cfg.data / plan.stage_folder(run, stage) for stage in ARMS.get(run.arm, ())),
         whole=cfg.data / plan.folder(run, is_whole=True),
         masks=cfg.data / datasets.masks_of(plan, run),
         out=cfg.out / plan.name,
@@ -275,8 +275,8 @@ def time_steps(cfg: Config, plan: Plan) -> None:
         for _ in range(ROUNDS):
             for name in plan.primary:
                 run = next(run for run in plan.tuning_runs() if run.data_set == name)
-                data = cfg.data / plan.folder(run, is_whole=False)
                 for method in plan.methods:
+                    data = cfg.data / plan.stage_folder(run, Stage(method))
                     train = stage_config(Stage(method), num_classes=NUM_CLASSES[name], data=data)
                     waiting.append((name, method, pool.submit(step_seconds, train)))
         for name, method, job in bar.track(waiting, description="steps of each method"):

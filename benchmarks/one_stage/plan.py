@@ -84,6 +84,8 @@ class Plan:
     """Share of concepts or blocks that a seed holds out: seed s holds out fold s, and round."""
     labelled: float
     captioned: float
+    annotated_only: bool = False
+    """Whether stages that learn from annotations alone read only the pictures that have one."""
     seconds: float
     """Training time of a run, all of its stages, by the committed step times on one core."""
     primary: dict[SetName, str]
@@ -151,8 +153,13 @@ class Plan:
     def fold(self, run: Run) -> int:
         return run.seed % self.num_folds if run.is_counted else 0
 
+    def stage_folder(self, run: Run, stage: Stage) -> str:
+        """Return the data set that a stage of a run trains on."""
+        only = self.annotated_only and stage.needs_annotation
+        return self.folder(run, is_whole=False) + "-annotated" * only
+
     def folder(self, run: Run, *, is_whole: bool) -> str:
-        """Return the data set that a run trains on, or the same with all annotations."""
+        """Return the data set of a run's fold, partly annotated or with all annotations."""
         parts: list[str] = [run.data_set, f"fold-{self.fold(run)}"]
         if not run.is_counted:
             parts.append("tune")

@@ -41,8 +41,8 @@ class Job:
     run: Run
     steps: tuple[int, ...]
     """Of each stage."""
-    data: Path
-    """What is trained on."""
+    data: tuple[Path, ...]
+    """What each stage is trained on."""
     whole: Path
     """The same pictures with all labels and captions, which measures use."""
     masks: Path
@@ -53,11 +53,11 @@ class Job:
     def configs(self) -> list[TrainConfig]:
         """Return the config of each stage; those after the first start from the one before."""
         configs = []
-        for number, (stage, num_steps) in enumerate(
-            zip(ARMS[self.run.arm], self.steps, strict=True)
+        for number, (stage, num_steps, data) in enumerate(
+            zip(ARMS[self.run.arm], self.steps, self.data, strict=True)
         ):
             cfg = stage_config(
-                stage, num_classes=self.run.num_classes, data=self.data, seed=self.run.seed
+                stage, num_classes=self.run.num_classes, data=data, seed=self.run.seed
             )
             init = f"run:{self.stage_folder(number - 1)}" if number else cfg.init
             configs.append(replace(self.run.tuning.of(cfg), num_steps=num_steps, init=init))

@@ -214,6 +214,7 @@ def build(
     stride: int = 16,
     labelled: float = 1.0,
     captioned: float | None = None,
+    annotated_only: bool = False,
     heldout: float = 0.25,
     fold: int = 0,
     tune: float = 0.0,
@@ -232,6 +233,7 @@ def build(
     fold: which of the parts of `heldout` blocks is held out; each block is in one of them at most.
     labelled, captioned: as of `label_subsets.annotate`, place by place: the training tiles whose
     upper left corners lie in one square of a tile's side, which overlap, keep the same.
+    annotated_only: leave out training tiles that keep neither class nor caption.
 
     Raises ValueError naming an option out of range, FileExistsError where there is something at
     `masks`, and as `read_maps`.
@@ -266,6 +268,9 @@ def build(
                 for place, each in zip(reversed(places), reversed(land), strict=True)
             }
             of_place = annotate(category_of, seed=seed, labelled=labelled, captioned=captioned)
+            if annotated_only:
+                kept = [i for i, place in enumerate(places) if of_place[place] != "none"]
+                land, places = [land[i] for i in kept], [places[i] for i in kept]
             annotation_of = {i: of_place[place] for i, place in enumerate(places)}
         if land:
             samples[split] = TileSamples(
@@ -279,6 +284,8 @@ def build(
         first_id += len(land)
     settings: dict[str, Any] = {**shares, "tile": tile, "stride": stride, "block_degrees": BLOCK}
     settings["fold"] = fold
+    if annotated_only:  # manifests were without
+        settings["annotated_only"] = True
     if countries is not None:
         settings["versions"] = versions()
     info = _info(tokenizer, settings)

@@ -168,6 +168,7 @@ def build(
     image_format: Literal["png", "jpg"] = "png",
     labelled: float = 1.0,
     captioned: float | None = None,
+    annotated_only: bool = False,
     captions_per_picture: int = 1,
     heldout: float = 0.2,
     fold: int = 0,
@@ -192,6 +193,7 @@ def build(
     styles.
     `alternates`: pack with each training picture those of its concept in the other trained styles,
     of which a step cuts its second view.
+    `annotated_only`: leave out training concepts that keep neither class nor caption.
     `max_variants`: most drawings of a training concept in a style. The other options are those of
     `openmoji.build`: a concept keeps the same caption and class in every style.
 
@@ -226,13 +228,17 @@ def build(
         max_variants=max_variants,
         seed=seed,
     )
+    if annotated_only:
+        chosen["train"] = [
+            c for c in chosen["train"] if annotation_of[c.drawing.group_id] != "none"
+        ]
     others = _by_concept(c for c in candidates if c.style.name != heldout_style)
     splits = {}
     for split, those in chosen.items():
         pictures = _pictures(those, others if alternates and split == "train" else None)
         splits[split] = RenderedSamples(pictures, rendering, annotation_of)
     settings = {**shares, **counts, "heldout_style": heldout_style, "alternates": alternates}
-    new = {"fold": fold, "other_styles": other_styles}
+    new = {"fold": fold, "other_styles": other_styles, "annotated_only": annotated_only}
     settings |= {name: value for name, value in new.items() if value}  # manifests were without
     info = _info(rendering, styles, settings)
     return write_dataset(out, splits, info, seed=seed, samples_per_shard=samples_per_shard)

@@ -78,6 +78,8 @@ class Styles(_Drawings):
     twemoji takes the place of the package's drawings."""
     heldout_style: str | None = HELDOUT_STYLE
     """Style that is never trained on, in which split heldout is drawn; None: train on all."""
+    annotated_only: bool = False
+    """Leave out training concepts that keep neither class nor caption."""
     other_styles: bool = False
     """Write the held-out concepts also in each trained style but the one of heldout_seen_style, as
     split heldout_other_styles."""
@@ -126,6 +128,8 @@ class Earth:
     only, the class only, neither. With --captioned: share with a class."""
     captioned: float | None = None
     """Share of the training tiles with a caption, drawn independently of --labelled."""
+    annotated_only: bool = False
+    """Leave out training tiles that keep neither class nor caption."""
     heldout: float = 0.25
     """Share of the blocks of 15 degrees kept for evaluation."""
     fold: int = 0

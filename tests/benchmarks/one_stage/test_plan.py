@@ -19,6 +19,7 @@ from m3i_fast.benchmarks.one_stage.arms import (
     has_label_weight,
     stage_config,
 )
+from m3i_fast.benchmarks.one_stage.datasets import folders
 from m3i_fast.benchmarks.one_stage.main import Config, finished, job_of, main
 from m3i_fast.benchmarks.one_stage.plan import BASELINES, NUM_CLASSES, Plan, read_plan
 from m3i_fast.config.convert import differences
@@ -97,12 +98,38 @@ def test_arms_of_a_seed_read_the_same_data_and_each_seed_holds_out_its_fold() ->
         for seed in plan.seeds:
             of_seed = [j for j in jobs if (j.run.data_set, j.run.seed) == (name, seed)]
             assert {job.run.arm for job in of_seed} == set(plan.arms)
-            (data,) = {(job.data.name, job.whole.name, job.masks.name) for job in of_seed}
             fold = f"{name}-fold-{seed % 5}"
-            assert data == (f"{fold}-labelled-0.03-captioned-0.3", fold, f"{fold}-masks")
-            assert {cfg.data.path for job in of_seed for cfg in job.configs()} == {of_seed[0].data}
+            assert {(job.whole.name, job.masks.name) for job in of_seed} == {
+                (fold, f"{fold}-masks")
+            }
+            read = {each.data.path for job in of_seed for each in job.configs()}
+            assert read == {cfg.data / f"{fold}-labelled-0.03-captioned-0.3"}
     first, *_ = (job_of(cfg, plan, run) for run in plan.tuning_runs())
-    assert first.data.name == "styles-fold-0-tune-labelled-0.03-captioned-0.3"
+    assert [path.name for path in first.data] == ["styles-fold-0-tune-labelled-0.03-captioned-0.3"]
+
+
+def test_stages_of_annotations_alone_read_the_annotated_part(folder: Path) -> None:
+    """Where the plan says so: category + caption, and the second one of two stages."""
+    (folder / "small.json").write_text(json.dumps({**TREE, "annotated_only": True}))
+    plan, cfg = read_plan("small"), Config()
+    every = "earth-fold-2-labelled-0.03-captioned-0.3"
+    read = {
+        run.arm: [each.data.path.name for each in job_of(cfg, plan, run).configs()]
+        for run in plan.counted_runs()
+        if run.arm != BASELINES and (run.data_set, run.seed) == ("earth", 2)
+    }
+    assert read == {
+        "m3i": [every],
+        "siameseim": [every],
+        "category + caption": [f"{every}-annotated"],
+        "slip": [every],
+        "two stages": [every, f"{every}-annotated"],
+    }
+    packed = [each for each in folders(plan) if each.options.get("annotated_only")]
+    assert len(packed) == 12 and all(each.name.endswith("-annotated") for each in packed)
+    assert {(each.options["labelled"], each.options["captioned"]) for each in packed} == {
+        (0.03, 0.3)
+    }
 
 
 def test_arms_of_a_seed_draw_the_same_pictures_and_views(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from PIL import Image
 from m3i_fast.evaluation.dense.segmentation_folder import open_folder
 from m3i_fast.pipelines.dataset.manifest import read_manifest
 from m3i_fast.pipelines.dataset.sample_table import SampleTable
+from m3i_fast.pipelines.loader import evaluation_batches
 from m3i_fast.pipelines.sources import earth, earth_maps
 from m3i_fast.pipelines.sources.earth import Tile, build, caption_of, training_tiles
 from m3i_fast.pipelines.sources.earth_maps import COVERS, EarthMaps, read_countries
@@ -118,6 +119,12 @@ def test_annotations_are_nested_and_drawn_apart(maps: EarthMaps, tmp_path: Path)
         assert info.num_labels == pytest.approx(share * info.num_samples, rel=0.1)
         assert info.num_captions == pytest.approx(0.5 * info.num_samples, rel=0.1)
     assert labels[0.1] < labels[0.3]
+    some = build(tmp_path / "some", labelled=0.3, captioned=0.5, annotated_only=True, **options)
+    part = read_manifest(some).splits["train"]
+    assert (part.num_labels, part.num_captions) == (info.num_labels, info.num_captions)
+    assert max(part.num_labels, part.num_captions) < part.num_samples < info.num_samples
+    for batch in evaluation_batches(some, "train", image_size=TILE, batch_size=64):
+        assert ((batch.label >= 0) | (batch.num_tokens > 0))[: batch.batch_size].all()
 
 
 def test_tiles_that_overlap_keep_the_same_annotation(maps: EarthMaps, tmp_path: Path) -> None:

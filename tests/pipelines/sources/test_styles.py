@@ -252,6 +252,22 @@ def test_ids_and_pictures_do_not_depend_on_shares(
     assert rows(whole, "train").keys() < rows(other, "train").keys()
 
 
+def test_annotated_concepts_alone_are_those_that_keep_a_class_or_a_caption(
+    shapes: Path, tmp_path: Path
+) -> None:
+    shares = {"iconify": [shapes], "labelled": 0.1, "captioned": 0.3}
+    every = build(tmp_path / "every", **shares)
+    some = build(tmp_path / "some", annotated_only=True, **shares)
+    ours, theirs = rows(some, "train"), rows(every, "train")
+    annotated = [i for i, row in theirs.items() if "tok" in row or integer(row["cls"]) >= 0]
+    assert 0 < len(annotated) < len(theirs) / 2
+    assert [*ours] == annotated
+    for name in ("png", "cls", "gid"):
+        assert all(ours[i][name] == theirs[i][name] for i in annotated)
+    assert all(ours[i].get("tok") == theirs[i].get("tok") for i in annotated)
+    assert rows(some, "heldout").keys() == rows(every, "heldout").keys()
+
+
 def test_same_bytes_on_every_run(whole: Path, shapes: Path, tmp_path: Path) -> None:
     again = build(tmp_path / "again", iconify=[shapes], labelled=0.5, tune=0.25)
     names = sorted(f.name for f in whole.iterdir())
