@@ -137,9 +137,9 @@ def target_prototypes(term: Term, momentum: nn.Module | None, own: Tensor) -> Te
 def log_assignment(monitor: Monitor, name: str, z: SoftTargets) -> None:
     """Log `NAME_use` and `NAME_doubt`, relative entropies in [0, 1], of N rows and K prototypes.
 
-    Use: entropy of the mean assignment over the largest one that N rows can have. Doubt: mean
-    entropy of an assignment over log K, 1 where it is uniform. Assignments are computed in blocks
-    of rows.
+    Use: entropy of the mean assignment over the largest one that N sure assignments can have, or 1
+    where doubtful ones have more. Doubt: mean entropy of an assignment over log K, 1 where it is
+    uniform. Assignments are computed in blocks of rows.
     """
     num_rows, num_prototypes = len(z.z_hat), len(z.z)
     total = doubt = z.scale.new_zeros(num_prototypes)
@@ -148,5 +148,5 @@ def log_assignment(monitor: Monitor, name: str, z: SoftTargets) -> None:
         doubt = doubt - torch.xlogy(share, share).sum(0)
     mean = total / num_rows
     used = -torch.xlogy(mean, mean).sum() / math.log(max(min(num_rows, num_prototypes), 2))
-    monitor(f"{name}_use", used)
+    monitor(f"{name}_use", used.clamp(max=1))
     monitor(f"{name}_doubt", doubt.sum() / num_rows / math.log(num_prototypes))

@@ -144,6 +144,19 @@ def test_no_array_of_rows_and_prototypes(
     assert most_allocated(step) < 2 * block + 4 * features
 
 
+def test_use_and_doubt_are_one_of_uniform_assignments_and_small_of_one_prototype() -> None:
+    """Also of fewer rows than prototypes, whose mean is more even than sure rows can make it."""
+    teacher, view = unit(64, 8, seed=1), unit(4, 8, seed=2)
+    alike = view[:1].expand(4, -1)
+    for temperature, rows, expected in ((1e4, view, (1, 1)), (1e-3, alike, (0, 0))):
+        loss = Centred(TEMPERATURE, None, 64, target_temperature=temperature)
+        metrics: dict[str, Tensor] = {}
+        (targets,) = loss.targets([rows], teacher)
+        log_assignment(metrics.__setitem__, "z", targets)
+        found = [metrics["z_use"].item(), metrics["z_doubt"].item()]
+        assert found == pytest.approx(expected, abs=1e-3) and found[0] <= 1
+
+
 @pytest.mark.slow
 def test_dinos_size_takes_64_mib() -> None:
     """65,536 prototypes of 256 features, 4,096 rows: above inputs and gradients, forth and back."""
