@@ -152,7 +152,8 @@ def _to_transformers(command: ExportCommand) -> int:
         command.out,
         which=command.which,
         image_only=command.image_only,
-        classifies=None if command.task == "encoders" else command.column,
+        task=command.task,
+        column=command.column,
         licence=command.license,
         data=command.data,
     )

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -30,6 +30,8 @@ from m3i_fast.objectives.methods import METHODS, Method
 from m3i_fast.objectives.terms import Category
 from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
 
+Task = Literal["encoders", "image-classification"]
+
 _CLASSIFIER = "no class of transformers classifies by this head of the mean over the patches"
 _CAPTIONS = "no class of transformers compares texts with the mean over a picture's patches"
 
@@ -40,7 +42,8 @@ def save_transformers_folder(
     *,
     which: Which = "trained",
     image_only: bool = False,
-    classifies: str | None = None,
+    task: Task = "encoders",
+    column: str = "",
     licence: str = "",
     data: Path | None = None,
 ) -> str:
@@ -48,10 +51,10 @@ def save_transformers_folder(
 
     The encoder is a class of transformers where one computes the same (`export.huggingface.native`)
     and else one that the folder brings. A run with captions becomes both encoders with the
-    tokenizer, unless image_only or the moving average, which has no heads. classifies: a column of
-    a class or of labels, or an empty name for the class, whose head makes the folder a classifier
-    without texts. licence: of the weights, for the card. run, which, data: as `load` takes them.
-    Returns the lines that use the folder.
+    tokenizer, unless image_only or the moving average, which has no heads. task: the folder of an
+    image classification is `AutoModelForImageClassification`'s, by the head of a column of a class
+    or of labels; no column: of the class. licence: of the weights, for the card. run, which, data:
+    as `load` takes them. Returns the lines that use the folder.
 
     Raises as `load`, and FileExistsError.
     """
@@ -59,8 +62,8 @@ def save_transformers_folder(
     stored = find_weights(run)
     cfg = TrainConfig.load(stored.directory / "config.json")
     record = data_record(stored, cfg, data)
-    if classifies is not None:
-        config, weights, loading = _classifier(model, classifies)
+    if task == "image-classification":
+        config, weights, loading = _classifier(model, column)
     else:
         text = None if image_only else _text_tower(model, cfg)
         config, weights, loading = _model(model.encoder, text)
@@ -107,7 +110,7 @@ def _model(
 
 def _classifier(model: Model, column: str) -> tuple[dict[str, Any], dict[str, Tensor], Loading]:
     """Return config.json and weights of a classifier of our own, and that it is one."""
-    head = model.head_of_names(column)
+    head = model.class_head(column)
     told = own_model.ClassifierHead(
         names=model.column_names[column] if column else model.class_names,
         weights={n: value for n, value in head.state_dict().items() if n.startswith("head.")},

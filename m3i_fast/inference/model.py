@@ -161,7 +161,7 @@ class Model(nn.Module):
         A softmax over classes was trained, and a sigmoid of each label by itself. Raises ValueError
         where the model has no such head.
         """
-        return self._answer(pictures, self.head_of_names(column).logits)
+        return self._answer(pictures, self.class_head(column).logits)
 
     def predict_numbers(self, pictures: Pictures, column: str) -> Tensor:  # -> [B, K] fp32
         """Predict the numbers of a column for each picture, in the units that the data have.
@@ -212,7 +212,7 @@ class Model(nn.Module):
             )
         return self.caption
 
-    def head_of_names(self, column: str) -> Category | Labels:
+    def class_head(self, column: str) -> Category | Labels:
         """Return the head of a class or of labels, as `classify` takes them."""
         if not column:
             if self.category is None:
