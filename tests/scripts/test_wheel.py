@@ -14,7 +14,7 @@ import pytest
 
 from scripts import wheel_matrix
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
 SDIST = "import sys; from scikit_build_core.build import build_sdist; build_sdist(sys.argv[1])"
 # A process that is not of the checkout: -S leaves out the .pth file of the editable install.

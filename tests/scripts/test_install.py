@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 
 from scripts import install
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(

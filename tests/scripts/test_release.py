@@ -20,7 +20,7 @@ from scripts import wheel_matrix
 from scripts.wheel_matrix import CASES, Case
 from tests.shared.source_files import FILES
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PROJECT = (ROOT / "pyproject.toml").read_text()
 CITATION = yaml.safe_load((ROOT / "CITATION.cff").read_text())
 
