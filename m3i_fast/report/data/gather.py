@@ -199,10 +199,12 @@ def _columns(opened: OpenSplit, sample_ids: Sequence[int]) -> Values:
     """Return the values of the columns of samples, a row each."""
     table = opened.table
     assert isinstance(table, SampleTable)  # one data set
+    if table.columns is None:
+        return {}
     stored = table.rows["sample_id"]
-    return table.columns_at(
-        np.concatenate([np.flatnonzero(stored == id_)[:1] for id_ in sample_ids])
-    )
+    found = np.flatnonzero(np.isin(stored, sample_ids))  # the table may be long: once for all
+    number_of = dict(zip(stored[found].tolist(), found.tolist(), strict=True))
+    return table.columns_at(np.array([number_of[sample_id] for sample_id in sample_ids]))
 
 
 def shown_value(column: ColumnInfo, row: npt.NDArray[Any], tokenizer: Tokenizer) -> str:
