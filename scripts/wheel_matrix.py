@@ -76,10 +76,10 @@ def build_wheel(*, cuda: bool) -> Path:
     """
     dist = FOLDER / "dist"
     shutil.rmtree(dist, ignore_errors=True)
-    settings = {
-        "build-dir": FOLDER / ("cmake-cuda" if cuda else "cmake"),
-        "cmake.define.M3I_CUDA": "ON" if cuda else "OFF",
-    }
+    # On a CPU's machine with the objects of `make install`, whose settings are the same.
+    settings = {"cmake.define.M3I_CUDA": "ON" if cuda else "OFF"}
+    if cuda:
+        settings["build-dir"] = str(FOLDER / "cmake-cuda")
     options = [f"--config-settings={name}={value}" for name, value in settings.items()]
     command = [install.PYTHON, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check"]
     os.environ["PATH"] = f"{install.VENV / 'bin'}{os.pathsep}{os.environ['PATH']}"

@@ -9,7 +9,8 @@ import pytest
 
 from m3i_fast.cli import VERBS
 
-HEAVY = ("torch", "numpy", "nvidia", "m3i_fast._C", "m3i_fast.ops", "m3i_fast.models")
+COMPILER = "torch._dynamo.convert_frame"
+HEAVY = ("torch", "numpy", "nvidia", "m3i_fast._C", "m3i_fast.ops", "m3i_fast.models", COMPILER)
 
 
 def loaded_by(program: str) -> str:
@@ -31,6 +32,15 @@ MODULES = (
 @pytest.mark.parametrize("module", MODULES)
 def test_a_module_of_facts_loads_nothing_heavy(module: str) -> None:
     assert loaded_by(f"import {module}") == ""
+
+
+@pytest.mark.parametrize(
+    "program", ["import m3i_fast.engine.trainer", "import m3i_fast as m; m.load"]
+)
+def test_what_runs_a_model_does_not_load_torchs_compiler(program: str) -> None:
+    """A second of every start, for what --compile alone asks for."""
+    loaded = loaded_by(program).split()
+    assert "m3i_fast.models" in loaded and COMPILER not in loaded
 
 
 ANSWERED = [

@@ -25,19 +25,10 @@ from tests.shared.flop_formulas import FORMULAS
 
 # Those of a frozen teacher, whose size is in no recipe, are in test_step_flops.py.
 NAMES = [name for name, make in recipes().items() if not make().objective.uses(encoder="frozen")]
-QUICK = {"m3i_vit_h", "m3i_internimage_t"}  # the others take three minutes
-LARGE = ("_l", "_xl", "_g", "_gram")
+QUICK = {"m3i_vit_h", "m3i_internimage_t", "dinov3_vit_b_gram"}  # the others take three minutes
 
 
-def when(name: str) -> list[pytest.MarkDecorator]:
-    """By night the largest, but InternImage-H and what is taught by a snapshot of itself."""
-    if name in QUICK:
-        return []
-    by_night = name.endswith(LARGE) and name != "dinov3_vit_b_gram"
-    return [pytest.mark.nightly if by_night else pytest.mark.slow]
-
-
-CASES = [pytest.param(name, marks=when(name)) for name in NAMES]
+CASES = [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.nightly]) for name in NAMES]
 
 
 class AsIfSo(TorchDispatchMode):

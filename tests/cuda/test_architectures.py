@@ -64,9 +64,20 @@ def test_compiled_code_is_of_every_generation(
     assert fatbin_architectures(compiled) == expected
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("architecture", [pytest.param("100", marks=pytest.mark.nightly), "120"])
-@pytest.mark.parametrize("source", sorted(CUDA.glob("*/sm*/*.cu")), ids=name_of)
+def when(source: Path, architecture: str) -> list[pytest.MarkDecorator]:
+    """By night the one that takes a minute, and all but the newest architecture."""
+    by_night = architecture != "120" or source.parents[1].name == "boltzmann"
+    return [pytest.mark.slow, *([pytest.mark.nightly] if by_night else [])]
+
+
+@pytest.mark.parametrize(
+    ("source", "architecture"),
+    [
+        pytest.param(source, number, marks=when(source, number), id=f"{name_of(source)}-{number}")
+        for source in sorted(CUDA.glob("*/sm*/*.cu"))
+        for number in ("100", "120")
+    ],
+)
 def test_kernels_compile_for_blackwell(source: Path, architecture: str, tmp_path: Path) -> None:
     """Without a warning, in the shared memory that they have on Ampere, and hardly spilling.
 

@@ -138,7 +138,9 @@ def test_a_full_disk_leaves_no_folder(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["dinov3", "internimage_h"])
+@pytest.mark.parametrize(
+    "architecture", ["dinov3", pytest.param("internimage_h", marks=pytest.mark.nightly)]
+)
 def test_the_package_computes_the_tokens(
     architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

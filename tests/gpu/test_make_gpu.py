@@ -194,7 +194,7 @@ def test_the_plan_names_what_exists(small: bool, tmp_path: Path) -> None:
     assert ("memcheck" in left) == (not small)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # contract_hour.py has the hour in CI
 def test_without_a_gpu_all_runs_in_small_sizes(tmp_path: Path) -> None:
     done = run_gpu("--small", "--minutes", "6", OUT=str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr

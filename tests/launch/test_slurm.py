@@ -119,6 +119,7 @@ def test_a_cancelled_job_saves_and_stays_cancelled(
     assert fields["ExitCode"] == "0:15"
 
 
+@pytest.mark.nightly  # a signal as that of the limit
 def test_a_preempted_job_saves_and_goes_on(
     cluster: Cluster, config: Path, undisturbed: Path, tmp_path: Path
 ) -> None:

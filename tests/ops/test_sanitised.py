@@ -25,6 +25,8 @@ LEFT_OUT = (
     "boltzmann/test_boltzmann.py::test_hard_cases[",
     "boltzmann/test_ranks.py",
 )
+# Loops over rows that the others have too.
+BY_NIGHT = ("add_layer_norm", "gaussian", "mask_mix")
 
 # Found first in every process below, those that a test starts too.
 _SITE = """\
@@ -87,7 +89,10 @@ def sanitised() -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("op", [op.name for op in OPS])
+@pytest.mark.parametrize(
+    "op",
+    [pytest.param(op.name, marks=pytest.mark.nightly if op.name in BY_NIGHT else ()) for op in OPS],
+)
 def test_ops_pass_their_tests_without_a_report(op: str, sanitised: dict[str, str]) -> None:
     """On all instruction sets that the tests go through, but not under the emulator."""
     files = sorted((Path(__file__).parent / op).glob("test_*.py"))

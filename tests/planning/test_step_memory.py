@@ -115,6 +115,9 @@ IN_BF16 = ("vit, 32", "vit of dinov3, 32", "demo, 32", "internimage, 8", "intern
 RUNS = [*((case, False) for case in CASES), *((case, True) for case in IN_BF16)]
 BY_NIGHT = {
     ("vit, 8", False),
+    ("vit, 32", True),
+    ("internimage, 8", False),
+    ("coca, 16", False),
     ("internimage, 16", False),
     ("internimage, 16", True),
     ("demo, 32", True),

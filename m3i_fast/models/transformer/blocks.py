@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 
 from m3i_fast.config.fields import DropPathMode, Mlp, Recompute
 from m3i_fast.models.activation_checkpointing import Checkpoint, torch_checkpoint
@@ -128,10 +127,8 @@ class Attention(nn.Module):
         turned = rotate_qk(heads, None if rotation is None else rotation[None])
         q, k, v = (x[0] for x in turned)  # [T, H, D / H]
         if packed.ends is not None and not self.causal and runs_varlen(q):
-            ends, longest = packed.ends, packed.longest
-            out = varlen_attn(q, k, v, ends, ends, longest, longest)
-            assert isinstance(out, Tensor) and not packed.asks_last
-            return out.flatten(1)
+            assert not packed.asks_last
+            return varlen_attention(q, k, v, packed.ends, packed.longest).flatten(1)
         of_groups = zip(*(unpack(x, packed.groups) for x in (q, k, v)), strict=True)
         return pack_last([self._attend(group) for group in of_groups], packed.groups)
 
@@ -150,6 +147,22 @@ def runs_varlen(q: Tensor) -> bool:  # [T, H, D / H]
         return False
     fits = q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
     return fits and torch.cuda.get_device_capability(q.device) >= VARLEN_CAPABILITY
+
+
+def varlen_attention(
+    q: Tensor,  # [T, H, D / H], as k and v
+    k: Tensor,
+    v: Tensor,
+    ends: Tensor,  # [N + 1] int32, of the sequences, from 0
+    longest: int,
+) -> Tensor:  # [T, H, D / H]
+    """Attend by torch's own kernel from every token to those of its own sequence."""
+    # Here, since it imports torch's compiler, which takes a second of every start.
+    from torch.nn.attention.varlen import varlen_attn
+
+    out = varlen_attn(q, k, v, ends, ends, longest, longest)
+    assert isinstance(out, Tensor)
+    return out
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
