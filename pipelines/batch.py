@@ -39,7 +39,7 @@ class Batch:
     """Named columns, a tensor each: a class [B] int64, -1 for none; labels [B, M] int64, -1 after
     the last one and all -2 where they are not known; numbers [B, K] float32, NaN where one is not
     known; a text [B, T] int32, -1 after its last token id and all -1 for none; regions
-    [B, V + L, R, 36] int32, those of each view, which `dataset.regions.Regions.of` takes apart."""
+    [B, V + L, R, 36] int32, those of each view, taken apart by `annotations.regions.Regions.of`."""
     features: Mapping[str, Tensor] = field(default_factory=dict)
     """Tokens that frozen encoders gave of the global views beforehand, by `Term.target_encoder`:
     [B, N, C] each. Encoders that are not here run in the step."""

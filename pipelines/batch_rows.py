@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m3i_fast.keyed_draws import Purpose, words
-from m3i_fast.pipelines.dataset.columns import Values
+from m3i_fast.pipelines.dataset.annotations.columns import Values
 from m3i_fast.pipelines.dataset.sample_table import BAD, NO_CRC, Rows, SampleTable
 from m3i_fast.pipelines.sample_order.positions import Integers, Layout, Order, shuffled
 from m3i_fast.pipelines.storage.shards import Shards

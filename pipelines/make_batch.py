@@ -11,7 +11,7 @@ from m3i_fast.config.columns import NO_CLASS
 from m3i_fast.config.data import LoaderConfig
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.batch_rows import BatchRows
-from m3i_fast.pipelines.dataset.regions import RegionViews
+from m3i_fast.pipelines.dataset.annotations.regions import RegionViews
 from m3i_fast.pipelines.opened.mixed_table import MixedTable
 from m3i_fast.pipelines.opened.open_data import OpenSplit
 from m3i_fast.pipelines.samples_to_views import MadeBatch, SampleError

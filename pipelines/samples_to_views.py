@@ -10,7 +10,7 @@ from torch import Tensor
 
 from m3i_fast.ops.views import ViewSpec
 from m3i_fast.pipelines.batch_rows import BatchRows
-from m3i_fast.pipelines.dataset.tokenizer import TokenizerInfo
+from m3i_fast.pipelines.dataset.annotations.tokenizer import TokenizerInfo
 from m3i_fast.pipelines.sample_order.positions import Integers
 from m3i_fast.pipelines.threads import Cores
 

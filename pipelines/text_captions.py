@@ -7,8 +7,8 @@ from collections import deque
 from concurrent.futures import Future
 from functools import cache
 
+from m3i_fast.pipelines.dataset.annotations.tokenizer import Tokenizer, TokenizerInfo
 from m3i_fast.pipelines.dataset.manifest import Manifest
-from m3i_fast.pipelines.dataset.tokenizer import Tokenizer, TokenizerInfo
 from m3i_fast.pipelines.samples_to_views import TOKENS, Backend, MadeBatch, SampleError
 from m3i_fast.pipelines.threads import Cores, start_pool
 

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from m3i_fast.ops.views import centre_squares, draw_views, make_patches, make_views
 from m3i_fast.pipelines.batch_rows import COLUMNS, BatchRows
-from m3i_fast.pipelines.dataset import alternates, captions
+from m3i_fast.pipelines.dataset import alternates
+from m3i_fast.pipelines.dataset.annotations import captions
 from m3i_fast.pipelines.dataset.pictures import decode_pixels
 from m3i_fast.pipelines.optional_imports import require
 from m3i_fast.pipelines.sample_order.positions import Integers

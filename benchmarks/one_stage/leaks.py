@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from m3i_fast.benchmarks.one_stage.measures import EARTH_HEIGHT
 from m3i_fast.evaluation.held_out import describe_held_out
 from m3i_fast.pipelines.batch import Batch
+from m3i_fast.pipelines.dataset.annotations.tokenizer import Tokenizer
 from m3i_fast.pipelines.dataset.manifest import read_manifest
 from m3i_fast.pipelines.dataset.near_duplicates import COMPARED_SIZE, NEARER_THAN
-from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
 from m3i_fast.pipelines.loader import evaluation_batches
 from m3i_fast.pipelines.sources.earth_maps import COVERS
 from m3i_fast.pipelines.sources.styles import OTHER_STYLES, SEEN_STYLE

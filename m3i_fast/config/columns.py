@@ -24,7 +24,7 @@ REGION_UNIT = 1 << 30
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ColumnConfig(Checked):
-    """Size a named column, as `pipelines.dataset.columns.ColumnInfo` describes it."""
+    """Size a named column, as `pipelines.dataset.annotations.columns.ColumnInfo` describes it."""
 
     name: str
     """Name of the column, which terms give."""

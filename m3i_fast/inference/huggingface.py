@@ -28,7 +28,7 @@ from m3i_fast.models.internimage.model import InternImage
 from m3i_fast.models.transformer.vit import ViT
 from m3i_fast.objectives.methods import METHODS, Method
 from m3i_fast.objectives.terms import Category
-from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
+from m3i_fast.pipelines.dataset.annotations.tokenizer import Tokenizer
 
 Task = Literal["encoders", "image-classification"]
 

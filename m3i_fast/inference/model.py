@@ -20,7 +20,7 @@ from m3i_fast.inference.transform import Transform, normalise
 from m3i_fast.models.internimage.model import InternImage
 from m3i_fast.models.transformer.vit import ViT
 from m3i_fast.objectives.terms import Caption, Category, Labels, Numbers
-from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
+from m3i_fast.pipelines.dataset.annotations.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -17,7 +17,7 @@ from m3i_fast.export.open_clip_weights import CONFIG, WEIGHTS
 from m3i_fast.export.weight_files import write_weights
 from m3i_fast.inference.model import Model
 from m3i_fast.models.transformer.vit import ViT
-from m3i_fast.pipelines.dataset.tokenizer_json import tokenizer_files
+from m3i_fast.pipelines.dataset.annotations.tokenizer_json import tokenizer_files
 
 _FILTERS = {"cubic": "bicubic", "linear": "bilinear"}  # ours, open_clip's
 

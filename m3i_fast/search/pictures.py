@@ -16,13 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m3i_fast.config.data import MAX_PIXELS
-from m3i_fast.pipelines.dataset import captions
+from m3i_fast.pipelines.dataset.annotations import captions
+from m3i_fast.pipelines.dataset.annotations.tokenizer import Tokenizer
 from m3i_fast.pipelines.dataset.directory import check_split
 from m3i_fast.pipelines.dataset.files import DatasetFiles, check_sizes
 from m3i_fast.pipelines.dataset.manifest import TOKENS_MEMBER, is_dataset
 from m3i_fast.pipelines.dataset.pictures import FORMATS, decode_pixels, stored_size
 from m3i_fast.pipelines.dataset.sample_table import BAD, NO_CRC, SampleTable, checksum
-from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
 from m3i_fast.pipelines.packing.conversion import convert
 from m3i_fast.pipelines.packing.items import Listing, SourceOptions
 from m3i_fast.pipelines.packing.readers.guess import make_reader, resolve

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m3i_fast.config.data import MAX_PIXELS
-from m3i_fast.pipelines.dataset import alternates, captions
+from m3i_fast.pipelines.dataset import alternates
+from m3i_fast.pipelines.dataset.annotations import captions
 from m3i_fast.pipelines.dataset.files import DatasetFiles, LocalFiles, OpenFile, check_sizes
 from m3i_fast.pipelines.dataset.manifest import Manifest, ShardInfo, SplitInfo, sha256_file
 from m3i_fast.pipelines.dataset.pictures import FORMATS, check_header

@@ -13,8 +13,8 @@ from typing import Any
 
 import cattrs
 
-from m3i_fast.pipelines.dataset.columns import COLUMNS_SUFFIX, ColumnInfo, ColumnsInfo
-from m3i_fast.pipelines.dataset.tokenizer import TokenizerInfo
+from m3i_fast.pipelines.dataset.annotations.columns import COLUMNS_SUFFIX, ColumnInfo, ColumnsInfo
+from m3i_fast.pipelines.dataset.annotations.tokenizer import TokenizerInfo
 
 MANIFEST_NAME = "manifest.json"
 REFUSED_NAME = "refused.jsonl"  # what packing or indexing left out, beside the manifest

@@ -26,13 +26,15 @@ from rich.progress import Progress, TextColumn
 
 from m3i_fast.config.data import MAX_PIXELS
 from m3i_fast.durable_files import write_atomically
-from m3i_fast.pipelines.dataset import alternates, captions
-from m3i_fast.pipelines.dataset.columns import (
+from m3i_fast.pipelines.dataset import alternates
+from m3i_fast.pipelines.dataset.annotations import captions
+from m3i_fast.pipelines.dataset.annotations.columns import (
     COLUMNS_SUFFIX,
     ColumnInfo,
     rows_of,
     write_columns,
 )
+from m3i_fast.pipelines.dataset.annotations.tokenizer import TokenizerInfo
 from m3i_fast.pipelines.dataset.manifest import (
     MANIFEST_NAME,
     TABLE_SUFFIX,
@@ -44,7 +46,6 @@ from m3i_fast.pipelines.dataset.manifest import (
 )
 from m3i_fast.pipelines.dataset.sample_table import ROW, Rows, write_table
 from m3i_fast.pipelines.dataset.samples import Counts, Sample, SampleSource, Tally
-from m3i_fast.pipelines.dataset.tokenizer import TokenizerInfo
 from m3i_fast.pipelines.optional_imports import require
 
 

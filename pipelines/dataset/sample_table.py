@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from m3i_fast.pipelines.dataset.columns import ColumnTable, Values
+from m3i_fast.pipelines.dataset.annotations.columns import ColumnTable, Values
 from m3i_fast.pipelines.dataset.manifest import Manifest, ShardInfo, TableInfo, read_manifest
 from m3i_fast.pipelines.dataset.tar_shards import INTEGERS, TAR_BLOCK, IndexRow, read_index
 from m3i_fast.pipelines.optional_imports import require

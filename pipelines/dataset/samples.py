@@ -10,12 +10,12 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from m3i_fast.pipelines.dataset import captions
-from m3i_fast.pipelines.dataset.columns import ColumnInfo
+from m3i_fast.pipelines.dataset.annotations import captions
+from m3i_fast.pipelines.dataset.annotations.columns import ColumnInfo
+from m3i_fast.pipelines.dataset.annotations.regions import wrong_regions
+from m3i_fast.pipelines.dataset.annotations.tokenizer import TokenizerInfo
 from m3i_fast.pipelines.dataset.manifest import ShardInfo, SplitInfo
 from m3i_fast.pipelines.dataset.pictures import decode
-from m3i_fast.pipelines.dataset.regions import wrong_regions
-from m3i_fast.pipelines.dataset.tokenizer import TokenizerInfo
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from m3i_fast.durable_files import sync, write_atomically
+from m3i_fast.pipelines.dataset.annotations.tokenizer import TokenizerInfo
 from m3i_fast.pipelines.dataset.manifest import (
     INDEXED,
     MANIFEST_NAME,
@@ -31,7 +32,6 @@ from m3i_fast.pipelines.dataset.manifest import (
     read_manifest,
 )
 from m3i_fast.pipelines.dataset.sample_table import BAD, Rows, write_table
-from m3i_fast.pipelines.dataset.tokenizer import TokenizerInfo
 from m3i_fast.pipelines.indexing.contents import NO_GROUP, Columns
 from m3i_fast.pipelines.indexing.tar_places import COPY, Tars
 from m3i_fast.pipelines.indexing.tar_task import TarIndex, TarTask, read_result, run

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from m3i_fast.pipelines.dataset import captions
+from m3i_fast.pipelines.dataset.annotations import captions
+from m3i_fast.pipelines.dataset.annotations.tokenizer import Tokenizer
 from m3i_fast.pipelines.dataset.files import Advance, DatasetFiles
 from m3i_fast.pipelines.dataset.manifest import TOKENS_MEMBER, Manifest
 from m3i_fast.pipelines.dataset.pictures import FORMATS, stored_size
 from m3i_fast.pipelines.dataset.sample_table import BAD, SampleTable
-from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
 from m3i_fast.pipelines.tar_members import sample_files
 
 SHORT_SIDES = (0, 64, 128, 224, 256, 384, 512, 768, 1024, 2048)  # lower ends of the histogram

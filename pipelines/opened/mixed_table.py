@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from m3i_fast.pipelines.dataset.columns import Values, missing_values, moved
+from m3i_fast.pipelines.dataset.annotations.columns import Values, missing_values, moved
 from m3i_fast.pipelines.dataset.sample_table import ROW, Rows, SampleTable
 from m3i_fast.pipelines.opened.mixture import MixedData
 from m3i_fast.pipelines.storage.shards import BucketReads, Shards

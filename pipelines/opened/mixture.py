@@ -15,9 +15,9 @@ from functools import cached_property
 import numpy as np
 
 from m3i_fast.config.data import LoaderConfig, MixturePart
-from m3i_fast.pipelines.dataset.columns import ColumnInfo, joined, places_in
+from m3i_fast.pipelines.dataset.annotations.columns import ColumnInfo, joined, places_in
+from m3i_fast.pipelines.dataset.annotations.tokenizer import TokenizerInfo
 from m3i_fast.pipelines.dataset.manifest import MANIFEST_NAME, Manifest
-from m3i_fast.pipelines.dataset.tokenizer import TokenizerInfo
 from m3i_fast.pipelines.sample_order.positions import Integers, Mixture, Order
 from m3i_fast.pipelines.storage.objects import place_of
 from m3i_fast.pipelines.storage.remote import manifest_at

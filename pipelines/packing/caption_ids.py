@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
+from m3i_fast.pipelines.dataset.annotations.tokenizer import Tokenizer
 from m3i_fast.pipelines.packing.items import Refused
 
 LongCaptions = Literal["cut", "refuse"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from m3i_fast.pipelines.dataset.columns import ColumnInfo
+from m3i_fast.pipelines.dataset.annotations.columns import ColumnInfo
 from m3i_fast.pipelines.packing.items import Listing
 from m3i_fast.pipelines.packing.shard_task import Numbered
 from m3i_fast.pipelines.sources.label_subsets import keep_share

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from m3i_fast.pipelines.dataset.columns import ColumnInfo
+from m3i_fast.pipelines.dataset.annotations.columns import ColumnInfo
 
 MAX_FILE_BYTES = 1 << 30
 """Most bytes of an encoded picture."""

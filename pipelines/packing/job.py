@@ -19,9 +19,9 @@ import numpy as np
 from rich.console import Console
 
 from m3i_fast.config.data import CACHE_DIR
+from m3i_fast.pipelines.dataset.annotations.tokenizer import Tokenizer
 from m3i_fast.pipelines.dataset.manifest import REFUSED_NAME, Manifest
 from m3i_fast.pipelines.dataset.pack import DatasetInfo, write_manifest
-from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
 from m3i_fast.pipelines.packing.bucket_output import BucketOutput
 from m3i_fast.pipelines.packing.class_shares import share_columns, told, with_shares
 from m3i_fast.pipelines.packing.items import Listing, Refusal, SourceOptions

@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from m3i_fast.config.columns import REGION_TOKENS
-from m3i_fast.pipelines.dataset.columns import ColumnInfo, rows_dtype
+from m3i_fast.pipelines.dataset.annotations.columns import ColumnInfo, rows_dtype
+from m3i_fast.pipelines.dataset.annotations.tokenizer import Tokenizer
 from m3i_fast.pipelines.dataset.manifest import ShardInfo
 from m3i_fast.pipelines.dataset.pack import PackedShard, write_shard
 from m3i_fast.pipelines.dataset.sample_table import ROW
 from m3i_fast.pipelines.dataset.samples import Sample
-from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
 from m3i_fast.pipelines.packing.caption_ids import LongCaptions, caption_ids
 from m3i_fast.pipelines.packing.conversion import convert
 from m3i_fast.pipelines.packing.items import (

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from m3i_fast.pipelines.dataset.annotations.tokenizer import Tokenizer
 from m3i_fast.pipelines.dataset.pack import DatasetInfo, keyed_order, write_dataset
 from m3i_fast.pipelines.dataset.samples import Sample
-from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
 from m3i_fast.pipelines.optional_imports import require
 from m3i_fast.pipelines.sources.earth_maps import (
     CLIMATES,

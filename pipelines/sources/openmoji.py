@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from m3i_fast.config.data import MAX_PIXELS
+from m3i_fast.pipelines.dataset.annotations.tokenizer import Tokenizer
 from m3i_fast.pipelines.dataset.manifest import read_manifest
 from m3i_fast.pipelines.dataset.near_duplicates import (
     COMPARED_SIZE,
@@ -27,7 +28,6 @@ from m3i_fast.pipelines.dataset.near_duplicates import (
     thumbnail,
 )
 from m3i_fast.pipelines.dataset.pack import DatasetInfo, keyed_order, write_dataset
-from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
 from m3i_fast.pipelines.optional_imports import require
 from m3i_fast.pipelines.sources.concepts import Drawing, read_drawings
 from m3i_fast.pipelines.sources.label_subsets import annotate

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
+from m3i_fast.pipelines.dataset.annotations.tokenizer import Tokenizer
 from m3i_fast.pipelines.dataset.samples import Sample
-from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
 from m3i_fast.pipelines.optional_imports import require
 from m3i_fast.pipelines.sources.concepts import Drawing
 from m3i_fast.pipelines.sources.label_subsets import Annotation

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from m3i_fast.pipelines.dataset.annotations.tokenizer import Tokenizer
 from m3i_fast.pipelines.dataset.near_duplicates import NEARER_THAN
 from m3i_fast.pipelines.dataset.pack import DatasetInfo, write_dataset
-from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
 from m3i_fast.pipelines.optional_imports import require
 from m3i_fast.pipelines.sources import HELDOUT_STYLE
 from m3i_fast.pipelines.sources.concepts import Drawing, read_drawings

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from m3i_fast.durable_files import make_directories, replaced_atomically, write_atomically
-from m3i_fast.pipelines.dataset.columns import ColumnsInfo
+from m3i_fast.pipelines.dataset.annotations.columns import ColumnsInfo
 from m3i_fast.pipelines.dataset.manifest import (
     MANIFEST_NAME,
     Manifest,

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 
 from m3i_fast.durable_files import make_directories
-from m3i_fast.pipelines.dataset.columns import ColumnsInfo
+from m3i_fast.pipelines.dataset.annotations.columns import ColumnsInfo
 from m3i_fast.pipelines.dataset.files import DatasetFiles, LocalFiles
 from m3i_fast.pipelines.dataset.manifest import (
     INDEXED,

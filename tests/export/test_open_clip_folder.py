@@ -23,8 +23,8 @@ from m3i_fast.config.models.vit import ViTConfig
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.objectives.terms import Caption
 from m3i_fast.ops import IMAGENET_MEAN, IMAGENET_STD
-from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
-from m3i_fast.pipelines.dataset.tokenizer_json import tokenizer_files
+from m3i_fast.pipelines.dataset.annotations.tokenizer import Tokenizer
+from m3i_fast.pipelines.dataset.annotations.tokenizer_json import tokenizer_files
 from m3i_fast.recipes import demo_internimage, shrink
 from tests.shared.engine.small_run import TEXT, small_run
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from m3i_fast.config.models.text import TextConfig
 from m3i_fast.engine.run.data_fields import take_data_fields
 from m3i_fast.engine.trainer import Trainer
-from m3i_fast.pipelines.dataset.columns import ColumnInfo
+from m3i_fast.pipelines.dataset.annotations.columns import ColumnInfo
 from m3i_fast.pipelines.dataset.pack import write_dataset
 from m3i_fast.recipes import demo, shrink
 from tests.shared.annotated import TERMS

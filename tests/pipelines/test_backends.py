@@ -21,8 +21,8 @@ from m3i_fast.config.data import LoaderConfig
 from m3i_fast.doctor import probes
 from m3i_fast.pipelines import backends, torch_backend
 from m3i_fast.pipelines.batch import Batch
+from m3i_fast.pipelines.dataset.annotations.tokenizer import Tokenizer
 from m3i_fast.pipelines.dataset.pack import write_dataset
-from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
 from m3i_fast.pipelines.loader import Loader, evaluation_batches
 from m3i_fast.pipelines.storage.shards import LocalShards
 from m3i_fast.pipelines.torch_backend import TorchBackend

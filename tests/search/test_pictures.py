@@ -15,10 +15,10 @@ import pytest
 from PIL import Image, ImageOps
 
 from m3i_fast.cli import main
+from m3i_fast.pipelines.dataset.annotations.tokenizer import Tokenizer
 from m3i_fast.pipelines.dataset.manifest import read_manifest
 from m3i_fast.pipelines.dataset.pack import write_dataset
 from m3i_fast.pipelines.dataset.sample_table import BAD, SampleTable, write_table
-from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
 from m3i_fast.search import pictures as pictures_module
 from m3i_fast.search.pictures import decode, open_pictures
 from tests.shared.pipelines.data import edit_manifest, encode_image, info, sample, smooth_picture

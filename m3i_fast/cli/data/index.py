@@ -124,7 +124,7 @@ class Index:
         self, tars: Tars, splits: dict[str, str], columns: Columns, total: int, url: str | None
     ) -> Indexed:
         """Index the tars, with a bar of their bytes."""
-        from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
+        from m3i_fast.pipelines.dataset.annotations.tokenizer import Tokenizer
         from m3i_fast.pipelines.indexing.beside import publish, work_folder
         from m3i_fast.pipelines.indexing.build import IndexInfo, index_tars
 

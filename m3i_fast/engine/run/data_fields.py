@@ -13,7 +13,7 @@ from dataclasses import replace
 from m3i_fast.config.columns import ColumnConfig
 from m3i_fast.config.train import TrainConfig
 from m3i_fast.flags import flag_of
-from m3i_fast.pipelines.dataset.columns import ColumnInfo, ColumnsInfo, pooled
+from m3i_fast.pipelines.dataset.annotations.columns import ColumnInfo, ColumnsInfo, pooled
 from m3i_fast.pipelines.dataset.manifest import MANIFEST_NAME, Manifest
 from m3i_fast.pipelines.opened.mixture import MixedData, read_described
 from m3i_fast.pipelines.storage.objects import place_of

@@ -14,8 +14,8 @@ from m3i_fast.config.data import ViewConfig
 from m3i_fast.durable_files import write_atomically
 from m3i_fast.json_files import read_json
 from m3i_fast.ops import IMAGENET_MEAN, IMAGENET_STD
+from m3i_fast.pipelines.dataset.annotations.tokenizer import TokenizerInfo
 from m3i_fast.pipelines.dataset.manifest import Manifest
-from m3i_fast.pipelines.dataset.tokenizer import TokenizerInfo
 from m3i_fast.pipelines.opened.mixture import MixedData
 
 DATA_FILE = "data.json"

@@ -16,7 +16,8 @@ from PIL import Image
 
 from m3i_fast.config.data import LoaderConfig
 from m3i_fast.pipelines.batch import Batch
-from m3i_fast.pipelines.dataset.columns import ColumnInfo, Values
+from m3i_fast.pipelines.dataset.annotations.columns import ColumnInfo, Values
+from m3i_fast.pipelines.dataset.annotations.tokenizer import Tokenizer
 from m3i_fast.pipelines.dataset.manifest import REFUSED_NAME, Manifest
 from m3i_fast.pipelines.dataset.near_duplicates import (
     COMPARED_SIZE,
@@ -27,7 +28,6 @@ from m3i_fast.pipelines.dataset.near_duplicates import (
 )
 from m3i_fast.pipelines.dataset.pictures import FORMATS, decode_pixels
 from m3i_fast.pipelines.dataset.sample_table import SampleTable
-from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
 from m3i_fast.pipelines.inspection.statistics import column_counts
 from m3i_fast.pipelines.loader import Loader, evaluation_batches
 from m3i_fast.pipelines.opened.open_data import OpenSplit

@@ -1,6 +1,6 @@
 """Regions of pictures and of their views, as the page of a data set draws them.
 
-Legend: W integers of a region (`pipelines.dataset.regions`).
+Legend: W integers of a region (`pipelines.dataset.annotations.regions`).
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from m3i_fast.pipelines.batch import Batch
+from m3i_fast.pipelines.dataset.annotations.regions import RegionViews, region_values
+from m3i_fast.pipelines.dataset.annotations.tokenizer import Tokenizer
 from m3i_fast.pipelines.dataset.manifest import Manifest
-from m3i_fast.pipelines.dataset.regions import RegionViews, region_values
 from m3i_fast.pipelines.dataset.sample_table import SampleTable
-from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
 from m3i_fast.pipelines.opened.open_data import OpenSplit
 from m3i_fast.report.inputs import ShownRegion
 

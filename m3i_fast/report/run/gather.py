@@ -26,8 +26,8 @@ from m3i_fast.json_files import read_json
 from m3i_fast.objectives.targets import normalise_views
 from m3i_fast.objectives.terms import Caption, Category
 from m3i_fast.observe.metrics import Curves, read_curves
+from m3i_fast.pipelines.dataset.annotations.tokenizer import Tokenizer
 from m3i_fast.pipelines.dataset.manifest import Manifest
-from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
 from m3i_fast.pipelines.loader import evaluation_batches
 from m3i_fast.pipelines.storage.objects import place_of
 from m3i_fast.pipelines.storage.remote import manifest_at

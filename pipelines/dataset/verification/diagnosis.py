@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from m3i_fast.pipelines.dataset import alternates, captions
+from m3i_fast.pipelines.dataset import alternates
+from m3i_fast.pipelines.dataset.annotations import captions
 from m3i_fast.pipelines.dataset.manifest import Manifest
 from m3i_fast.pipelines.dataset.pictures import FORMATS, decode
 from m3i_fast.pipelines.dataset.samples import check_alternate

@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m3i_fast.config.data import MAX_PIXELS
-from m3i_fast.pipelines.dataset import alternates, captions
-from m3i_fast.pipelines.dataset.columns import Known
+from m3i_fast.pipelines.dataset import alternates
+from m3i_fast.pipelines.dataset.annotations import captions
+from m3i_fast.pipelines.dataset.annotations.columns import Known
 from m3i_fast.pipelines.dataset.directory import check_split
 from m3i_fast.pipelines.dataset.files import Advance, DatasetFiles, LocalFiles
 from m3i_fast.pipelines.dataset.manifest import TABLE, Manifest, ShardInfo, sha256_file

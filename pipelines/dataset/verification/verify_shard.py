@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from m3i_fast.pipelines.dataset import alternates, captions
+from m3i_fast.pipelines.dataset import alternates
+from m3i_fast.pipelines.dataset.annotations import captions
 from m3i_fast.pipelines.dataset.files import Advance, OpenFile
 from m3i_fast.pipelines.dataset.manifest import TOKENS_MEMBER, Manifest, ShardInfo
 from m3i_fast.pipelines.dataset.pictures import FORMATS, check_header

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple, cast, get_args
 
 from m3i_fast.config.columns import ColumnKind as Kind
-from m3i_fast.pipelines.dataset.columns import MOST_VALUES, UNNAMED, ColumnInfo
+from m3i_fast.pipelines.dataset.annotations.columns import MOST_VALUES, UNNAMED, ColumnInfo
 from m3i_fast.pipelines.packing.items import Listing, Refused, SourceOptions, is_missing, printable
 from m3i_fast.pipelines.packing.readers.labels import MOST_CLASSES
 from m3i_fast.pipelines.packing.readers.regions import (

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from m3i_fast.pipelines.dataset.captions import LENGTHS, TOKENS
-from m3i_fast.pipelines.dataset.columns import ColumnInfo
+from m3i_fast.pipelines.dataset.annotations.captions import LENGTHS, TOKENS
+from m3i_fast.pipelines.dataset.annotations.columns import ColumnInfo
+from m3i_fast.pipelines.dataset.annotations.tokenizer import Tokenizer
 from m3i_fast.pipelines.dataset.directory import open_split
 from m3i_fast.pipelines.dataset.manifest import Manifest, read_manifest
 from m3i_fast.pipelines.dataset.pictures import FORMATS
@@ -23,7 +24,6 @@ from m3i_fast.pipelines.dataset.sample_table import (
     SampleTable,
     checksum,
 )
-from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
 from m3i_fast.pipelines.packing.items import Item, Listing, Place, Refused, SourceOptions
 from m3i_fast.pipelines.packing.readers.regions import SHARES
 from m3i_fast.pipelines.tar_members import Range, sample_files, sample_parts

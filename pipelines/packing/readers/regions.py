@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from m3i_fast.pipelines.dataset.regions import MOST_REGIONS
+from m3i_fast.pipelines.dataset.annotations.regions import MOST_REGIONS
 from m3i_fast.pipelines.packing.items import Listing, Refused, is_missing, printable
 
 FILES = (".json", ".jsonl")

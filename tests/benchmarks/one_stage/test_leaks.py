@@ -17,8 +17,8 @@ from m3i_fast.benchmarks.one_stage.leaks import (
     separation_of_earth,
     separation_of_styles,
 )
+from m3i_fast.pipelines.dataset.annotations.tokenizer import Tokenizer
 from m3i_fast.pipelines.dataset.pack import write_dataset
-from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
 from m3i_fast.pipelines.sources.styles import OTHER_STYLES, SEEN_STYLE
 from tests.shared.pipelines.data import encode_image, info, sample, smooth_picture
 

@@ -14,7 +14,7 @@ from m3i_fast.config import TrainConfig
 from m3i_fast.engine.evaluator import evaluate
 from m3i_fast.engine.run.data_record import DataRecord, read_record, record_data
 from m3i_fast.engine.trainer import Trainer
-from m3i_fast.pipelines.dataset.columns import ColumnInfo, ColumnsInfo
+from m3i_fast.pipelines.dataset.annotations.columns import ColumnInfo, ColumnsInfo
 from m3i_fast.pipelines.dataset.manifest import read_manifest
 from m3i_fast.pipelines.loader import Loader
 from m3i_fast.pipelines.opened.mixture import read_described

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer
 
 from m3i_fast.export.huggingface.tokenizer import tokenizer_files
-from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
+from m3i_fast.pipelines.dataset.annotations.tokenizer import Tokenizer
 
 TEXTS = [
     "a red apple",

@@ -23,7 +23,7 @@ from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.objectives.terms import RegionTokens
 from m3i_fast.objectives.terms.regions import box_iou
 from m3i_fast.pipelines.batch import Batch
-from m3i_fast.pipelines.dataset.regions import RegionViews, region_rows
+from m3i_fast.pipelines.dataset.annotations.regions import RegionViews, region_rows
 from tests.shared.annotated import (
     MOST_REGIONS,
     NO_TARGETS,

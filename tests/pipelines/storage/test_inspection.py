@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from m3i_fast.cli import main
+from m3i_fast.pipelines.dataset.annotations.tokenizer import Tokenizer
 from m3i_fast.pipelines.dataset.manifest import MANIFEST_NAME, read_manifest
 from m3i_fast.pipelines.dataset.pack import write_dataset
-from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
 from m3i_fast.pipelines.dataset.verification import verify
 from m3i_fast.pipelines.dataset.verification.verify import find_faults
 from m3i_fast.pipelines.storage import remote_files

@@ -13,10 +13,10 @@ from PIL import Image
 
 from m3i_fast.cli import main
 from m3i_fast.config.data import LoaderConfig, ViewConfig
-from m3i_fast.pipelines.dataset.columns import ColumnInfo
+from m3i_fast.pipelines.dataset.annotations.columns import ColumnInfo
+from m3i_fast.pipelines.dataset.annotations.tokenizer import Tokenizer
 from m3i_fast.pipelines.dataset.pack import write_dataset
 from m3i_fast.pipelines.dataset.samples import Sample
-from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
 from m3i_fast.pipelines.opened.open_few import open_few
 from m3i_fast.recipes import recipes
 from m3i_fast.report.data.gather import gather, pictures_of

@@ -20,11 +20,11 @@ from wds2idx import IndexCreator
 
 from m3i_fast.config.data import ViewConfig
 from m3i_fast.pipelines.batch import Batch
+from m3i_fast.pipelines.dataset.annotations.tokenizer import TokenizerInfo
 from m3i_fast.pipelines.dataset.manifest import read_manifest
 from m3i_fast.pipelines.dataset.pack import DatasetInfo, write_dataset
 from m3i_fast.pipelines.dataset.sample_table import ROW, write_table
 from m3i_fast.pipelines.dataset.samples import Sample
-from m3i_fast.pipelines.dataset.tokenizer import TokenizerInfo
 from m3i_fast.pipelines.loader import Loader
 
 TOKENIZER = TokenizerInfo(num_merges=7, context_length=12, vocab_size=521, fingerprint="f" * 64)

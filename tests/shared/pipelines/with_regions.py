@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from m3i_fast.pipelines.dataset.columns import ColumnInfo, rows_of, write_columns
+from m3i_fast.pipelines.dataset.annotations.columns import ColumnInfo, rows_of, write_columns
 from m3i_fast.pipelines.dataset.manifest import MANIFEST_NAME, read_manifest
 
 COLUMN = ColumnInfo(name="regions", kind="regions", size=2)

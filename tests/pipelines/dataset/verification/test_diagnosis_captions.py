@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from m3i_fast.config.data import LoaderConfig, ViewConfig
-from m3i_fast.pipelines.dataset import captions
+from m3i_fast.pipelines.dataset.annotations import captions
 from m3i_fast.pipelines.dataset.manifest import read_manifest
 from m3i_fast.pipelines.dataset.verification.verify import verify
 from m3i_fast.pipelines.loader import Loader, evaluation_batches

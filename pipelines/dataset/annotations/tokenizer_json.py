@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
+from m3i_fast.pipelines.dataset.annotations.tokenizer import Tokenizer
 
 START, END = "<start_of_text>", "<end_of_text>"
 # SimpleTokenizer's words: English endings, letters, one digit, and what is neither nor a space.

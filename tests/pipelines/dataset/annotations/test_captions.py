@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from m3i_fast.pipelines.dataset import captions
+from m3i_fast.pipelines.dataset.annotations import captions
 from tests.shared.pipelines.data import TOKENIZER, several_captions
 
 T = TOKENIZER.context_length

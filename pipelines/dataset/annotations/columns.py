@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from m3i_fast.config.columns import NO_CLASS, NO_LABELS, REGION_WIDTH
 from m3i_fast.config.columns import ColumnKind as Kind
 from m3i_fast.durable_files import replaced_atomically
-from m3i_fast.pipelines.dataset.regions import (
+from m3i_fast.pipelines.dataset.annotations.regions import (
     MOST_REGIONS,
     region_rows,
     region_values,

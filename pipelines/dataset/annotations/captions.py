@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from m3i_fast.pipelines.dataset.tokenizer import TokenizerInfo
+from m3i_fast.pipelines.dataset.annotations.tokenizer import TokenizerInfo
 
 TOKENS, LENGTHS = "tok", "len"  # components of a sample in a shard
 

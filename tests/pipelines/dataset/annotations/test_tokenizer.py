@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m3i_fast.pipelines.dataset.tokenizer import CLIP_NUM_MERGES, Tokenizer
+from m3i_fast.pipelines.dataset.annotations.tokenizer import CLIP_NUM_MERGES, Tokenizer
 
 CAPTIONS = (
     "grinning face",

@@ -16,7 +16,7 @@ from m3i_fast.config.data import LoaderConfig
 from m3i_fast.config.train import TrainConfig
 from m3i_fast.engine.run.data_fields import columns_of
 from m3i_fast.pipelines.batch import Batch
-from m3i_fast.pipelines.dataset.columns import ColumnInfo, rows_dtype, write_columns
+from m3i_fast.pipelines.dataset.annotations.columns import ColumnInfo, rows_dtype, write_columns
 from m3i_fast.pipelines.dataset.files import LocalFiles
 from m3i_fast.pipelines.dataset.manifest import read_manifest
 from m3i_fast.pipelines.dataset.pack import write_dataset

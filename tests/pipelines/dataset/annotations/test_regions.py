@@ -20,10 +20,15 @@ from m3i_fast.config.columns import REGION_UNIT, REGION_WIDTH
 from m3i_fast.config.data import LoaderConfig, ViewConfig
 from m3i_fast.pipelines.any_shape.loader import PackedLoader
 from m3i_fast.pipelines.batch import Batch
-from m3i_fast.pipelines.dataset.columns import ColumnInfo
+from m3i_fast.pipelines.dataset.annotations.columns import ColumnInfo
+from m3i_fast.pipelines.dataset.annotations.regions import (
+    Regions,
+    RegionViews,
+    region_rows,
+    region_values,
+)
 from m3i_fast.pipelines.dataset.manifest import read_manifest
 from m3i_fast.pipelines.dataset.pack import write_dataset
-from m3i_fast.pipelines.dataset.regions import Regions, RegionViews, region_rows, region_values
 from m3i_fast.pipelines.dataset.verification.verify import verify
 from m3i_fast.pipelines.loader import Loader, evaluation_batches
 from tests.shared.pipelines.data import (
