@@ -145,6 +145,11 @@ def _to_timm(command: ExportCommand) -> int:
 def _to_transformers(command: ExportCommand) -> int:
     if command.column and command.task == "encoders":
         return refuse("--column: expected with --task image-classification, got --task encoders")
+    if command.image_only and command.task != "encoders":
+        return refuse(
+            f"--image-only: expected with --task encoders, got --task {command.task}, whose folder "
+            "has no text encoder"
+        )
     from m3i_fast.inference.huggingface import save_transformers_folder
 
     lines = save_transformers_folder(

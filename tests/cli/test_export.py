@@ -127,6 +127,8 @@ def test_what_cannot_be_exported_is_refused(
     assert "--image-only: expected with --to hf" in refused(
         str(run), out, "--to", "timm", "--image-only"
     )
+    classifier = ["--to", "hf", "--task", "image-classification", "--image-only"]
+    assert "--image-only: expected with --task encoders" in refused(str(run), out, *classifier)
     cfg = shrink(demo_internimage(), path=dataset, num_classes=9, text=TEXT)
     other = trained(cfg, tmp_path / "internimage")
     said = refused(str(other), out, "--to", "timm")
