@@ -8,6 +8,8 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # more than half the speed when they outnumber the cores). Training sets its own share.
 WORKERS ?= 2
 test test-slow lint: export OMP_NUM_THREADS = 1
+# They start many processes, which shall not compile the same modules each.
+test test-slow first-contact: export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: install demo docs test test-slow te-contract first-contact wheels gpu lint bench clean
 
