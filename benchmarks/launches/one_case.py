@@ -43,7 +43,7 @@ from m3i_fast.recipes import recipes
 # Of the steps the second captures CUDA graphs, and the third pins again what the capture gave back.
 STEADY, NUM_STEPS = 3, 5
 # Of a step alone, which at full size finds a block that fits no earlier than this.
-STEADY_ALONE = 4
+STEADY_ALONE = 5
 
 
 def case_config(recipe: str, flags: list[str]) -> TrainConfig:
@@ -125,6 +125,7 @@ class MeasuredSteps(MarkedSteps):
 def take_steps(cfg: TrainConfig, measured: MeasuredSteps) -> None:
     """Take steps without a trainer up to the steady one, on weights as they were allocated."""
     torch.backends.cudnn.enabled = False  # as in `train`
+    cfg = replace(cfg, num_steps=STEADY_ALONE + 1)
     world = join_world(resolve_device(cfg.device), seconds=60.0)
     arithmetic = resolve_precision(
         capabilities_of(world.device), gemm_shapes(cfg), cfg.precision, cfg.backend
@@ -133,7 +134,7 @@ def take_steps(cfg: TrainConfig, measured: MeasuredSteps) -> None:
     objective = build_objective(cfg, world.group, layers=layers, on_meta=True)
     step = TrainStep(cfg, objective.to_empty(device=world.device), world, arithmetic)
     batches = [draw_batch(cfg).to(world.device)] * cfg.parallel.accumulate
-    for _ in range(STEADY_ALONE + 1):
+    for _ in range(cfg.num_steps):
         measured(step, *batches, monitor=False)
 
 

@@ -24,6 +24,7 @@ from m3i_fast.ops.boltzmann_vectors import autocast_features
 from m3i_fast.ops.boltzmann_vectors import wide as wide_type
 from m3i_fast.ops.library import m3i
 
+ROWS_OP = m3i.boltzmann_rows.default
 # Bytes of a block's wide [R, M] matrices at most, unless a single row has more.
 _BLOCK_BYTES = {"cpu": 56 << 20, "cuda": 256 << 20}
 _ROW_STEP = {"cpu": 16, "cuda": 64}  # rows of a block are a multiple, where there are so many
@@ -144,6 +145,18 @@ def _block_rows(
     most = _BLOCK_BYTES[device] // (matrices * wide.itemsize * max(1, stride))
     step = _ROW_STEP[device]
     return max(1, min(num_rows, most // step * step or most))
+
+
+def scratch_bytes(
+    z_hat: Tensor, z: Tensor, *others: Any, device: str
+) -> int:  # the arguments of m3i::boltzmann_rows
+    """Return the bytes of the blocks that the op works in on a device, beside its results."""
+    target_z, needs_grad = others[4], others[-1]
+    wide, stride = wide_type(z.dtype), _stride(len(z))
+    matrices = 1 if target_z is None else 2
+    rows = _block_rows(len(z_hat), stride, wide, device, matrices=matrices)
+    is_rounded = any(needs_grad) and device == "cuda" and z.dtype != wide
+    return rows * stride * (matrices * wide.itemsize + is_rounded * z.itemsize)
 
 
 def _blocks(
@@ -305,9 +318,7 @@ class RowSoftmax(torch.autograd.Function):
         needs_grad: Sequence[bool],  # [4]
         mean: bool,
     ) -> Tensor:  # [] wide
-        nll, *grads = m3i.boltzmann_rows.default(
-            z_hat, z, scale, bias, row_ids, *targets, row_weights, needs_grad
-        )
+        nll, *grads = ROWS_OP(z_hat, z, scale, bias, row_ids, *targets, row_weights, needs_grad)
         if mean:
             share = _total_weight(z_hat, scale, row_ids, row_weights).reciprocal()
         else:

@@ -3,7 +3,8 @@
 `TrainStep`, the step that trains, is taken once in a FakeTensorMode: shapes, dtypes, what autograd
 saves, what the guard copies and when all of it is freed are those of a run, and nothing is tuned.
 Every image has a label and a caption: the largest step. Not seen: what kernels allocate for
-themselves, fragmentation, and what torch.compile changes.
+themselves, but for the blocks of a likelihood of many columns; fragmentation, and what
+torch.compile changes.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ from m3i_fast.engine.train_step import TrainStep, draw_step_mix
 from m3i_fast.objectives.mixing import Mix
 from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.objectives.terms import Caption, TextTokens
+from m3i_fast.ops.boltzmann_rows import ROWS_OP, scratch_bytes
 from m3i_fast.pipelines.any_shape.batch import AnyBatch
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.planning.sharded_units import GatherCounter
@@ -83,7 +86,8 @@ def trace(cfg: TrainConfig, *, bf16: bool, cuda: bool = True, num_shards: int = 
     casts_apart = cfg.compile or has_graphs or num_shards > 1
     cfg = replace(cfg, compile=False, cuda_graphs="none", parallel=one_batch)
     mix, objective = draw_first_mix(cfg), build_on_meta(cfg)
-    tracker = TensorTracker(num_shards=num_shards)
+    rows_scratch = partial(scratch_bytes, device="cuda" if cuda else "cpu")
+    tracker = TensorTracker(num_shards=num_shards, scratch={ROWS_OP: rows_scratch})
     stages = _Stages(tracker)
     counter = GatherCounter(objective)
     with FakeTensorMode() as fake, tracker:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,17 +19,22 @@ GRADIENTS, OTHER, CAST_WEIGHTS = "gradients", "backward and optimiser", "weights
 class TensorTracker(TorchDispatchMode):
     """Counts the bytes of storages from their allocation to their end, as an allocator would.
 
-    What a kernel allocates for itself is not seen. Inside a FakeTensorMode nothing is computed and
-    nothing is allocated, and the count is the same. There a host that asks whether `any` or `all`
-    elements are set is told yes, and no to every other question, and the fused SGD of the moving
-    average, which torch has no fake form of, is passed over: it allocates nothing.
+    What an op allocates for itself is not seen, but for what `scratch` tells. Inside a
+    FakeTensorMode nothing is computed and nothing is allocated, and the count is the same. There a
+    host that asks whether `any` or `all` elements are set is told yes, and no to every other
+    question, and the fused SGD of the moving average, which torch has no fake form of, is passed
+    over: it allocates nothing.
 
     num_shards: ranks that share a gradient; `sharded_peak` is the peak with as much of it here.
+    scratch: op -> function of its arguments that returns the bytes it allocates while it runs.
     """
 
-    def __init__(self, *, num_shards: int = 1) -> None:
+    def __init__(
+        self, *, num_shards: int = 1, scratch: Mapping[Any, Callable[..., int]] | None = None
+    ) -> None:
         super().__init__()
         self.num_shards = num_shards
+        self.scratch = scratch or {}
         self.part = OTHER
         self.bytes: defaultdict[str, int] = defaultdict(int)
         self.reset_peak()
@@ -85,6 +90,11 @@ class TensorTracker(TorchDispatchMode):
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._enter(leaf, part)
+        if func in self.scratch:  # beside the results
+            size = self.scratch[func](*args)
+            self.bytes[part] += size
+            self._note_peak()
+            self.bytes[part] -= size
         return out
 
     def _enter(self, tensor: Tensor, part: str) -> None:
@@ -99,6 +109,9 @@ class TensorTracker(TorchDispatchMode):
 
         self._live[key] = weakref.ref(storage, gone), part, size
         self.bytes[part] += size
+        self._note_peak()
+
+    def _note_peak(self) -> None:
         if self.total > self._most:
             self._most, self.peak = self.total, dict(self.bytes)
         if self._sharded_total() > self._most_sharded:

@@ -50,6 +50,12 @@ def small_vit(batch_size: int, **fields: object) -> TrainConfig:
     return replace(cfg, vision=vision, data=replace(cfg.data, batch_size=batch_size))
 
 
+def of_many_prototypes(name: str, batch_size: int) -> TrainConfig:
+    """DINO's number, whose likelihood works in blocks of rows."""
+    cfg = sized(name, batch_size)
+    return replace(cfg, objective=replace(cfg.objective, num_prototypes=65_536))
+
+
 def small_internimage(batch_size: int) -> TrainConfig:
     cfg = shrink(
         recipes()["m3i_internimage_h"](), path=Path(), num_classes=9, text=sized("demo", 2).text
@@ -106,6 +112,7 @@ CASES = {
     "internimage, 16": sized("demo_internimage", 16),
     "internimage, recomputed, 64": small_internimage(64),
     "dino, 16": sized("demo_dino", 16),
+    "dino, many prototypes, 16": of_many_prototypes("demo_dino", 16),
     "coca, 16": sized("demo_coca", 16),
     "locca, 16": sized("demo_locca", 16),
     "vit, frozen, 32": frozen(small_vit(32)),
@@ -266,6 +273,15 @@ def test_a_graph_keeps_its_buffers_and_activations() -> None:
 def test_a_frozen_teacher_that_nobody_names_is_refused() -> None:
     with pytest.raises(ValueError, match=r"objective\.terms: .*frozen"):
         trace(recipes()["demo_milan"](), bf16=False)
+
+
+def test_what_an_op_works_in_is_at_the_peak_beside_its_results() -> None:
+    scratch = {torch.ops.aten.neg.default: lambda x: 10 * x.nbytes}
+    with TensorTracker(scratch=scratch) as tracker, tracker.within("x"):
+        a = torch.ones(100)
+        b = -a
+        assert tracker.bytes["x"] == a.nbytes + b.nbytes == 800
+    assert sum(tracker.peak.values()) == 4800
 
 
 def test_the_tracker_follows_storages_and_not_views() -> None:
