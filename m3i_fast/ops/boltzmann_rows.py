@@ -147,10 +147,11 @@ def _block_rows(
     return max(1, min(num_rows, most // step * step or most))
 
 
-def scratch_bytes(
-    z_hat: Tensor, z: Tensor, *others: Any, device: str
-) -> int:  # the arguments of m3i::boltzmann_rows
-    """Return the bytes of the blocks that the op works in on a device, beside its results."""
+def scratch_bytes(z_hat: Tensor, z: Tensor, *others: Any, device: str) -> int:
+    """Return the bytes of the blocks that `m3i::boltzmann_rows` of these arguments works in.
+
+    device: type of the device, `cpu` or `cuda`. Its results are not among them.
+    """
     target_z, needs_grad = others[4], others[-1]
     wide, stride = wide_type(z.dtype), _stride(len(z))
     matrices = 1 if target_z is None else 2
