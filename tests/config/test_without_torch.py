@@ -38,7 +38,7 @@ def test_a_module_of_facts_loads_nothing_heavy(module: str) -> None:
     "program", ["import m3i_fast.engine.trainer", "import m3i_fast as m; m.load"]
 )
 def test_what_runs_a_model_does_not_load_torchs_compiler(program: str) -> None:
-    """A second of every start, for what --compile alone asks for."""
+    """Nearly half a second of every start, for what --compile alone asks for."""
     loaded = loaded_by(program).split()
     assert "m3i_fast.models" in loaded and COMPILER not in loaded
 

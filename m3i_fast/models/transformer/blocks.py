@@ -157,7 +157,7 @@ def varlen_attention(
     longest: int,
 ) -> Tensor:  # [T, H, D / H]
     """Attend by torch's own kernel from every token to those of its own sequence."""
-    # Here, since it imports torch's compiler, which takes a second of every start.
+    # Here, since it imports torch's compiler, which no start needs.
     from torch.nn.attention.varlen import varlen_attn
 
     out = varlen_attn(q, k, v, ends, ends, longest, longest)
