@@ -81,13 +81,18 @@ class Model(nn.Module):
         `predict_numbers`. Raises ValueError where the run has no record of them.
         """
         names = {column.name: column.names for column in self._record.columns}
-        heads = self._column_heads
+        heads = self.column_heads
         if missing := sorted(heads.keys() - names.keys()):
             raise ValueError(
                 f"data.json: expected the names of the columns {', '.join(missing)}, got those of "
                 f"{', '.join(names) or 'none'}"
             )
         return {name: names[name] for name in heads}
+
+    @property
+    def column_heads(self) -> dict[str, ColumnHead]:
+        """Return the head of each named column that has one."""
+        return {head.term.column: head for head in cast("list[ColumnHead]", self.columns)}
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -226,18 +231,14 @@ class Model(nn.Module):
             )
         return head
 
-    @property
-    def _column_heads(self) -> dict[str, ColumnHead]:
-        return {head.term.column: head for head in cast("list[ColumnHead]", self.columns)}
-
     def _column(self, name: str) -> ColumnHead:
-        if name not in self._column_heads:
+        if name not in self.column_heads:
             raise ValueError(f"column: {self._no_head(f'a head of {name!r}')}")
-        return self._column_heads[name]
+        return self.column_heads[name]
 
     def _no_head(self, wanted: str) -> str:
         """Say which head is missing, and which columns have one."""
-        there = f"heads of the columns {', '.join(self._column_heads)} alone"
+        there = f"heads of the columns {', '.join(self.column_heads)} alone"
         got = there if self.columns else f"none: {self._without_heads}"
         return f"expected {wanted}, got {got}"
 

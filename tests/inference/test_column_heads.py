@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from PIL import Image
@@ -59,6 +60,30 @@ def test_a_folder_of_weights_has_the_heads(
         assert torch.equal(again.classify(views, column), model.classify(views, column))
     numbers = model.predict_numbers(views, "light")
     assert torch.equal(again.predict_numbers(views, "light"), numbers)
+
+
+def test_a_graph_has_the_answers_of_every_column(
+    run: Path, model: m3i_fast.Model, tmp_path: Path
+) -> None:
+    assert main(["export", str(run), str(tmp_path / "graph"), "--to", "onnx"]) == 0
+    session = onnxruntime.InferenceSession(
+        tmp_path / "graph" / "image.onnx", providers=["CPUExecutionProvider"]
+    )
+    views = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
+    names = [output.name for output in session.get_outputs()]
+    got = dict(zip(names, session.run(names, {"pixels": views.numpy()}), strict=True))
+    expected = {
+        "logits_paint": model.classify(views, "paint"),
+        "logits_tones": model.classify(views, "tones"),
+        "numbers_light": model.predict_numbers(views, "light"),
+    }
+    assert names == ["tokens", "pooled", *expected]
+    for name, value in expected.items():
+        torch.testing.assert_close(torch.from_numpy(got[name]), value, rtol=1e-4, atol=1e-4)
+    told = json.loads((tmp_path / "graph" / "preprocess.json").read_text())["columns"]
+    assert {name: tuple(of["names"]) for name, of in told.items()} == model.column_names
+    assert [of["output"] for of in told.values()] == list(expected)
+    assert [of["activation"] for of in told.values()] == ["softmax", "sigmoid", None]
 
 
 @pytest.mark.parametrize(

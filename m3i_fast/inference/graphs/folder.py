@@ -2,7 +2,7 @@
 
 image.onnx or image.pt2  pictures
 text.onnx or text.pt2    texts, of a model with a head of captions
-preprocess.json          how a picture becomes the input, names of the logits, scale of the cosines
+preprocess.json          how a picture becomes the input, names of the outputs, scale of the cosines
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ from typing import Any
 
 from m3i_fast.durable_files import created_whole, sync, write_atomically
 from m3i_fast.inference.graphs.formats import SUFFIX, Target, write_graph
-from m3i_fast.inference.graphs.modules import Graph, ImageGraph, TextGraph, capture
+from m3i_fast.inference.graphs.modules import Graph, ImageGraph, TextGraph, capture, output_name
 from m3i_fast.inference.model import Model
+from m3i_fast.objectives.terms import Category, Labels
 
 PREPROCESS = "preprocess.json"
+ACTIVATION = {Category: "softmax", Labels: "sigmoid"}
+"""What makes probabilities of a column's logits; numbers need nothing."""
 
 
 def save_graphs(model: Model, out: Path, target: Target) -> list[str]:
@@ -24,7 +27,7 @@ def save_graphs(model: Model, out: Path, target: Target) -> list[str]:
 
     Graphs compute in fp32, for the device of the model where the target is compiled. After an error
     there is no folder. Raises FileExistsError where `out` is there, and what `Model.class_names`
-    raises.
+    and `Model.column_names` raise.
     """
     graphs: dict[str, Graph] = {"image": ImageGraph(model)}
     if model.caption is not None:
@@ -56,6 +59,15 @@ def describe(model: Model) -> dict[str, Any]:
     }
     if model.category is not None:
         told["class_names"] = [*model.class_names]
+    if model.column_heads:
+        told["columns"] = {
+            name: {
+                "output": output_name(head),
+                "activation": ACTIVATION.get(type(head)),
+                "names": [*model.column_names[name]],
+            }
+            for name, head in model.column_heads.items()
+        }
     if model.caption is not None:
         cfg, bias = model.caption.text_encoder.cfg, model.logit_bias
         told |= {

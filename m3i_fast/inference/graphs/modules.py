@@ -10,16 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from m3i_fast.inference.model import Model
+from m3i_fast.inference.model import ColumnHead, Model
 from m3i_fast.models.transformer.vit import ViT
-from m3i_fast.objectives.terms import Caption
+from m3i_fast.objectives.terms import Caption, Category, Labels, Numbers
 
 
 class ImageGraph(nn.Module):
     """The image side of a model, with the normalisation of its pixels.
 
     input_names, output_names: as the exported graph has them. image_embedding and logits are there
-    where the model has a head of captions, and of categories.
+    where the model has a head of captions, and of categories; logits_COLUMN or numbers_COLUMN for
+    each named column that has one.
     """
 
     input_names = ("pixels",)
@@ -28,8 +29,11 @@ class ImageGraph(nn.Module):
 
     def __init__(self, model: Model) -> None:
         super().__init__()
-        self.encoder, self.category = model.encoder, model.category
+        self.encoder = model.encoder
         self.caption_head = None if model.caption is None else model.caption.head
+        heads: dict[str, ColumnHead] = {} if model.category is None else {"logits": model.category}
+        heads |= {output_name(head): head for head in model.column_heads.values()}
+        self.heads = nn.ModuleDict(heads)
         self.num_prefix = model.num_prefix_tokens
         made = model.transform.preprocessing
         self.size = made.size
@@ -40,8 +44,8 @@ class ImageGraph(nn.Module):
 
     @property
     def output_names(self) -> tuple[str, ...]:
-        heads = {"image_embedding": self.caption_head, "logits": self.category}
-        return ("tokens", "pooled", *(name for name, head in heads.items() if head is not None))
+        embedding = () if self.caption_head is None else ("image_embedding",)
+        return ("tokens", "pooled", *embedding, *self.heads)
 
     def example(self) -> Tensor:
         """Return an input: [2, 3, S, S] uint8."""
@@ -51,20 +55,29 @@ class ImageGraph(nn.Module):
         """Encode RGB pictures [B, 3, S, S] uint8, of any values 0..255.
 
         Returns tokens [B, R + N, C], pooled [B, C], the mean of the N cells, image_embedding [B, E]
-        of any length, and logits [B, K]; all fp32.
+        of any length, logits [B, K], and of a named column its logits, or its numbers in the units
+        of the data, [B, K]; all fp32.
         """
         images = pixels.float() * self.scale + self.shift
         encoder = self.encoder
         tokens = encoder(images) if isinstance(encoder, ViT) else encoder.encode_cells(images)
         cells = tokens[:, self.num_prefix :]
         outputs = {"tokens": tokens, "pooled": cells.mean(1)}
-        if self.caption_head is not None or self.category is not None:
+        if self.caption_head is not None or self.heads:
             summary = encoder.summarise(cells)
             if self.caption_head is not None:
                 outputs["image_embedding"] = self.caption_head(summary)
-            if self.category is not None:
-                outputs["logits"] = self.category.logits(summary)
+            for name, head in self.heads.items():
+                assert isinstance(head, Category | Labels | Numbers)
+                answer = head.predict if isinstance(head, Numbers) else head.logits
+                outputs[name] = answer(summary)
         return outputs
+
+
+def output_name(head: ColumnHead) -> str:
+    """Return what the graph calls the answer of a named column's head."""
+    kind = "numbers" if isinstance(head, Numbers) else "logits"
+    return f"{kind}_{head.term.column}"
 
 
 class TextGraph(nn.Module):
