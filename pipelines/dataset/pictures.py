@@ -21,6 +21,7 @@ START_OF_SCAN = 0xDA
 MOST_STEPS = 1 << 16  # over segments and fill bytes
 _PNG_DEPTH, _PNG_KIND = 24, 25  # bytes of the header: bits a channel, and which channels
 _ORIENTATION = 0x0112  # in EXIF
+_ON_ITS_SIDE = (5, 6, 7, 8)  # orientations that change height and width
 MAX_SIDE = 1 << 24  # of a picture that views are cut of, kViewMaxPicture in cuda/views/params.h
 
 Read = Callable[[int, int], bytes]  # (offset, count) -> the picture's bytes from there
@@ -122,6 +123,16 @@ def decode_pixels(image: bytes, max_pixels: int, extension: str | None = None) -
             return rgb_pixels(opened, has_end=stored != "JPEG" or _has_end(image))
     except Exception as error:  # Pillow raises a dozen types on corrupt data
         raise ValueError(f"corrupt or empty image: {error}") from error
+
+
+def upright_size(image: bytes) -> tuple[int, int]:
+    """Return (height, width) of a picture turned as EXIF says, whose header is whole."""
+    with _reader(stored_size(lambda at, count: image[at : at + count])[0])(
+        io.BytesIO(image)
+    ) as opened:
+        width, height = opened.size
+        is_turned = opened.getexif().get(_ORIENTATION, 1) in _ON_ITS_SIDE
+    return (width, height) if is_turned else (height, width)
 
 
 def rgb_pixels(picture: Any, *, has_end: bool = True) -> NDArray[np.uint8]:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from m3i_fast.durable_files import sync, write_atomically
-from m3i_fast.pipelines.dataset.annotations.tokenizer import TokenizerInfo
+from m3i_fast.pipelines.dataset.annotations.columns import COLUMNS_SUFFIX
 from m3i_fast.pipelines.dataset.manifest import (
     INDEXED,
     MANIFEST_NAME,
@@ -33,6 +33,7 @@ from m3i_fast.pipelines.dataset.manifest import (
 )
 from m3i_fast.pipelines.dataset.sample_table import BAD, Rows, write_table
 from m3i_fast.pipelines.indexing.contents import NO_GROUP, Columns
+from m3i_fast.pipelines.indexing.named_columns import with_columns
 from m3i_fast.pipelines.indexing.tar_places import COPY, Tars
 from m3i_fast.pipelines.indexing.tar_task import TarIndex, TarTask, read_result, run
 from m3i_fast.pipelines.packing.output import locked
@@ -54,7 +55,6 @@ class IndexInfo:
     """The entries of a manifest that are not found in the tars."""
 
     name: str
-    tokenizer: TokenizerInfo
     licence: str
     attribution: str
 
@@ -114,6 +114,8 @@ def index_tars(
 ) -> Indexed:
     """Index tars, and write `out`/manifest.json, a table a split and refused.jsonl.
 
+    Where named columns are asked for, also a file of them a split.
+
     names: split by name of a tar. publish: called with `out` when all is written, before what a
     killed index goes on with is removed. A tar that an earlier start has finished is not read
     again. Raises ValueError where no sample can be used, naming why, and where `out` holds another
@@ -132,6 +134,7 @@ def index_tars(
         done = _run_all(list(tasks.values()), workers, advance)
         refused, manifest, tables = _reduce(tasks, names, done, columns, info)
         manifest = replace(manifest, shards_in=tars.shards_in(out))
+        manifest = with_columns(manifest, columns, tasks, results)
         _write(out, refused, manifest, tables)
         publish(out)
         shutil.rmtree(results)
@@ -147,6 +150,11 @@ def _write(
     sync(out)
     for split, rows in tables.items():
         write_table(out / _table_name(split), [rows])
+        of_columns = f"{split}{COLUMNS_SUFFIX}"
+        if manifest.columns:
+            os.replace(out / RESULTS / of_columns, out / of_columns)
+        else:
+            (out / of_columns).unlink(missing_ok=True)  # of an index before
     lines = "".join(json.dumps(row) + "\n" for row in refused)
     write_atomically(out / REFUSED_NAME, lines.encode())
     write_atomically(out / MANIFEST_NAME, manifest.to_json().encode())
@@ -226,7 +234,7 @@ def _reduce(
     manifest = Manifest(
         name=info.name,
         class_names=class_names,
-        tokenizer=info.tokenizer,
+        tokenizer=columns.tokenizer,
         image_format="+".join(sorted({"JPEG": "jpg"}.get(f, f.lower()) for f in formats)),
         min_image_size=(int(sizes[:, 0].min()), int(sizes[:, 2].min())),
         max_image_size=(int(sizes[:, 1].max()), int(sizes[:, 3].max())),
@@ -240,7 +248,8 @@ def _reduce(
 
 
 def _described(columns: Columns) -> dict[str, Any]:
-    return {name: getattr(columns, name) for name in ("caption", "label", "group", "decode")}
+    told = {name: getattr(columns, name) for name in ("caption", "label", "group", "decode")}
+    return {**told, "column": [*columns.named]} if columns.named else told
 
 
 def _number_classes(indices: Sequence[TarIndex], columns: Columns) -> tuple[str, ...]:

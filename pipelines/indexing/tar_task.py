@@ -55,6 +55,8 @@ class TarIndex:
     formats: Counter[str] = field(default_factory=Counter)
     sizes: list[int] = field(default_factory=list)  # least and most height, least and most width
     refused: list[dict[str, Any]] = field(default_factory=list)
+    # of each row, where named columns are asked for; read again by `read_named` alone
+    named: list[dict[str, Any]] = field(default_factory=list)
 
     def refuse(self, key: str | None, reason: str, **more: object) -> None:
         """Record a sample, or with None the tar itself, that cannot be used."""
@@ -66,10 +68,18 @@ def run(task: TarTask) -> Path:
     with task.tar.local(task.result.parent) as file:
         index = index_tar(file, task.tar.name, task.columns)
     summary = {
-        name: getattr(index, name) for name in TarIndex.__dataclass_fields__ if name != "rows"
+        name: getattr(index, name)
+        for name in TarIndex.__dataclass_fields__
+        if name not in ("rows", "named")
     }
-    head = {"identity": task.identity, "num_rows": len(index.rows), **summary}
-    write_atomically(task.result, json.dumps(head).encode() + b"\n" + index.rows.tobytes())
+    content = index.rows.tobytes() + json.dumps(index.named).encode()
+    head = {
+        "identity": task.identity,
+        "num_rows": len(index.rows),
+        "num_bytes_of_result": len(content),
+        **summary,
+    }
+    write_atomically(task.result, json.dumps(head).encode() + b"\n" + content)
     return task.result
 
 
@@ -78,13 +88,21 @@ def read_result(task: TarTask) -> TarIndex | None:
     try:
         head, _, content = task.result.read_bytes().partition(b"\n")
         summary = json.loads(head)
-        rows = np.frombuffer(content, ROW).copy()
-        if (summary.pop("identity"), summary.pop("num_rows")) != (task.identity, len(rows)):
+        is_whole = summary.pop("num_bytes_of_result") == len(content)
+        if not is_whole or summary.pop("identity") != task.identity:
             return None
+        rows = np.frombuffer(content, ROW, summary.pop("num_rows")).copy()
         summary["formats"] = Counter(summary["formats"])
         return TarIndex(**summary, rows=rows)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def read_named(task: TarTask) -> list[dict[str, Any]]:
+    """Read what a whole result says of the named columns of each row."""
+    head, _, content = task.result.read_bytes().partition(b"\n")
+    found: list[dict[str, Any]] = json.loads(content[json.loads(head)["num_rows"] * ROW.itemsize :])
+    return found
 
 
 def index_tar(file: Path, name: str, columns: Columns) -> TarIndex:
@@ -114,6 +132,8 @@ def index_tar(file: Path, name: str, columns: Columns) -> TarIndex:
                 continue
             _count(index, facts, found.key, len(rows))
             rows.append(_row(found, facts, checksum(content), len(rows)))
+            if columns.named:  # of a picture that is not taken nothing is known
+                index.named.append({} if facts.fault_of_pixels else facts.named)
         _skip(tar, digest, index.num_bytes)
     index.sha256 = digest.hexdigest()
     index.rows = np.array(rows, ROW)

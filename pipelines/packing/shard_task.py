@@ -18,14 +18,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from m3i_fast.config.columns import REGION_TOKENS
 from m3i_fast.pipelines.dataset.annotations.columns import ColumnInfo, rows_dtype
 from m3i_fast.pipelines.dataset.annotations.tokenizer import Tokenizer
 from m3i_fast.pipelines.dataset.manifest import ShardInfo
 from m3i_fast.pipelines.dataset.pack import PackedShard, write_shard
 from m3i_fast.pipelines.dataset.sample_table import ROW
 from m3i_fast.pipelines.dataset.samples import Sample
-from m3i_fast.pipelines.packing.caption_ids import LongCaptions, caption_ids
+from m3i_fast.pipelines.packing.caption_ids import (
+    LongCaptions,
+    cached_tokenizer,
+    caption_ids,
+    column_ids,
+)
 from m3i_fast.pipelines.packing.conversion import convert
 from m3i_fast.pipelines.packing.items import (
     Item,
@@ -33,11 +37,9 @@ from m3i_fast.pipelines.packing.items import (
     Refusal,
     Refused,
     SourceOptions,
-    printable,
 )
 from m3i_fast.pipelines.packing.output import STATE, Output
 from m3i_fast.pipelines.packing.readers.guess import make_reader
-from m3i_fast.pipelines.packing.readers.regions import Value, shares_of
 from m3i_fast.pipelines.storage.requests import Stop
 
 
@@ -116,7 +118,7 @@ class Record:
 def run(task: ShardTask, advance: Callable[[int], None]) -> Record:
     """Write the shard of a task and its record; `advance` is told the pictures that are done."""
     reader = opened_reader(task.source)
-    tokenizer = _tokenizer(task.settings.num_merges, task.settings.context_length)
+    tokenizer = cached_tokenizer(task.settings.num_merges, task.settings.context_length)
     refused: list[tuple[int, Refusal]] = []
     changes: Counter[str] = Counter()
     num_cut = 0
@@ -194,22 +196,15 @@ def _sample(
     """Return a sample, its size, why its picture was changed, and how many captions were cut."""
     item = numbered.item
     captions, num_cut = caption_ids(tokenizer, item.captions, settings.long_captions)
-    values = dict(item.columns)
-    for column in settings.columns:
-        if column.kind == "text" and (text := values.get(column.name)) is not None:
-            found, was_cut = caption_ids(tokenizer, (text,), settings.long_captions)
-            values[column.name] = found[0].tolist() if found else None
-            num_cut += was_cut
     try:
         content = reader.read(item.place)
     except OSError as error:
         raise Refused(f"cannot be read: {error.strerror}", "mend or remove it") from None
     stored = convert(content, max_pixels=settings.max_pixels, for_gpu=settings.for_gpu)
-    for column in settings.columns:
-        if column.kind == "regions" and (value := values.get(column.name)) is not None:
-            regions = _regions(column.name, value, stored.given_size, settings)
-            values[column.name] = regions[0]
-            num_cut += regions[1]
+    kinds = {column.name: column.kind for column in settings.columns}
+    values, also_cut = column_ids(
+        tokenizer, kinds, dict(item.columns), lambda: stored.given_size, settings.long_captions
+    )
     sample = Sample(
         image=stored.content,
         extension=stored.extension,
@@ -220,40 +215,13 @@ def _sample(
         label=item.label,
         columns=values,
     )
-    return sample, stored.size, stored.change, num_cut
-
-
-def _regions(
-    name: str, value: Value, size: tuple[int, int], settings: ShardSettings
-) -> tuple[list[tuple[list[float], list[int]]], int]:
-    """Return (box in shares, token ids) of each region, and how many of their texts were cut.
-
-    size: height and width of the upright picture.
-    """
-    length = min(settings.context_length, REGION_TOKENS)
-    tokenizer = _tokenizer(settings.num_merges, length)
-    regions, num_cut = [], 0
-    for number, (box, text) in enumerate(shares_of(name, value, size)):
-        ids, was_cut = caption_ids(tokenizer, (text,), settings.long_captions)
-        if not ids:
-            raise Refused(
-                f"{name}: region {number}: expected words, got {printable(text[:60])!r}",
-                "mend the text, or take the region out",
-            )
-        regions.append((box, ids[0].tolist()))
-        num_cut += was_cut
-    return regions, num_cut
+    return sample, stored.size, stored.change, num_cut + also_cut
 
 
 @lru_cache(maxsize=4)
 def opened_reader(options: SourceOptions) -> Reader:
     """Return the reader of a source, which is opened once in a process."""
     return make_reader(options)
-
-
-@lru_cache(maxsize=4)
-def _tokenizer(num_merges: int | None, context_length: int) -> Tokenizer:
-    return Tokenizer(num_merges, context_length)
 
 
 def forget_sources() -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from m3i_fast.pipelines.indexing.contents import Columns
     from m3i_fast.pipelines.indexing.tar_places import Tars
 
+Several = tyro.conf.UseAppendAction
 Guessed = Annotated[str, tyro.conf.arg(metavar="auto|none|COLUMN")]
 SHOWN = 20
 
@@ -52,6 +53,11 @@ class Index:
     group: str | None = None
     """json:FIELD of what near-duplicates share, which are positives of each other; None: no
     groups."""
+    column: Annotated[tuple[str, ...], Several] = ()
+    """Named column beside caption and label, of the samples' json, as NAME:KIND or
+    NAME:KIND=FIELD; may be given several times. Kinds: class; labels, a set; numbers, of which
+    there may be several, NAME:numbers=FIELD,FIELD; text; regions, boxes with a text each. A field
+    that is null or missing is not known."""
     class_names: Path | None = None
     """Text file with the name of each class on a line of its own, by number."""
     decode: bool = False
@@ -124,13 +130,11 @@ class Index:
         self, tars: Tars, splits: dict[str, str], columns: Columns, total: int, url: str | None
     ) -> Indexed:
         """Index the tars, with a bar of their bytes."""
-        from m3i_fast.pipelines.dataset.annotations.tokenizer import Tokenizer
         from m3i_fast.pipelines.indexing.beside import publish, work_folder
         from m3i_fast.pipelines.indexing.build import IndexInfo, index_tars
 
         info = IndexInfo(
             name=self.name or (url.rpartition("/")[2] if url else self.path.resolve().name),
-            tokenizer=Tokenizer(self.num_merges, self.context_length).info,
             licence=self.licence,
             attribution=self.attribution,
         )
@@ -159,6 +163,7 @@ class Index:
         return indexed
 
     def _columns(self, tars: Tars, names: list[str]) -> Columns:
+        from m3i_fast.pipelines.dataset.annotations.tokenizer import Tokenizer
         from m3i_fast.pipelines.indexing.contents import Columns
         from m3i_fast.pipelines.indexing.tars import guess_columns
 
@@ -177,19 +182,24 @@ class Index:
             class_names=class_names,
             max_pixels=self.max_pixels,
             decode=self.decode,
+            tokenizer=Tokenizer(self.num_merges, self.context_length).info,
+            named=self.column,
         )
 
     def _say_guesses(self, splits: dict[str, str], columns: Columns) -> None:
         tars = ", ".join(f"{n} of {split}" for split, n in Counter(splits.values()).items())
         console.print(
             f"tars: {tars} (--split); captions: {columns.caption or 'none'} (--caption); labels: "
-            f"{columns.label or 'none'} (--label); groups: {columns.group or 'none'} (--group)",
+            f"{columns.label or 'none'} (--label); groups: {columns.group or 'none'} (--group); "
+            f"named columns: {', '.join(columns.named) or 'none'} (--column)",
             highlight=False,
             soft_wrap=True,
             markup=False,
         )
 
     def _say(self, indexed: Indexed, place: str) -> None:
+        from m3i_fast.pipelines.packing.readers.named_columns import told
+
         for name, split in indexed.manifest.splits.items():
             console.print(
                 f"{name}: {split.num_samples} pictures in {len(split.shards)} tars, "
@@ -198,6 +208,18 @@ class Index:
                 highlight=False,
                 soft_wrap=True,
             )
+            if split.columns is not None:
+                known = split.columns.num_known
+                console.print(
+                    f"{name}: "
+                    + ", ".join(
+                        f"{told([column])} known of {known[column.name]}"
+                        for column in indexed.manifest.columns
+                    ),
+                    highlight=False,
+                    soft_wrap=True,
+                    markup=False,
+                )
         for name in indexed.empty_splits:
             console.print(
                 f"{name}: left out, since no picture of it can be used",

@@ -47,7 +47,7 @@ def choose_columns(names: Sequence[str], options: SourceOptions, where: str) -> 
     """
     there = ", ".join(names)
 
-    specs = specs_of(options)
+    specs = specs_of(options.columns)
     expect_columns(specs, names, where)
     taken = {source for spec in specs for source in spec.sources}
     left = [name for name in names if name not in taken]

@@ -61,7 +61,7 @@ class HuggingFace:
             listing.files[file.relative_to(self.options.path).as_posix()] = stamp(file)
         labels: list[object] = []
         names: tuple[str, ...] = self.options.class_names
-        specs, named = specs_of(self.options), dict[str, dict[str, Any]]()
+        specs, named = specs_of(self.options.columns), dict[str, dict[str, Any]]()
         known_of: dict[str, tuple[str, ...]] = {}
         for split, rows in splits.items():
             known = getattr(rows.features.get(columns.label or ""), "names", None)

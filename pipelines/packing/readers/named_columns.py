@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple, cast, get_args
 
 from m3i_fast.config.columns import ColumnKind as Kind
@@ -47,10 +48,10 @@ class Spec(NamedTuple):
         return row[self.sources[0]] if len(self.sources) == 1 else [row[s] for s in self.sources]
 
 
-def specs_of(options: SourceOptions) -> list[Spec]:
-    """Return the named columns that are asked for; raises ValueError for a flag that is wrong."""
+def specs_of(flags: Sequence[str]) -> list[Spec]:
+    """Return the named columns that --column asks for; raises ValueError for one that is wrong."""
     specs = []
-    for flag in options.columns:
+    for flag in flags:
         given, _, sources = flag.partition("=")
         name, _, kind = given.partition(":")
         if kind not in get_args(Kind):
@@ -74,7 +75,7 @@ def specs_of(options: SourceOptions) -> list[Spec]:
 
 def refuse_columns(options: SourceOptions) -> None:
     """Raise ValueError where columns other than regions' files are asked of a source without."""
-    if not all(spec.is_file for spec in specs_of(options)):
+    if not all(spec.is_file for spec in specs_of(options.columns)):
         raise ValueError(
             f"--column: expected a table or a Hugging Face data set, which have columns, or tars, "
             f"whose json has fields, got {options.kind}: write a table with the path of each "
@@ -102,7 +103,7 @@ def assign_columns(
     raw: by an item's name, what its row has by column. known: names of classes or labels by column,
     where the source stores numbers of them.
     """
-    specs = specs_of(options)
+    specs = specs_of(options.columns)
     if not specs:
         return
     raw = _with_files(listing, options, specs, raw)
@@ -110,31 +111,32 @@ def assign_columns(
     kept = []
     for item in listing.items:
         try:
-            values = {s.name: _read(s, raw[item.name][s.name]) for s in specs}
-            read.append(values)
+            read.append({s.name: read_value(s, raw[item.name][s.name]) for s in specs})
             kept.append(item)
         except Refused as refused:
             listing.refusals.append(refused.of(item.name))
-    for spec in specs:
-        if spec.kind in ("class", "labels") and spec.name not in (known or {}):
-            _leave_out_minus_one(spec, read)
-    columns = [
-        _column(spec, [values[spec.name] for values in read], (known or {}).get(spec.name, ()))
+    described = [
+        describe(spec, partial(_values_of, read, spec.name), (known or {}).get(spec.name, ()))
         for spec in specs
     ]
-    places = {c.name: {name: place for place, name in enumerate(c.names)} for c in columns}
-    for name in known or {}:  # the source stores numbers of its names
-        places.pop(name, None)
     listing.items = []
     for item, values in zip(kept, read, strict=True):
         try:
-            of_item = tuple((c.name, _numbered(c, values[c.name], places)) for c in columns)
+            of_item = tuple((d.column.name, d.row_of(values[d.column.name])) for d in described)
             listing.items.append(item._replace(columns=of_item))
         except Refused as refused:
             listing.refusals.append(refused.of(item.name))
-    listing.columns = tuple(columns)
-    told = ", ".join(f"{c.name} {c.kind} of {len(c.names)}" if c.names else c.name for c in columns)
-    listing.notes.append(f"named columns: {told} (--column)")
+    listing.columns = tuple(each.column for each in described)
+    listing.notes.append(f"named columns: {told(listing.columns)} (--column)")
+
+
+def _values_of(read: Sequence[Mapping[str, Any]], name: str) -> Iterator[Any]:
+    return (values[name] for values in read)
+
+
+def told(columns: Sequence[ColumnInfo]) -> str:
+    """Name columns, with their kind and the number of their values' names."""
+    return ", ".join(f"{c.name} {c.kind} of {len(c.names)}" if c.names else c.name for c in columns)
 
 
 def _with_files(
@@ -158,14 +160,14 @@ def _with_files(
     }
 
 
-def _read(spec: Spec, value: Any) -> Any:
+def read_value(spec: Spec, value: Any) -> Any:
     """Return a cell: text of a class, texts of labels, floats, text, regions or None.
 
     Raises Refused.
     """
     if spec.kind == "regions":
-        told = f"{spec.name} of {spec.sources[0]}" if spec.is_file else spec.name
-        return read_regions(told, value)
+        where = f"{spec.name} of {spec.sources[0]}" if spec.is_file else spec.name
+        return read_regions(where, value)
     if spec.kind in ("class", "text"):
         if value is None or is_missing(value) or not str(value).strip():
             return None
@@ -196,18 +198,7 @@ def _text(value: Any) -> str:
     return str(value).strip()
 
 
-def _leave_out_minus_one(spec: Spec, read: Sequence[dict[str, Any]]) -> None:
-    """Take -1 for none, in place, where all other classes or labels are indices."""
-    found = {text for values in read for text in _list(values[spec.name])}
-    if "-1" in found and all(text.isascii() and text.isdecimal() for text in found - {"-1"}):
-        for values in read:
-            if spec.kind == "class" and values[spec.name] == "-1":
-                values[spec.name] = None
-            elif values[spec.name] is not None and spec.kind == "labels":
-                values[spec.name] = [text for text in values[spec.name] if text != "-1"]
-
-
-def _list(value: Any) -> list[str]:
+def _list(value: Any) -> list[Any]:
     return [] if value is None else value if isinstance(value, list) else [value]
 
 
@@ -242,68 +233,95 @@ def _number(spec: Spec, cell: Any) -> float | None:
     return number
 
 
-def _column(spec: Spec, values: Sequence[Any], known: Sequence[str]) -> ColumnInfo:
-    """Return the column of all values; ValueError where nothing is known of any sample."""
-    there = [value for value in values if value is not None]
-    if not there:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Described:
+    """A named column, and what the values that `read_value` returns become in it."""
+
+    column: ColumnInfo
+    places: Mapping[str, int] | None
+    """Index by name of a class or label; None: the source has indices."""
+    none: str | None
+    """The class or label that stands for none; None: there is no such."""
+
+    def row_of(self, value: Any) -> Any:
+        """Return a value as `ColumnInfo.row` takes it; of a text and of regions what was read.
+
+        Raises Refused for numbers of another count, and for an index that has no name.
+        """
+        column = self.column
+        if value is None or column.kind in UNNAMED:
+            return value
+        if column.kind == "numbers":
+            if len(value) != column.size:
+                raise Refused(
+                    f"{column.name}: expected {column.size} numbers, got {len(value)}", _MENDED
+                )
+            return value
+        texts = [text for text in _list(value) if text != self.none]
+        if self.places is None:
+            indices = [int(text) for text in texts]
+        else:
+            indices = [self.places[printable(text)] for text in texts]
+        if any(not 0 <= index < len(column.names) for index in indices):
+            raise Refused(
+                f"{column.name}: expected indices from 0 to {len(column.names) - 1}, got {indices}",
+                _MENDED,
+            )
+        if column.kind == "labels":
+            return indices
+        return indices[0] if indices else None
+
+
+def describe(
+    spec: Spec, values: Callable[[], Iterable[Any]], known: Sequence[str] = ()
+) -> Described:
+    """Return the column of all values; ValueError where nothing is known of any sample.
+
+    values: gives what `read_value` returned of each sample, as often as it is called. known: names
+    of classes or labels, where the source stores numbers of them, -1 for none. Else -1 is none
+    where all other classes or labels are indices.
+    """
+    is_named = spec.kind in ("class", "labels")
+    found = {text for value in values() for text in _list(value)} if is_named else set[str]()
+    none = "-1" if is_named and (known or _are_indices(found - {"-1"})) else None
+    most, is_there = 0, False
+    for value in values():
+        cells = [cell for cell in _list(value) if known or none is None or cell != none]
+        if value is not None and (cells or spec.kind != "class"):
+            most, is_there = max(most, len(cells)), True
+    if not is_there:
         raise ValueError(f"--column: expected a picture with {spec.name}, got none")
-    if spec.kind == "text":
-        return ColumnInfo(name=spec.name, kind="text")  # the tokenizer knows its size
-    if spec.kind == "regions":
-        return ColumnInfo(name=spec.name, kind="regions", size=max(1, *map(len, there)))
+    names = tuple(known)
     if spec.kind == "numbers":
-        count = len(spec.sources) if len(spec.sources) > 1 else max(map(len, there))
-        names = spec.sources if len(spec.sources) == count else _places(spec.sources[0], count)
-        return ColumnInfo(name=spec.name, kind="numbers", names=tuple(names), size=count)
-    found = set(there) if spec.kind == "class" else {label for each in there for label in each}
-    most = 1 if spec.kind == "class" else max(map(len, there))
-    names = tuple(known) or tuple(_names(found, spec.name))
-    if not names:
-        raise ValueError(f"--column: expected a picture with a label in {spec.name}, got none")
-    return ColumnInfo(name=spec.name, kind=spec.kind, names=names, size=max(most, 1))
+        most = len(spec.sources) if len(spec.sources) > 1 else most
+        names = spec.sources if len(spec.sources) == most else _places(spec.sources[0], most)
+    if is_named and not known:
+        names = tuple(_names(found - {none or ""}, spec.name))
+        if not names:
+            raise ValueError(f"--column: expected a picture with a label in {spec.name}, got none")
+    size = max(most, 1) if spec.kind != "text" else 1  # of a text the tokenizer knows it
+    column = ColumnInfo(name=spec.name, kind=spec.kind, names=names, size=size)
+    places = None if known else {name: place for place, name in enumerate(names)}
+    return Described(column=column, places=places, none=none)
 
 
-def _places(source: str, count: int) -> list[str]:
-    return [f"{source}_{place}" for place in range(count)]
+def _are_indices(found: set[str]) -> bool:
+    return all(text.isascii() and text.isdecimal() for text in found)
+
+
+def _places(source: str, count: int) -> tuple[str, ...]:
+    return tuple(f"{source}_{place}" for place in range(count))
 
 
 def _names(found: set[str], name: str) -> Iterator[str]:
     """Yield the names of classes: sorted, or of indices all up to the largest."""
-    if not all(text.isascii() and text.isdecimal() for text in found):
+    if not _are_indices(found):
         yield from (printable(text) for text in sorted(found))
         return
     most = max((int(text) for text in found if len(text) < 10), default=-1)
     if len(max(found, key=len, default="")) >= 10 or most >= MOST_CLASSES:
         raise ValueError(f"--column: expected indices below {MOST_CLASSES} in {name}")
     yield from map(str, range(most + 1))
-
-
-def _numbered(column: ColumnInfo, value: Any, places: Mapping[str, Mapping[str, int]]) -> Any:
-    """Return a value as `ColumnInfo.row` takes it; of a text and of regions what was read.
-
-    places: indices of names by column, but for those of which the source has indices.
-    """
-    if value is None or column.kind in UNNAMED:
-        return value
-    if column.kind == "numbers":
-        if len(value) != column.size:
-            raise Refused(
-                f"{column.name}: expected {column.size} numbers, got {len(value)}", _MENDED
-            )
-        return value
-    texts = [value] if column.kind == "class" else value
-    if column.name in places:
-        indices = [places[column.name][printable(text)] for text in texts]
-    else:
-        indices = [int(text) for text in texts if text != "-1"]
-    if any(not 0 <= index < len(column.names) for index in indices):
-        raise Refused(
-            f"{column.name}: expected indices from 0 to {len(column.names) - 1}, got {indices}",
-            _MENDED,
-        )
-    if column.kind == "labels":
-        return indices
-    return indices[0] if indices else None
 
 
 def with_context(columns: Sequence[ColumnInfo], context_length: int) -> tuple[ColumnInfo, ...]:

@@ -55,7 +55,7 @@ class Tables:
     def list(self) -> Listing:
         listing = Listing()
         labels: dict[str, object] = {}
-        specs, named = specs_of(self.options), dict[str, dict[str, Any]]()
+        specs, named = specs_of(self.options.columns), dict[str, dict[str, Any]]()
         place_of: dict[str, int] = {}
         num_merged = 0
         files = check_files(self.files, self.options, listing)
@@ -268,7 +268,7 @@ def open_parquet(file: Path, options: SourceOptions) -> tuple[Columns, Iterator[
     columns = choose_columns(opened.schema_arrow.names, options, file.name)
     needed = [columns.image, *columns.captions]
     needed += [c for c in (columns.label, columns.group, columns.split) if c is not None]
-    needed += [source for spec in specs_of(options) for source in spec.sources]
+    needed += [source for spec in specs_of(options.columns) for source in spec.sources]
     return columns, _parquet_rows(opened, needed, file, arrow)
 
 

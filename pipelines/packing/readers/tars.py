@@ -82,7 +82,7 @@ class Tars:
     def list(self) -> Listing:
         listing = Listing()
         labels: list[object] = []
-        specs, named = specs_of(self.options), dict[str, dict[str, Any]]()
+        specs, named = specs_of(self.options.columns), dict[str, dict[str, Any]]()
         files = check_files(tar_files(self.options.path), self.options, listing)
         stamps = {name: listing.files[name] for name in files if _opener(name) is not None}
         with open_spool(self.options, stamps) if stamps else nullcontext() as spool:

@@ -22,7 +22,7 @@ Files = list[tuple[str, bytes]]
 JPEG, PNG, WEBP, GIF = (
     encode_image(smooth_picture(0, 20, 30), name) for name in ("JPEG", "PNG", "WEBP", "GIF")
 )
-INFO = IndexInfo(name="tars", tokenizer=TOKENIZER, licence="none", attribution="nobody")
+INFO = IndexInfo(name="tars", licence="none", attribution="nobody")
 
 
 def columns(**changes: Any) -> Columns:
@@ -33,6 +33,7 @@ def columns(**changes: Any) -> Columns:
         "class_names": None,
         "max_pixels": MAX_PIXELS,
         "decode": False,
+        "tokenizer": TOKENIZER,
     }
     return Columns(**{**fields, **changes})
 

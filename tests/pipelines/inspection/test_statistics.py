@@ -99,9 +99,10 @@ def test_captions_of_text_are_counted_before_they_are_cut(tmp_path: Path) -> Non
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
     columns = Columns(
-        caption="txt", label=None, group=None, class_names=None, max_pixels=9999, decode=False
-    )
-    info = IndexInfo(name="x", tokenizer=Tokenizer(None, 24).info, licence="", attribution="")
+        caption="txt", label=None, group=None, class_names=None, max_pixels=9999, decode=False,
+        tokenizer=Tokenizer(None, 24).info,
+    )  # fmt: skip
+    info = IndexInfo(name="x", licence="", attribution="")
     names = {"0.tar": "train"}
     index_tars(
         TarFolder(tmp_path), names, columns, info, out=tmp_path, workers=1, advance=lambda *_: None
