@@ -168,6 +168,25 @@ def comparison_table(each: Comparison, *, ours: str = OURS) -> Table:
     return table
 
 
+def page_table(compared: Mapping[str, Comparison], *, ours: str = OURS) -> str:
+    """Return all sets' arms as a table of Markdown, the best on the first set on top."""
+    sets = list(compared.values())
+    head = ["arm", *(text for each in sets for text in (each.measure, f"{ours} minus it"))]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    for arm in sorted(sets[0].means, key=lambda arm: -sets[0].means[arm].value):
+        cells = []
+        for each in sets:
+            seeds = each.by_seed[arm]
+            cells += [
+                f"{each.means[arm].value:.1f} ({min(seeds):.1f} to {max(seeds):.1f})",
+                str(each.minus.get(arm, "-")),
+            ]
+        lines.append([arm, *cells])
+    best = [text for each in sets for text in (each.best_other, str(each.minus_best))]
+    lines.append(["best other arm", *best])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
 def sentences(verdict: Verdict) -> list[str]:
     """Return the verdict, and what it is by, in words."""
     claim = "One stage is better than the best other arm on every set"

@@ -16,7 +16,7 @@ import numpy as np
 
 from m3i_fast.config.data import CACHE_DIR, MAX_PIXELS
 from m3i_fast.evaluation.feature_rows import Index
-from m3i_fast.pipelines.dataset.manifest import is_dataset, read_manifest
+from m3i_fast.pipelines.dataset.manifest import read_manifest
 from m3i_fast.pipelines.packing.items import Item, Listing, Refusal, SourceOptions
 from m3i_fast.pipelines.packing.plan import PlanSettings, number_items
 from m3i_fast.pipelines.packing.readers.guess import make_reader, resolve
@@ -164,10 +164,9 @@ def read_source(settings: SourceSettings) -> Source:
 
 
 def _resolve(settings: SourceSettings) -> tuple[SourceOptions, str]:
-    kind = "packed" if settings.kind == "auto" and is_dataset(settings.path) else settings.kind
     options = SourceOptions(
         path=settings.path.absolute(),
-        kind=kind,
+        kind=settings.kind,
         image_column=settings.image_column,
         caption_columns=settings.caption_columns,
         label_column=settings.label_column,
@@ -180,9 +179,9 @@ def _resolve(settings: SourceSettings) -> tuple[SourceOptions, str]:
         torchvision_class=settings.torchvision_class,
         merge_rows=True,
     )
-    if kind == "packed":
-        return options, "packed: a data set of m3i-fast data"
     options, why = resolve(options)
+    if options.kind == "packed":
+        return options, why
     key = _digest([str(options.path), _read_as(options)])[:16]
     spool = settings.cache_dir.expanduser() / "sources" / key
     spool.mkdir(parents=True, exist_ok=True)

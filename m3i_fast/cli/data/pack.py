@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from m3i_fast.pipelines.packing.job import Packed, PackSettings
     from m3i_fast.pipelines.packing.workers import Run
 
-Kind = Literal["auto", "imagefolder", "folder", "table", "tars", "huggingface", "torchvision"]
+Kind = Literal[
+    "auto", "imagefolder", "folder", "table", "tars", "huggingface", "packed", "torchvision"
+]
 Several = tyro.conf.UseAppendAction
 
 
@@ -39,7 +41,8 @@ class Pack:
     out: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="DIR")]]
     """Directory to write, or its URL as s3://bucket/folder or gs://bucket/folder."""
     kind: Kind = "auto"
-    """What SOURCE is. imagefolder: a folder a class, also below train and val."""
+    """What SOURCE is. imagefolder: a folder a class, also below train and val. packed: written by
+    m3i-fast data, whose captions, classes, groups and columns it says."""
     image_column: str | None = None
     """Column with the path or the bytes of a picture; of tars its extension."""
     caption_column: Annotated[tuple[str, ...], Several] = ()
@@ -110,10 +113,10 @@ class Pack:
     """Most tokens of a caption."""
     name: str | None = None
     """Name of the data set; None: that of DIR."""
-    licence: str = "not stated"
-    """Licence of the pictures, for the manifest."""
-    attribution: str = "not stated"
-    """Whom to credit, for the manifest."""
+    licence: str = ""
+    """Licence of the pictures, for the manifest; none: that of a packed SOURCE, else not stated."""
+    attribution: str = ""
+    """Whom to credit, for the manifest; none: as for the licence."""
 
     def run(self) -> None:
         from m3i_fast.pipelines.packing.job import REFUSED_NAME, pack
@@ -151,6 +154,7 @@ class Pack:
                 "pictures in a shuffled order, a request each; copy it here first, or train on "
                 f"tars where they lie after: m3i-fast data index {source}"
             )
+        licence, attribution = self._stated()
         for flag in ("for_gpu", "max_pixels", "workers"):
             value = getattr(self, flag)
             if value is not None and value < 1:
@@ -190,9 +194,18 @@ class Pack:
                 for_gpu=self.for_gpu,
             ),
             name=self.name or self.out.absolute().name,
-            licence=self.licence,
-            attribution=self.attribution,
+            licence=self.licence or licence,
+            attribution=self.attribution or attribution,
         )
+
+    def _stated(self) -> tuple[str, str]:
+        """Return licence and attribution that a packed SOURCE states."""
+        from m3i_fast.pipelines.dataset.manifest import is_dataset, read_manifest
+
+        if self.kind not in ("auto", "packed") or not is_dataset(self.source):
+            return "not stated", "not stated"
+        manifest = read_manifest(self.source)
+        return manifest.licence, manifest.attribution
 
     def runner(self) -> Run:
         """Return what runs the tasks: this process, several, or Ray."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from m3i_fast.pipelines.dataset.manifest import is_dataset
 from m3i_fast.pipelines.packing.items import Listing, Reader, SourceOptions
 from m3i_fast.pipelines.packing.readers.folders import (
     Folders,
@@ -40,15 +41,38 @@ def resolve(options: SourceOptions) -> tuple[SourceOptions, str]:
         raise FileNotFoundError(f"SOURCE: expected a file or folder, got none at {options.path}")
     if options.kind != "auto":
         return options, f"{options.kind} (--kind)"
-    kind, why = _guess(options.path)
+    if is_dataset(options.path) and not _asked_of_files(options):
+        kind, why = "packed", "a data set of m3i-fast data"
+    else:
+        kind, why = _guess(options.path)
     return replace(options, kind=kind), f"{kind}: {why}; another by --kind"
 
 
 def make_reader(options: SourceOptions) -> Reader:
-    """Return the reader of a source whose kind is known; ValueError for columns it has not."""
+    """Return the reader of a source whose kind is known; ValueError for flags it does not take."""
+    if options.kind == "packed" and (flags := _asked_of_files(options)):
+        raise ValueError(
+            f"{flags[0]}: expected with --kind tars, which reads the tars' files anew, got --kind "
+            "packed, which takes what the data set says of its samples"
+        )
     if options.kind not in ("table", "huggingface", "tars"):
         refuse_columns(options)
     return READERS[options.kind](options)
+
+
+def _asked_of_files(options: SourceOptions) -> list[str]:
+    """Return the flags that say where in a source's files captions, classes and others are."""
+    asked = {
+        "--image-column": options.image_column,
+        "--caption-column": options.caption_columns,
+        "--json-caption": options.json_captions,
+        "--label-column": options.label_column,
+        "--classes": options.class_names,
+        "--column": options.columns,
+        "--group-column": options.group_column,
+        "--split-column": options.split_column,
+    }
+    return [flag for flag, value in asked.items() if value not in (None, ())]
 
 
 def _guess(path: Path) -> tuple[str, str]:

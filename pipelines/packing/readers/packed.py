@@ -24,7 +24,7 @@ from m3i_fast.pipelines.dataset.sample_table import (
     SampleTable,
     checksum,
 )
-from m3i_fast.pipelines.packing.items import Item, Listing, Place, Refused, SourceOptions
+from m3i_fast.pipelines.packing.items import Item, Listing, Place, Refused, SourceOptions, stamp
 from m3i_fast.pipelines.packing.readers.regions import SHARES
 from m3i_fast.pipelines.tar_members import Range, sample_files, sample_parts
 
@@ -70,9 +70,18 @@ class Packed:
     def list(self) -> Listing:
         """List the samples of all splits, without those that are marked as bad."""
         listing = Listing(class_names=self.manifest.class_names, columns=self.manifest.columns)
+        listing.notes.append(
+            "captions, classes, groups and named columns as its manifest and tables have them, "
+            "captions in lower case; --kind tars reads the files of its tars anew"
+        )
         captions = self._captions_of()
         for split, table in self._tables.items():
             open_split(self.options.path, split)
+            info = self.manifest.splits[split]
+            for shard, file in zip(info.shards, table.shard_files, strict=True):
+                listing.files[shard.file] = stamp(self.options.path / file)
+            if info.max_alternates:
+                listing.notes.append(f"{split}: the other pictures of its samples are left out")
             kept = np.flatnonzero((np.asarray(table.rows)["flags"] & BAD) == 0)
             if len(kept) < len(table):
                 listing.notes.append(f"{split}: {len(table) - len(kept)} samples are marked as bad")

@@ -17,6 +17,7 @@ from m3i_fast.benchmarks.one_stage.verdict import (
     compare,
     comparison_table,
     judge,
+    page_table,
     sentences,
 )
 
@@ -118,6 +119,22 @@ def test_the_table_is_whole_in_80_columns() -> None:
     said = " ".join(text.split())
     assert "5 seeds, 1,680 clusters" in said
     assert f"A single difference of {each.detectable:.1f} points is found" in said
+
+
+def test_a_page_has_every_arm_of_every_set_once() -> None:
+    means = {"styles": [40.0, 45.0, 43.0, 42.5, 30.0], "earth": [30.0, 29.0, 28.0, 31.0, 20.0]}
+    compared = {name: compare(f"{name}, %", _drawn(values)) for name, values in means.items()}
+    rows = [line.strip("| ").split(" | ") for line in page_table(compared).splitlines()]
+    assert rows[0] == ["arm", "styles, %", "m3i minus it", "earth, %", "m3i minus it"]
+    assert [row[0] for row in rows[2:]] == [
+        "m3i", "category + caption", "slip", "siameseim", "two stages", "best other arm",
+    ]  # fmt: skip
+    assert rows[2] == ["m3i", "45.0 (44.0 to 46.0)", "-", "29.0 (28.0 to 30.0)", "-"]
+    styles, earth = compared.values()
+    slip = ["42.5 (41.5 to 43.5)", str(styles.minus["slip"]), "31.0 (30.0 to 32.0)"]
+    assert rows[4] == ["slip", *slip, str(earth.minus["slip"])]
+    best = ["category + caption", str(styles.minus_best), "slip", str(earth.minus_best)]
+    assert rows[-1][1:] == best and earth.minus_best.value == pytest.approx(-2.0)
 
 
 def test_sentences_name_the_best_other_arm() -> None:
