@@ -26,6 +26,21 @@ from m3i_fast.benchmarks.one_stage.train import measure_of
 from m3i_fast.benchmarks.one_stage.verdict import Comparison, compare
 
 Rows = dict[Run, dict[str, Any]]
+SECONDARY: dict[SetName, dict[str, str]] = {
+    "styles": {
+        "linear_top1_every_style": "linear probe, every style that was seen",
+        "linear_top1": "linear probe, one drawing a concept",
+        "knn_top1": "kNN",
+        "few_label_top1": "few labels",
+        "caption_to_image_recall_at_5": "caption to drawing R@5",
+        "across_styles_top1": "a concept's drawing in another style",
+        "linear_top1_unseen_style": "linear probe, unseen style",
+        "knn_top1_unseen_style": "kNN, unseen style",
+        "caption_to_image_recall_at_5_unseen_style": "caption to drawing R@5, unseen style",
+    },
+    "earth": {"patch_top1": "patches that are right"},
+}
+"""Measures that decide nothing: their names in rows, and as a reader shall read them."""
 TITLES = {
     "linear_top1": "linear probe",
     "linear_top1_every_style_hard": "linear probe, hard half",
@@ -75,6 +90,25 @@ def counted_table(plan: Plan, rows: Rows) -> Table:
     for (name, arm), of in sorted(values.items()):
         shown.add_row(name, arm, *(f"{100 * of[s]:.1f}" if s in of else "" for s in plan.seeds))
     return shown
+
+
+def secondary_table(plan: Plan, rows: Rows) -> str:
+    """Return the means over seeds of the secondary measures, in percent, as Markdown."""
+    found: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    for run, figures in rows.items():
+        for who, of in figures["measured"].items() if run.is_counted else ():
+            for measure, value in of.items():
+                arm = run.arm if who == "trained" else who
+                found[run.data_set, measure, arm].append(100 * value)
+    arms = (*plan.arms, "untrained", "pixels")
+    head = ["measure", *arms]
+    lines = [head, ["---", *["---:"] * len(arms)]]
+    for name in plan.primary:
+        for measure, title in SECONDARY[name].items():
+            values = [found[name, measure, arm] for arm in arms]
+            cells = [f"{sum(of) / len(of):.1f}" if of else "-" for of in values]
+            lines.append([f"{name}: {title}", *cells])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def is_complete(plan: Plan, rows: Rows) -> bool:
