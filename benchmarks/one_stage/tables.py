@@ -12,6 +12,7 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
+from m3i_fast.benchmarks.ledger.readme_tables import markdown
 from m3i_fast.benchmarks.one_stage.arms import ARMS
 from m3i_fast.benchmarks.one_stage.measures import counts_by_cluster, figure
 from m3i_fast.benchmarks.one_stage.plan import Plan, Run, SetName
@@ -101,14 +102,13 @@ def secondary_table(plan: Plan, rows: Rows) -> str:
                 arm = run.arm if who == "trained" else who
                 found[run.data_set, measure, arm].append(100 * value)
     arms = (*plan.arms, "untrained", "pixels")
-    head = ["measure", *arms]
-    lines = [head, ["---", *["---:"] * len(arms)]]
+    lines = []
     for name in plan.primary:
         for measure, title in SECONDARY[name].items():
             values = [found[name, measure, arm] for arm in arms]
             cells = [f"{sum(of) / len(of):.1f}" if of else "-" for of in values]
             lines.append([f"{name}: {title}", *cells])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return markdown(["measure", *arms], lines)
 
 
 def is_complete(plan: Plan, rows: Rows) -> bool:

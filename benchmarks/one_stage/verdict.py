@@ -27,6 +27,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from m3i_fast.benchmarks.ledger.readme_tables import markdown
 from m3i_fast.benchmarks.one_stage.resampling import CONFIDENCE, ArmDraws, Floats
 
 OURS = "m3i"
@@ -172,7 +173,7 @@ def page_table(compared: Mapping[str, Comparison], *, ours: str = OURS) -> str:
     """Return all sets' arms as a table of Markdown, the best on the first set on top."""
     sets = list(compared.values())
     head = ["arm", *(text for each in sets for text in (each.measure, f"{ours} minus it"))]
-    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    lines = []
     for arm in sorted(sets[0].means, key=lambda arm: -sets[0].means[arm].value):
         cells = []
         for each in sets:
@@ -183,8 +184,7 @@ def page_table(compared: Mapping[str, Comparison], *, ours: str = OURS) -> str:
             ]
         lines.append([arm, *cells])
     best = [text for each in sets for text in (each.best_other, str(each.minus_best))]
-    lines.append(["best other arm", *best])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return markdown(head, [*lines, ["best other arm", *best]])
 
 
 def sentences(verdict: Verdict) -> list[str]:

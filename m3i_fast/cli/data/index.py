@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from m3i_fast.cli import console
+from m3i_fast.cli.data.pack import Several
 from m3i_fast.config.data import CACHE_DIR, MAX_PIXELS
 from m3i_fast.terminal import progress_bar
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from m3i_fast.pipelines.indexing.contents import Columns
     from m3i_fast.pipelines.indexing.tar_places import Tars
 
-Several = tyro.conf.UseAppendAction
 Guessed = Annotated[str, tyro.conf.arg(metavar="auto|none|COLUMN")]
 SHOWN = 20
 
