@@ -51,10 +51,16 @@ class TuningGrid:
     """Of the training concepts or blocks of fold 0: left out of these runs, which are measured by
     them."""
     seed: int
+    num_seeds: int = 1
+    """From `seed` on; a setting is chosen by its mean over them."""
     lr: tuple[float, ...]
     label_weight: tuple[float, ...]
     """Only for arms of which some terms see annotations and others do not."""
     measure: dict[SetName, str]
+
+    @property
+    def seeds(self) -> range:
+        return range(self.seed, self.seed + self.num_seeds)
 
     def settings(self, arm: str) -> list[Tuning]:
         weights = self.label_weight if has_label_weight(arm) else (1.0,)
@@ -136,12 +142,10 @@ class Plan:
         return tuple(dict.fromkeys(stage.method for arm in self.arms for stage in ARMS[arm]))
 
     def tuning_runs(self) -> Iterator[Run]:
-        """Yield the runs that settings are chosen by."""
-        for name, arm in product(self.primary, self.arms):
+        """Yield the runs that settings are chosen by, seed by seed, so that what ran is paired."""
+        for seed, name, arm in product(self.tuning.seeds, self.primary, self.arms):
             for tuning in self.tuning.settings(arm):
-                yield Run(
-                    data_set=name, arm=arm, seed=self.tuning.seed, tuning=tuning, is_counted=False
-                )
+                yield Run(data_set=name, arm=arm, seed=seed, tuning=tuning, is_counted=False)
 
     def counted_runs(self) -> Iterator[Run]:
         """Yield the runs that count, seed by seed, so that what has run is paired."""

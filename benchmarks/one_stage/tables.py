@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import product
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from rich import box
 from rich.table import Table
 
 from m3i_fast.benchmarks.ledger.readme_tables import markdown
-from m3i_fast.benchmarks.one_stage.arms import ARMS
+from m3i_fast.benchmarks.one_stage.arms import ARMS, Tuning
 from m3i_fast.benchmarks.one_stage.measures import counts_by_cluster, figure
 from m3i_fast.benchmarks.one_stage.plan import Plan, Run, SetName
 from m3i_fast.benchmarks.one_stage.resampling import (
@@ -50,29 +51,40 @@ TITLES = {
 
 
 def tuning_table(plan: Plan, rows: Rows) -> Table:
-    """Show what each setting of each arm reached on the tuning split."""
+    """Show what each setting of each arm reached on the tuning split, by seed."""
     shown = Table(title=f"{plan.tuning.seconds:g} s a run, tuning split, %", box=box.SIMPLE_HEAD)
-    for head in ("data", "arm", "lr x", "labels x", "measure"):
+    seeds = [f"seed {seed}" for seed in plan.tuning.seeds]
+    for head in ("data", "arm", "lr x", "labels x", *seeds):
         shown.add_column(head, justify="left" if head in ("data", "arm") else "right")
-    for run in plan.tuning_runs():
-        if run in rows:
-            value = 100 * rows[run]["measured"]["trained"][plan.tuning.measure[run.data_set]]
-            factors = (f"{run.tuning.lr:g}", f"{run.tuning.label_weight:g}")
-            shown.add_row(run.data_set, run.arm, *factors, f"{value:.1f}")
+    for (name, arm), settings in _tried(plan, rows).items():
+        for tuning, found in settings.items():
+            cells = (f"{100 * found[s]:.1f}" if s in found else "" for s in plan.tuning.seeds)
+            shown.add_row(name, arm, f"{tuning.lr:g}", f"{tuning.label_weight:g}", *cells)
     return shown
 
 
 def chosen(plan: Plan, rows: Rows) -> dict[str, dict[str, dict[str, float]]]:
-    """Return the best setting of each arm whose every setting has a row; of equals the first."""
+    """Return the setting of each arm with the highest mean over the tuning seeds.
+
+    Arms of which a run has no row are left out; of settings that are equal the first is chosen.
+    """
     best: dict[str, dict[str, dict[str, float]]] = {}
-    for name in plan.primary:
-        for arm in plan.arms:
-            runs = [r for r in plan.tuning_runs() if (r.data_set, r.arm) == (name, arm)]
-            if all(run in rows for run in runs):
-                measure = plan.tuning.measure[name]
-                run = max(runs, key=lambda run: rows[run]["measured"]["trained"][measure])
-                best.setdefault(name, {})[arm] = asdict(run.tuning)
+    for (name, arm), settings in _tried(plan, rows).items():
+        if all(len(found) == plan.tuning.num_seeds for found in settings.values()):
+            means = {tuning: fmean(found.values()) for tuning, found in settings.items()}
+            best.setdefault(name, {})[arm] = asdict(max(means, key=means.__getitem__))
     return best
+
+
+def _tried(plan: Plan, rows: Rows) -> dict[tuple[SetName, str], dict[Tuning, dict[int, float]]]:
+    """Return what runs measured: data set and arm -> setting -> seed -> measure."""
+    tried: dict[tuple[SetName, str], dict[Tuning, dict[int, float]]] = {}
+    for run in plan.tuning_runs():
+        found = tried.setdefault((run.data_set, run.arm), {}).setdefault(run.tuning, {})
+        if run in rows:
+            measured = rows[run]["measured"]["trained"]
+            found[run.seed] = measured[plan.tuning.measure[run.data_set]]
+    return tried
 
 
 def counted_table(plan: Plan, rows: Rows) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from m3i_fast.benchmarks.one_stage.tables import (
     counted_table,
     is_complete,
     stage_terms,
+    tuning_table,
 )
 from m3i_fast.benchmarks.one_stage.verdict import compare
-from tests.benchmarks.one_stage.test_plan import folder  # noqa: F401 (a fixture)
+from tests.benchmarks.one_stage.test_plan import TREE, folder  # noqa: F401 (a fixture)
 
 
 def _rows(plan: Plan) -> dict[Run, dict[str, Any]]:
@@ -118,3 +120,30 @@ def test_the_best_setting_is_chosen_once_all_were_tried() -> None:
     assert best["earth"]["siameseim"] == {"lr": 0.5, "label_weight": 1.0}
     del rows[run]  # the last one: of two stages on earth
     assert set(chosen(plan, rows)["earth"]) == set(plan.arms) - {"two stages"}
+
+
+def test_a_setting_is_chosen_by_its_mean_over_the_tuning_seeds(folder: Path) -> None:  # noqa: F811
+    grid = {**TREE["tuning"], "seed": 1, "num_seeds": 2}
+    (folder / "small.json").write_text(json.dumps({**TREE, "tuning": grid}))
+    plan = read_plan("small")
+    assert {run.seed for run in plan.tuning_runs()} == {1, 2}
+    found = {0.5: (0.6, 0.2), 1.0: (0.5, 0.4), 2.0: (0.1, 0.5)}  # the best by seed: 0.5, then 2
+    rows = {
+        run: {
+            "measured": {
+                "trained": {
+                    plan.tuning.measure[run.data_set]: found[run.tuning.lr][run.seed - 1]
+                    * run.tuning.label_weight
+                }
+            }
+        }
+        for run in plan.tuning_runs()
+    }
+    best = chosen(plan, rows)
+    for name in plan.primary:
+        assert best[name] == dict.fromkeys(plan.arms, {"lr": 1.0, "label_weight": 1.0})
+    table = tuning_table(plan, rows)
+    assert [str(each.header) for each in table.columns][-2:] == ["seed 1", "seed 2"]
+    assert [*table.columns[-1].cells][1] == "20.0"  # m3i on styles, learning rate x 0.5, labels x 1
+    rows = {run: row for run, row in rows.items() if (run.arm, run.seed) != ("slip", 2)}
+    assert set(chosen(plan, rows)["styles"]) == set(plan.arms) - {"slip"}
