@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,8 +32,9 @@ def with_columns(
     """
     if not columns.named:
         return manifest
-    done = list(tasks.values())
-    described = [describe(spec, partial(_values_of, done, spec.name)) for spec in columns.specs]
+    described = describe(
+        columns.specs, (values for task in tasks.values() for values in read_named(task))
+    )
     infos = with_context([each.column for each in described], columns.tokenizer.context_length)
     splits = {}
     for name, split in manifest.splits.items():
@@ -43,12 +42,6 @@ def with_columns(
         written = write_columns(folder / f"{name}{COLUMNS_SUFFIX}", infos, parts)
         splits[name] = replace(split, columns=written)
     return replace(manifest, splits=splits, columns=infos)
-
-
-def _values_of(tasks: Sequence[TarTask], name: str) -> Iterator[Any]:
-    for task in tasks:
-        for values in read_named(task):
-            yield values.get(name)
 
 
 def _rows(

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast, get_args
 
 from m3i_fast.config.columns import ColumnKind as Kind
@@ -115,10 +114,7 @@ def assign_columns(
             kept.append(item)
         except Refused as refused:
             listing.refusals.append(refused.of(item.name))
-    described = [
-        describe(spec, partial(_values_of, read, spec.name), (known or {}).get(spec.name, ()))
-        for spec in specs
-    ]
+    described = describe(specs, read, known)
     listing.items = []
     for item, values in zip(kept, read, strict=True):
         try:
@@ -128,10 +124,6 @@ def assign_columns(
             listing.refusals.append(refused.of(item.name))
     listing.columns = tuple(each.column for each in described)
     listing.notes.append(f"named columns: {told(listing.columns)} (--column)")
-
-
-def _values_of(read: Sequence[Mapping[str, Any]], name: str) -> Iterator[Any]:
-    return (values[name] for values in read)
 
 
 def told(columns: Sequence[ColumnInfo]) -> str:
@@ -273,30 +265,58 @@ class Described:
 
 
 def describe(
-    spec: Spec, values: Callable[[], Iterable[Any]], known: Sequence[str] = ()
-) -> Described:
-    """Return the column of all values; ValueError where nothing is known of any sample.
+    specs: Sequence[Spec],
+    rows: Iterable[Mapping[str, Any]],
+    known: Mapping[str, Sequence[str]] | None = None,
+) -> list[Described]:
+    """Return the columns of all rows; ValueError where nothing is known of one in any row.
 
-    values: gives what `read_value` returned of each sample, as often as it is called. known: names
-    of classes or labels, where the source stores numbers of them, -1 for none. Else -1 is none
-    where all other classes or labels are indices.
+    rows: of each sample by the column's name what `read_value` returned; gone through once. known:
+    names of classes or labels by column, where the source stores numbers of them, -1 for none. Else
+    -1 is none where all other classes or labels are indices.
     """
+    seen = [(spec, _Seen()) for spec in specs]
+    for values in rows:
+        for spec, column in seen:
+            column.add(spec, values.get(spec.name))
+    return [_described(spec, column, (known or {}).get(spec.name, ())) for spec, column in seen]
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What the values of a column were."""
+
+    texts: set[str] = field(default_factory=set)
+    """Of classes and labels."""
+    most: int | None = None
+    """Cells of a value; None: no value was there."""
+    most_named: int | None = None
+    """The same without cells that are "-1"."""
+
+    def add(self, spec: Spec, value: Any) -> None:
+        if value is None:
+            return
+        cells = _list(value)
+        named = [cell for cell in cells if cell != "-1"]
+        if spec.kind in ("class", "labels"):
+            self.texts.update(cells)
+        self.most = max(self.most or 0, len(cells))
+        if named or spec.kind != "class":
+            self.most_named = max(self.most_named or 0, len(named))
+
+
+def _described(spec: Spec, seen: _Seen, known: Sequence[str]) -> Described:
     is_named = spec.kind in ("class", "labels")
-    found = {text for value in values() for text in _list(value)} if is_named else set[str]()
-    none = "-1" if is_named and (known or _are_indices(found - {"-1"})) else None
-    most, is_there = 0, False
-    for value in values():
-        cells = [cell for cell in _list(value) if known or none is None or cell != none]
-        if value is not None and (cells or spec.kind != "class"):
-            most, is_there = max(most, len(cells)), True
-    if not is_there:
+    none = "-1" if is_named and (known or _are_indices(seen.texts - {"-1"})) else None
+    most = seen.most if known or none is None else seen.most_named
+    if most is None:
         raise ValueError(f"--column: expected a picture with {spec.name}, got none")
     names = tuple(known)
     if spec.kind == "numbers":
         most = len(spec.sources) if len(spec.sources) > 1 else most
         names = spec.sources if len(spec.sources) == most else _places(spec.sources[0], most)
     if is_named and not known:
-        names = tuple(_names(found - {none or ""}, spec.name))
+        names = tuple(_names(seen.texts - {none or ""}, spec.name))
         if not names:
             raise ValueError(f"--column: expected a picture with a label in {spec.name}, got none")
     size = max(most, 1) if spec.kind != "text" else 1  # of a text the tokenizer knows it
