@@ -388,6 +388,12 @@ def collectives_of(
             sigmoid=cfg.objective.uses(target="caption", likelihood="sigmoid"),
             on_gpu=on_gpu,
         )
+    if cfg.objective.uses(target="embedding", regulariser="all_views"):
+        collectives[CANDIDATES] = collectives.get(CANDIDATES, []) + traffic.views_of_ranks(
+            nodes,
+            num_rows=counts_of(cfg).num_images,
+            dim=cfg.objective.projector.output_dim,
+        )
     return collectives
 
 

@@ -1,4 +1,4 @@
-"""Bytes that ranks send: by hand, and counted where `boltzmann` sends them."""
+"""Bytes that ranks send: by hand, and counted where losses over all ranks send them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 
 from m3i_fast.costs import traffic
 from m3i_fast.costs.traffic import Collective, Nodes, Traffic, Unit, total
+from m3i_fast.objectives.losses.similarity import nt_xent
 from m3i_fast.ops import boltzmann
 
 ONE, NODE, TWO_NODES = Nodes(1, 8), Nodes(8, 8), Nodes(16, 8)
@@ -27,6 +28,7 @@ def test_one_rank_sends_nothing() -> None:
         traffic.ddp(ONE, num_parameters=100),
         traffic.fsdp(ONE, UNITS, num_shards=1, **SHARDED),
         traffic.candidates(ONE, num_rows=8, dim=4, weight_bytes=2),
+        traffic.views_of_ranks(ONE, num_rows=8, dim=4),
     )
     assert all(total(one) == Traffic(0, 0) for one in sent)
 
@@ -100,16 +102,36 @@ def _count(rank: int, folder: Path) -> None:
         scale = torch.tensor(1.0, requires_grad=True)
         boltzmann(z_hat, z, scale, form=form, process_group=dist.group.WORLD).backward()  # type: ignore[arg-type]
         found.append(sum(sent))
-    torch.save(found, folder / f"{rank}.pt")
+    torch.save((found, _all_reduced_by_nt_xent(rank)), folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_candidates_are_what_boltzmann_sends(tmp_path: Path) -> None:
+def _all_reduced_by_nt_xent(rank: int) -> list[int]:
+    """Bytes of each all-reduce of a loss and of its backward pass; vectors are not counted."""
+    add_up, sizes = dist.all_reduce, list[int]()
+
+    def counting(rows: torch.Tensor, **options: Any) -> Any:
+        if rows.dim() == 2:
+            sizes.append(rows.nbytes)
+        return add_up(rows, **options)
+
+    dist.all_reduce = counting
+    rng = torch.Generator().manual_seed(rank)
+    z_a, z_b = (torch.randn(ROWS, DIM, generator=rng, requires_grad=True) for _ in range(2))
+    nt_xent(z_a, z_b, temperature=0.5, process_group=dist.group.WORLD).backward()  # type: ignore[arg-type]
+    dist.all_reduce = add_up
+    return sizes
+
+
+def test_candidates_are_what_the_losses_send(tmp_path: Path) -> None:
     mp.spawn(_count, args=(tmp_path,), nprocs=RANKS)
     nodes, sizes = Nodes(RANKS, 8), {"num_rows": ROWS, "dim": DIM, "weight_bytes": 4}
     expected = [
         total(traffic.candidates(nodes, **sizes, sigmoid=s, on_gpu=False)).nvlink
         for s in (False, True)
     ]
+    (views,) = traffic.views_of_ranks(nodes, num_rows=ROWS, dim=DIM)
     for rank in range(RANKS):
-        assert torch.load(tmp_path / f"{rank}.pt") == expected
+        sent, all_reduced = torch.load(tmp_path / f"{rank}.pt")
+        assert sent == expected
+        assert all_reduced == views.count * [views.size]

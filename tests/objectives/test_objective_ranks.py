@@ -39,6 +39,8 @@ CHOSEN = (
     "barlow_twins",
     "vicreg",
     "unigrad",
+    "simclr",
+    "slip",
     "dino",
     "ibot",
     "msn",

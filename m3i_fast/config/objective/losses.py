@@ -146,8 +146,8 @@ def _match_and_queue(sizes: LossSizes) -> Flops:
 
 
 def _both_views(sizes: LossSizes) -> Flops:
-    """Count the [2 N, 2 N] logits of NT-Xent, whose gradient has two products."""
-    return linear(2 * sizes.rows, sizes.dim, 2 * sizes.rows)
+    """Count the [2 N, 2 M] logits of NT-Xent, whose gradient has two products."""
+    return linear(2 * sizes.rows, sizes.dim, 2 * sizes.targets)
 
 
 def _decorrelation(sizes: LossSizes) -> Flops:
@@ -336,6 +336,8 @@ LOSSES: dict[LossKey, Loss] = {
         formula=f"{SOFTMAX}, z' both views of the batch but the row itself, rows of unit length",
         build=f"{_BUILDERS}:all_views",
         flops=_both_views,
+        over_ranks=True,
+        takes_counts=True,
     ),
     ("embedding", "gaussian", "stop_gradient"): Loss(
         formula="-cos(z_hat, sg(z)): |z_hat - z|^2 / 2 of unit rows, less a constant",

@@ -6,8 +6,8 @@ scalar; a loss of prototypes also has `targets` (`stateful.Prototypes`), one of 
 as loss(z), and one of categories and captions takes what `ops.boltzmann` takes.
 
 With a process group a loss is that of the rows of all ranks where rows of a batch meet, and of the
-rank's rows where they do not (`row_statistics` says what that means for gradients). SimCLR's
-negatives alone stay those of a rank.
+rank's rows where they do not (`row_statistics` says what that means for gradients). KoLeo's
+neighbours alone stay those of a rank, as in DINOv2.
 """
 
 from __future__ import annotations
@@ -152,8 +152,8 @@ def batch_negatives(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) ->
 
 
 def all_views(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
-    """Build SimCLR's NT-Xent, of the rows of one rank."""
-    return partial(nt_xent, temperature=term.temperature)
+    """Build SimCLR's NT-Xent over both views of all ranks."""
+    return partial(nt_xent, temperature=term.temperature, process_group=group)
 
 
 def cosine(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:

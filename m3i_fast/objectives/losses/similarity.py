@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from m3i_fast.objectives.row_statistics import full_precision, wide
+from m3i_fast.objectives.row_statistics import full_precision, sum_over_ranks, wide
 from m3i_fast.ops import boltzmann
 
 
@@ -114,12 +114,16 @@ def nt_xent(
     z_b: Tensor,  # [N, D] any float
     *,
     temperature: float,
+    process_group: dist.ProcessGroup | None = None,
+    counts: Sequence[int] = (),
 ) -> Tensor:  # [] fp32
     """Return -mean log softmax(cos / temperature) of a row's other view among all other rows.
 
-    SimCLR, arXiv 2002.05709, equation 1; rows are normalised here. The [2N, 2N] logits are held in
-    memory, since a row is no candidate of its own and `ops.boltzmann` cannot leave one out. Raises
-    ValueError for shapes that differ, or a temperature that is not positive.
+    SimCLR, arXiv 2002.05709, equation 1; rows are normalised here. With a process group other rows
+    are those of all ranks, of which each has N, or as many as `counts` say (`sizes_of_ranks`).
+    Logits are held in memory, [2N, 2N of all ranks], since a row is no candidate of its own and
+    `ops.boltzmann` cannot leave one out. Raises ValueError for shapes that differ, or a temperature
+    that is not positive.
     """
     if z_a.dim() != 2 or z_b.shape != z_a.shape:
         raise ValueError(
@@ -127,10 +131,33 @@ def nt_xent(
         )
     expect_temperature(temperature)
     rows = F.normalize(torch.cat([wide(z_a), wide(z_b)]), dim=-1)
-    itself = torch.eye(len(rows), dtype=torch.bool, device=rows.device)
-    logits = (rows @ rows.T / temperature).masked_fill(itself, -torch.inf)
-    partner = torch.arange(len(rows), device=rows.device).roll(len(z_a))
-    return F.cross_entropy(logits, partner)
+    candidates, first = rows_of_ranks(rows, counts, process_group)
+    own = torch.arange(first, first + len(rows), device=rows.device)
+    itself = own[:, None] == torch.arange(len(candidates), device=rows.device)
+    logits = (rows @ candidates.T / temperature).masked_fill(itself, -torch.inf)
+    partner = own.roll(len(z_a))
+    if process_group is None:
+        return F.cross_entropy(logits, partner)
+    total = sum_over_ranks(F.cross_entropy(logits, partner, reduction="sum"), process_group)
+    return total / len(candidates)
+
+
+def rows_of_ranks(
+    rows: Tensor,  # [N, D]
+    counts: Sequence[int],
+    process_group: dist.ProcessGroup | None,
+) -> tuple[Tensor, int]:  # [N of all ranks, D]
+    """Return the rows of all ranks, in the order of ranks, and the place of this rank's first one.
+
+    counts: as `sizes_of_ranks` takes it. Differentiable: a row's gradient is that of all ranks.
+    """
+    if process_group is None:
+        return rows, 0
+    rank = dist.get_rank(process_group)
+    shares = counts or [1] * dist.get_world_size(process_group)
+    sizes = [len(rows) * share // shares[rank] for share in shares]
+    first, last = sum(sizes[:rank]), sum(sizes[rank + 1 :])
+    return sum_over_ranks(F.pad(rows, (0, 0, first, last)), process_group), first
 
 
 def moco(
