@@ -142,19 +142,21 @@ def candidates(
     dim: int,
     weight_bytes: int,
     sigmoid: bool = False,
+    target_grad: bool = True,
     on_gpu: bool = True,
 ) -> list[Collective]:
     """List what the ring of `ops.boltzmann` sends over the rows of all ranks.
 
     Rows go round for the sums and once more for the gradients, whose fp32 sums follow them home.
-    The sigmoid form needs no sums first. on_gpu: rows go round twice more, for the maxima and for
-    exact sums, since the host does not wait to learn whether these are needed.
+    The sigmoid form needs no sums first. target_grad: whether the rows have gradients. on_gpu: rows
+    go round twice more, for the maxima and for exact sums, since the host does not wait to learn
+    whether these are needed.
     """
     size, around = num_rows * dim, nodes.num_ranks - 1
     rounds = 1 if sigmoid else 4 if on_gpu else 2
     rows = Collective(call="send", size=weight_bytes * size, nodes=nodes, count=rounds * around)
     gradients = Collective(call="send", size=4 * size, nodes=nodes, count=around + 1)
-    return [rows, gradients]
+    return [rows, gradients] if target_grad else [rows]
 
 
 def views_of_ranks(nodes: Nodes, *, num_rows: int, dim: int) -> list[Collective]:

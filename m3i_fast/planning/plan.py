@@ -37,6 +37,7 @@ from m3i_fast.costs.step_flops import counts_of, step_flops, without_sampling
 from m3i_fast.costs.traffic import Collective, Nodes, Traffic
 from m3i_fast.costs.view_cost import PICTURE
 from m3i_fast.objectives.objective import MutualInformation
+from m3i_fast.objectives.terms.views import Embedding
 from m3i_fast.pipelines.storage.objects import url_of
 from m3i_fast.planning.sharded_units import count_scalars, units_of
 from m3i_fast.planning.step_memory import (
@@ -379,22 +380,31 @@ def collectives_of(
     else:
         num_trained = trained(count_parameters(objective))
         collectives = {"gradients": traffic.ddp(nodes, num_parameters=num_trained)}
+    counts, of_rows = counts_of(cfg), list[Collective]()
     if cfg.objective.uses(target="caption"):
-        collectives[CANDIDATES] = traffic.candidates(
+        of_rows += traffic.candidates(
             nodes,
-            num_rows=counts_of(cfg).batch_size,
+            num_rows=counts.batch_size,
             dim=cfg.text.embed_dim,
             weight_bytes=weight_bytes,
             sigmoid=cfg.objective.uses(target="caption", likelihood="sigmoid"),
             on_gpu=on_gpu,
         )
-    if cfg.objective.uses(target="embedding", regulariser="all_views"):
-        collectives[CANDIDATES] = collectives.get(CANDIDATES, []) + traffic.views_of_ranks(
-            nodes,
-            num_rows=counts_of(cfg).num_images,
-            dim=cfg.objective.projector.output_dim,
-        )
-    return collectives
+    for module in objective.terms_of(Embedding):
+        rows, dim = counts.num_images, module.dim
+        if module.term.regulariser == "all_views":
+            of_rows += traffic.views_of_ranks(nodes, num_rows=rows, dim=dim)
+        elif module.term.regulariser == "negatives":
+            of_call = traffic.candidates(
+                nodes,
+                num_rows=rows,
+                dim=dim,
+                weight_bytes=4,
+                target_grad=module.term.encoder == "shared",
+                on_gpu=on_gpu,
+            )
+            of_rows += of_call * (1 + module.term.symmetric)
+    return collectives | ({CANDIDATES: of_rows} if of_rows else {})
 
 
 def _moved(footprint: Footprint, parameters: Mapping[str, int], *, shards: int) -> float:

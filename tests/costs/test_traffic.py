@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 
 from m3i_fast.costs import traffic
 from m3i_fast.costs.traffic import Collective, Nodes, Traffic, Unit, total
-from m3i_fast.objectives.losses.similarity import nt_xent
+from m3i_fast.objectives.losses.similarity import info_nce, nt_xent
 from m3i_fast.ops import boltzmann
 
 ONE, NODE, TWO_NODES = Nodes(1, 8), Nodes(8, 8), Nodes(16, 8)
@@ -102,6 +102,9 @@ def _count(rank: int, folder: Path) -> None:
         scale = torch.tensor(1.0, requires_grad=True)
         boltzmann(z_hat, z, scale, form=form, process_group=dist.group.WORLD).backward()  # type: ignore[arg-type]
         found.append(sum(sent))
+    sent.clear()
+    info_nce(z_hat, z.detach(), temperature=0.5, process_group=dist.group.WORLD).backward()  # type: ignore[arg-type]
+    found.append(sum(sent))
     torch.save((found, _all_reduced_by_nt_xent(rank)), folder / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -127,8 +130,8 @@ def test_candidates_are_what_the_losses_send(tmp_path: Path) -> None:
     mp.spawn(_count, args=(tmp_path,), nprocs=RANKS)
     nodes, sizes = Nodes(RANKS, 8), {"num_rows": ROWS, "dim": DIM, "weight_bytes": 4}
     expected = [
-        total(traffic.candidates(nodes, **sizes, sigmoid=s, on_gpu=False)).nvlink
-        for s in (False, True)
+        total(traffic.candidates(nodes, **sizes, **options, on_gpu=False)).nvlink
+        for options in ({}, {"sigmoid": True}, {"target_grad": False})
     ]
     (views,) = traffic.views_of_ranks(nodes, num_rows=ROWS, dim=DIM)
     for rank in range(RANKS):

@@ -23,7 +23,7 @@ from m3i_fast.costs.view_cost import PICTURE
 from m3i_fast.objectives.methods import CATEGORY
 from m3i_fast.planning.plan import GRAPHS, WORKSPACE, Plan, Strategy, make_plan, source_of, trained
 from m3i_fast.planning.step_memory import AVERAGE, BATCH, FROZEN, HELD, PARAMETERS, STATES, trace
-from m3i_fast.recipes import recipes, shrink
+from m3i_fast.recipes import demo_method, recipes, shrink
 
 TEXT = TextConfig(vocab_size=90, context_length=24, dim=32, depth=2, num_heads=2, embed_dim=32)
 ROOT = Path(__file__).parent.parent.parent
@@ -212,6 +212,30 @@ def test_a_frozen_encoder_is_sharded_and_has_no_gradient_to_send(plan: Plan) -> 
     share = trained(found.parameters) / trained(plan.parameters)
     assert 0 < share < 1
     assert sent.network / before.network == pytest.approx(share, rel=0.01)
+
+
+ROW_BYTES = 32 * 128  # of a view's rows on a rank, a byte a feature
+OF_CAPTIONS = [("send", 2 * ROW_BYTES, 4 * 15), ("send", 4 * ROW_BYTES, 16)]
+OF_VIEWS = [("all_reduce", 2 * 16 * 4 * ROW_BYTES, 2)]
+OF_TARGETS = [("send", 4 * ROW_BYTES, 4 * 15)]  # which have no gradient
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("clip", OF_CAPTIONS),
+        ("slip", OF_CAPTIONS + OF_VIEWS),
+        ("simclr", OF_VIEWS),
+        ("moco_v3", 2 * OF_TARGETS),  # of each view
+        ("byol", []),
+    ],
+)
+def test_rows_that_meet_those_of_all_ranks_are_sent(
+    name: str, expected: list[tuple[str, int, int]]
+) -> None:
+    found = make_plan(demo_method(name), card=CARDS["h100"], nodes=TWO_NODES)
+    calls = found.strategies[0].collectives.get(CANDIDATES, [])
+    assert [(call.call, call.size, call.count) for call in calls] == expected
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ class Embedding(TermModule):
         sized, frozen = cfg.projector, term.encoder == "frozen"
         dim = sizes.summary_dim[term.target_encoder] if frozen else sized.output_dim
         super().__init__(term, cfg, dim, sizes)
+        self.dim = dim
         hidden = [sized.hidden_dim] * (sized.num_layers - 1)
         dims = sizes.vision.summary_dim, *hidden, dim
         group = sizes.process_group
