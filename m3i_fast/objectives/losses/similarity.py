@@ -132,9 +132,9 @@ def nt_xent(
     expect_temperature(temperature)
     rows = F.normalize(torch.cat([wide(z_a), wide(z_b)]), dim=-1)
     candidates, first = rows_of_ranks(rows, counts, process_group)
-    own = torch.arange(first, first + len(rows), device=rows.device)
-    itself = own[:, None] == torch.arange(len(candidates), device=rows.device)
-    logits = (rows @ candidates.T / temperature).masked_fill(itself, -torch.inf)
+    places = torch.arange(len(candidates), device=rows.device)
+    own = places[first : first + len(rows)]
+    logits = (rows @ candidates.T / temperature).masked_fill(own[:, None] == places, -torch.inf)
     partner = own.roll(len(z_a))
     if process_group is None:
         return F.cross_entropy(logits, partner)
