@@ -164,7 +164,8 @@ def draw_arms(cfg: Config, plan: Plan, rows: Rows) -> None:
 
 
 def _expect_known(cfg: Config, plan: Plan) -> None:
-    of_plan = {"arms": plan.arms, "sets": tuple(plan.primary), "seeds": plan.seeds}
+    seeds = plan.tuning.seeds if cfg.tune else plan.seeds
+    of_plan = {"arms": plan.arms, "sets": tuple(plan.primary), "seeds": seeds}
     for name, known in of_plan.items():
         if unknown := [each for each in getattr(cfg, name) if each not in known]:
             raise ValueError(

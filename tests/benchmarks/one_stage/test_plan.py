@@ -227,6 +227,8 @@ def test_what_is_not_of_the_plan_is_refused(folder: Path, tmp_path: Path) -> Non
         read_plan("large")
     with pytest.raises(ValueError, match=r"seeds: expected some of 0, 1, .* small.json has, got"):
         main(["--plan", "small", "--seeds", "9"])
+    with pytest.raises(ValueError, match=r"seeds: expected some of 7, which small.json has, got"):
+        main(["--plan", "small", "--tune", "--seeds", "0"])
     with pytest.raises(ValueError, match=r"pack: expected one of these flags at most"):
         Config(pack=True, tune=True)
     with pytest.raises(FileNotFoundError, match=r"styles-fold-0-tune: .* --plan small --pack"):
