@@ -20,8 +20,8 @@ from tests.shared.engine.packed_run import packed_run
 
 # Labels, captions, InfoNCE with a batch norm, a centre.
 METHODS = "supervised", "clip", "moco_v3", "dino"
-# A sigmoid, rows of one rank, statistics of both views, and their running correlation.
-OTHERS = "siglip", "byol", "barlow_twins", "vicreg", "unigrad"
+# A sigmoid, NT-Xent, rows of one rank, statistics of both views, and their running correlation.
+OTHERS = "siglip", "simclr", "byol", "barlow_twins", "vicreg", "unigrad"
 
 
 def _regularised(dataset: Path, name: str, regulariser: str) -> Case:
