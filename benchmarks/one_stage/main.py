@@ -267,7 +267,15 @@ def _record(cfg: Config, plan: Plan, run: Run, found: dict[str, Any]) -> None:
 
 
 def time_steps(cfg: Config, plan: Plan) -> None:
-    """Time a step of each method on each data set in turn, `jobs` at a time as they will be run."""
+    """Time a step of each method on each data set in turn, `jobs` at a time as they will be run.
+
+    Raises ValueError where the plan's step times are those of another one.
+    """
+    if plan.step_times:
+        raise ValueError(
+            f"--calibrate: expected a plan with step times of its own, got those of "
+            f"{plan.step_times} in {plan.path.name}; name that one, or leave step_times out"
+        )
     rounds: dict[SetName, dict[str, list[float]]] = {
         name: defaultdict(list) for name in plan.primary
     }

@@ -1,9 +1,10 @@
 """The plan of the experiment, a file that is committed before the first counted run.
 
 `plans/NAME.json` says what is compared, on what, for how long, by which measure and rule;
-`plans/NAME_step_times.json` how long a step of each method takes, from which steps follow. Rows
-keep the digest of both. What is in the files cannot be changed by a flag, and once there is a
-counted row the files cannot be changed either: another plan has another name.
+`plans/NAME_step_times.json`, its own or that of a plan before it, how long a step of each method
+takes, from which steps follow. Rows keep the digest of both. What is in the files cannot be changed
+by a flag, and once there is a counted row the files cannot be changed either: another plan has
+another name.
 """
 
 from __future__ import annotations
@@ -96,6 +97,8 @@ class Plan:
     """Training time of a run, all of its stages, by the committed step times on one core."""
     primary: dict[SetName, str]
     """The measure that decides, by set."""
+    step_times: str = ""
+    """The plan whose committed times of a step count here, too; empty: this one."""
     tuning: TuningGrid
     tuned: dict[SetName, dict[str, Tuning]]
     """Set -> arm -> what was chosen by `tuning`; empty before that."""
@@ -128,7 +131,7 @@ class Plan:
 
     @property
     def step_times_path(self) -> Path:
-        return FOLDER / f"{self.name}_step_times.json"
+        return FOLDER / f"{self.step_times or self.name}_step_times.json"
 
     @cached_property
     def digest(self) -> str:
@@ -202,7 +205,7 @@ class Plan:
     def _calibration(self) -> str:
         return (
             "on a machine that does nothing else type m3i-fast bench one-stage --plan "
-            f"{self.name} --calibrate"
+            f"{self.step_times or self.name} --calibrate"
         )
 
     def write_step_times(

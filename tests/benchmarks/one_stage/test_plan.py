@@ -253,6 +253,23 @@ def test_step_times_of_another_recipe_are_refused(folder: Path) -> None:
         read_plan("small").steps(next(plan.counted_runs()))
 
 
+def test_a_plan_may_have_the_step_times_of_another(folder: Path) -> None:
+    tree = {**TREE, "seconds": 30, "step_times": "small"}
+    (folder / "longer.json").write_text(json.dumps(tree))
+    longer, small = read_plan("longer"), read_plan("small")
+    for ours, theirs in zip(longer.counted_runs(), small.counted_runs(), strict=True):
+        assert longer.steps(ours) == tuple(3 * steps for steps in small.steps(theirs))
+    _commit(folder)
+    longer.expect_committed()
+    before = longer.digest
+    small.step_times_path.write_text(small.step_times_path.read_text() + "\n")
+    assert read_plan("longer").digest != before
+    with pytest.raises(ValueError, match="small_step_times.json: expected the plan as it is commi"):
+        longer.expect_committed()
+    with pytest.raises(ValueError, match=r"--calibrate: .* got those of small in longer.json"):
+        main(["--plan", "longer", "--calibrate"])
+
+
 def test_the_committed_plans_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plans, "FOLDER", COMMITTED)
     names = [path.stem for path in COMMITTED.glob("*.json") if "_step_times" not in path.name]
