@@ -162,8 +162,8 @@ def candidates(
 def views_of_ranks(nodes: Nodes, *, num_rows: int, dim: int) -> list[Collective]:
     """List what NT-Xent sends: both views' rows in fp32 to all ranks, and their gradients home.
 
-    num_rows: rows of a view on a rank. Each is an all-reduce of all ranks' rows, of which a rank
-    has its own alone, since NCCL gathers no unequal numbers of them.
+    num_rows: rows of a view on a rank. Each is an all-reduce of all ranks' rows, to which a rank
+    adds its own, in any number.
     """
     size = 4 * 2 * num_rows * nodes.num_ranks * dim
     return [Collective(call="all_reduce", size=size, nodes=nodes, count=2)]

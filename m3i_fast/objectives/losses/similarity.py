@@ -83,8 +83,32 @@ def sizes_of_ranks(
     """
     if process_group is None or not counts:
         return {"equal_sizes": True}
-    own = counts[dist.get_rank(process_group)]
-    return {"sizes": [(len(z_hat) * count // own, len(z) * count // own) for count in counts]}
+    of_each = (_num_of_ranks(rows, counts, process_group) for rows in (z_hat, z))
+    return {"sizes": list(zip(*of_each, strict=True))}
+
+
+def rows_of_ranks(
+    rows: Tensor,  # [N, D]
+    counts: Sequence[int],
+    process_group: dist.ProcessGroup | None,
+) -> tuple[Tensor, int]:  # [N of all ranks, D]
+    """Return the rows of all ranks, in the order of ranks, and the place of this rank's first one.
+
+    counts: as `sizes_of_ranks` takes it. Differentiable: a row's gradient is that of all ranks.
+    """
+    if process_group is None:
+        return rows, 0
+    rank, sizes = dist.get_rank(process_group), _num_of_ranks(rows, counts, process_group)
+    first, last = sum(sizes[:rank]), sum(sizes[rank + 1 :])
+    return sum_over_ranks(F.pad(rows, (0, 0, first, last)), process_group), first
+
+
+def _num_of_ranks(
+    rows: Tensor, counts: Sequence[int], process_group: dist.ProcessGroup
+) -> list[int]:
+    shares = counts or [1] * dist.get_world_size(process_group)
+    own = shares[dist.get_rank(process_group)]
+    return [len(rows) * share // own for share in shares]
 
 
 def info_nce(
@@ -140,24 +164,6 @@ def nt_xent(
         return F.cross_entropy(logits, partner)
     total = sum_over_ranks(F.cross_entropy(logits, partner, reduction="sum"), process_group)
     return total / len(candidates)
-
-
-def rows_of_ranks(
-    rows: Tensor,  # [N, D]
-    counts: Sequence[int],
-    process_group: dist.ProcessGroup | None,
-) -> tuple[Tensor, int]:  # [N of all ranks, D]
-    """Return the rows of all ranks, in the order of ranks, and the place of this rank's first one.
-
-    counts: as `sizes_of_ranks` takes it. Differentiable: a row's gradient is that of all ranks.
-    """
-    if process_group is None:
-        return rows, 0
-    rank = dist.get_rank(process_group)
-    shares = counts or [1] * dist.get_world_size(process_group)
-    sizes = [len(rows) * share // shares[rank] for share in shares]
-    first, last = sum(sizes[:rank]), sum(sizes[rank + 1 :])
-    return sum_over_ranks(F.pad(rows, (0, 0, first, last)), process_group), first
 
 
 def moco(

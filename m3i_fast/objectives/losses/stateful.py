@@ -24,7 +24,7 @@ from m3i_fast.objectives.losses.distillation import (
     update_centre,
 )
 from m3i_fast.objectives.losses.regularisers import unigrad, update_correlation
-from m3i_fast.objectives.losses.similarity import dense_contrastive, moco
+from m3i_fast.objectives.losses.similarity import dense_contrastive, moco, rows_of_ranks
 from m3i_fast.objectives.row_statistics import wide
 from m3i_fast.ops import SoftTargets
 
@@ -64,14 +64,7 @@ class Queued(nn.Module):
         if not self.training:
             return
         newest = F.normalize(z.to(self.queue.dtype), dim=-1)
-        if self.group is not None:
-            most = max(counts, default=len(newest))
-            own = F.pad(newest, (0, 0, 0, most - len(newest))).contiguous()
-            newest = own.new_empty(dist.get_world_size(self.group) * most, own.shape[1])
-            dist.all_gather_into_tensor(newest, own, group=self.group)
-            if counts:
-                rows = zip(newest.split(most), counts, strict=True)
-                newest = torch.cat([of_rank[:count] for of_rank, count in rows])
+        newest, _ = rows_of_ranks(newest, counts, self.group)
         self.queue.copy_(torch.cat([newest, self.queue])[: len(self.queue)])
 
 
