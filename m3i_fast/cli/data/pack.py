@@ -16,6 +16,7 @@ from m3i_fast.cli import console
 from m3i_fast.config.data import CACHE_DIR, MAX_PIXELS
 
 if TYPE_CHECKING:
+    from m3i_fast.pipelines.dataset.manifest import Manifest
     from m3i_fast.pipelines.packing.items import Refusal
     from m3i_fast.pipelines.packing.job import Packed, PackSettings
     from m3i_fast.pipelines.packing.workers import Run
@@ -108,9 +109,10 @@ class Pack:
     long_captions: Literal["cut", "refuse"] = "cut"
     """What is done with captions that are longer than the context: cut, as CLIP does."""
     num_merges: int | None = None
-    """Merges of CLIP's byte-pair encoding; None: all, 49,408 token ids."""
-    context_length: int = 77
-    """Most tokens of a caption."""
+    """Merges of CLIP's byte-pair encoding; None: those of a packed SOURCE, else all: 48,894 merges,
+    49,408 token ids."""
+    context_length: int | None = None
+    """Most tokens of a caption; None: that of a packed SOURCE, else 77."""
     name: str | None = None
     """Name of the data set; None: that of DIR."""
     licence: str = ""
@@ -154,7 +156,15 @@ class Pack:
                 "pictures in a shuffled order, a request each; copy it here first, or train on "
                 f"tars where they lie after: m3i-fast data index {source}"
             )
-        licence, attribution = self._stated()
+        of_source = self._packed_source()
+        num_merges, context_length = self.num_merges, self.context_length
+        licence = attribution = "not stated"
+        if of_source is not None:
+            licence, attribution = of_source.licence, of_source.attribution
+            if num_merges is None:
+                num_merges = of_source.tokenizer.num_merges
+            if context_length is None:
+                context_length = of_source.tokenizer.context_length
         for flag in ("for_gpu", "max_pixels", "workers"):
             value = getattr(self, flag)
             if value is not None and value < 1:
@@ -187,8 +197,8 @@ class Pack:
                 class_shares=self.class_share,
             ),
             shard=ShardSettings(
-                num_merges=self.num_merges,
-                context_length=self.context_length,
+                num_merges=num_merges,
+                context_length=77 if context_length is None else context_length,
                 long_captions=self.long_captions,
                 max_pixels=self.max_pixels,
                 for_gpu=self.for_gpu,
@@ -198,14 +208,13 @@ class Pack:
             attribution=self.attribution or attribution,
         )
 
-    def _stated(self) -> tuple[str, str]:
-        """Return licence and attribution that a packed SOURCE states."""
+    def _packed_source(self) -> Manifest | None:
+        """Return the manifest of a packed SOURCE."""
         from m3i_fast.pipelines.dataset.manifest import is_dataset, read_manifest
 
         if self.kind not in ("auto", "packed") or not is_dataset(self.source):
-            return "not stated", "not stated"
-        manifest = read_manifest(self.source)
-        return manifest.licence, manifest.attribution
+            return None
+        return read_manifest(self.source)
 
     def runner(self) -> Run:
         """Return what runs the tasks: this process, several, or Ray."""

@@ -13,7 +13,7 @@ import pytest
 from m3i_fast.cli import main
 from m3i_fast.pipelines.dataset.manifest import Manifest, read_manifest
 from m3i_fast.pipelines.dataset.sample_table import SampleTable
-from tests.pipelines.packing.helpers import pack_with, picture, put, rows_of
+from tests.pipelines.packing.helpers import SMALL, pack_with, picture, put, rows_of
 
 CAPTIONS = [["A red dog"], [], ["two dogs", "dogs on the grass"], ["a cat"], [], ["the cat again"]]
 
@@ -69,6 +69,11 @@ def test_all_that_is_known_is_kept(
     assert (again.manifest.licence, again.manifest.attribution) == ("CC0", "nobody")
     assert again.manifest.columns == before.columns
     assert pack_with(packed, tmp_path / "again").was_there
+    same = {"num_merges": None, "context_length": None}
+    assert pack_with(packed, tmp_path / "again", **same).was_there
+    assert before.tokenizer.num_merges == SMALL["num_merges"]
+    wide = pack_with(packed, tmp_path / "wide", num_merges=120, context_length=None).manifest
+    assert (wide.tokenizer.num_merges, wide.tokenizer.context_length) == (120, 16)
     some = pack_with(packed, tmp_path / "some", limit=3, licence="mine")
     kept = told(tmp_path / "some", some.manifest)
     assert len(kept) == 3 and some.manifest.licence == "mine"
