@@ -51,6 +51,22 @@ def test_kernels_keep_their_budget(op: OpSpec, architecture: str, tmp_path: Path
     assert not over, f"over budget: {over}"
 
 
+def test_dynamic_shared_memory_has_little_of_static_beside_it() -> None:
+    """Launchers know the dynamic part alone, and count so much for the static one."""
+    header = (CUDA / "include/m3i/host/launch.h").read_text()
+    [kib] = re.findall(r"kMostStaticShared = (\d+) \* 1024;", header)
+    with_dynamic = {
+        CUDA / source.relative_to(CUDA).parts[0]
+        for source in CUDA.glob("*/sm*/*.cuh")
+        if "dynamic_shared" in source.read_text()
+    }
+    assert len(with_dynamic) >= 3
+    for room in with_dynamic:
+        for kernels in json.loads((room / "budget.json").read_text()).values():
+            over = [k for k, most in kernels.items() if most["shared_bytes"] > int(kib) * 1024]
+            assert not over, f"{room.name}: {over}"
+
+
 @pytest.mark.parametrize("source", HOST_CODE, ids=name_of)
 def test_host_code_compiles_without_warning(source: Path, tmp_path: Path) -> None:
     run_nvcc(*compile_options(), "-c", source, "-o", tmp_path / "host.o")

@@ -238,6 +238,15 @@ def test_limits_of_a_launch(grid_y: int, threads: int, shared_bytes: int, error:
     assert call("block", "bounded", grid_y, threads, shared_bytes, out) == error
 
 
+@pytest.mark.parametrize("asked_kib", [47, 50])
+def test_a_launch_leaves_the_limit_at_what_any_size_may_need(asked_kib: int) -> None:
+    """Also one that would fit under 48 KiB if its kernel had no static shared memory.
+
+    The limit is a kernel's, and threads launch a kernel side by side: each asks for the same.
+    """
+    assert call("block", "after_another", asked_kib << 10, 160 << 10) == SUCCESS
+
+
 def test_a_later_architecture_has_more_shared_memory() -> None:
     with emulator.emulated_gpu(90):
         assert call("block", "bounded", 1, 64, 220 * 1024, zeros(1)) == SUCCESS

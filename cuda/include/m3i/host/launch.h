@@ -3,23 +3,37 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
+
+#include "m3i/host/device.h"
+
 namespace m3i {
 
 // CUDA's limits of a grid's extents (compute capability 3.0 and later).
 inline constexpr long long kMaxGridX = 2147483647;
 inline constexpr long long kMaxGridY = 65535;
 
-// The dynamic shared memory that a kernel may use without raising its limit.
+// Shared memory of a block, static and dynamic, that a kernel may use without raising its limit.
 inline constexpr size_t kSharedUnasked = 48 * 1024;
+// The most static shared memory of a kernel that has dynamic shared memory, too.
+inline constexpr size_t kMostStaticShared = 2 * 1024;
+
+// Raises a kernel's limit of dynamic shared memory. All sizes ask for the same, so that no thread
+// takes from another one what that is about to launch with.
+template <class... Params>
+cudaError_t allow_shared(void (*kernel)(Params...), size_t dynamic_bytes) {
+  const int most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  const int allowed =
+      std::max(most - static_cast<int>(kMostStaticShared), static_cast<int>(dynamic_bytes));
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, allowed);
+}
 
 // Launches kernel(args...) with `config`, after raising its limit of shared memory.
 template <class... Params, class... Args>
 cudaError_t launch_config(const cudaLaunchConfig_t& config, void (*kernel)(Params...),
                           Args&&... args) {
-  if (config.dynamicSmemBytes > kSharedUnasked) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(config.dynamicSmemBytes));
+  if (config.dynamicSmemBytes + kMostStaticShared > kSharedUnasked) {
+    const cudaError_t error = allow_shared(kernel, config.dynamicSmemBytes);
     if (error != cudaSuccess) return error;
   }
   return cudaLaunchKernelEx(&config, kernel, static_cast<Args&&>(args)...);

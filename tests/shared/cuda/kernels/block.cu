@@ -1,8 +1,8 @@
 // Kernels that try what the threads of a block do together, for the tests of the emulator.
 #include "m3i/gpu/barrier.cuh"
-#include "m3i/host/launch.h"
 #include "m3i/gpu/red.cuh"
 #include "m3i/gpu/shared.cuh"
+#include "m3i/host/launch.h"
 
 namespace {
 
@@ -69,8 +69,8 @@ __global__ void warp_scan_kernel(const int* values, int* out) {
   out[blockIdx.x * blockDim.x + thread] = sum;
 }
 
-// Warp 0 fills a buffer, step by step, and warp 1 takes what is in it: `filled` and `taken` are named
-// barriers. out[step * 32 + lane] = step * step + lane.
+// Warp 0 fills a buffer, step by step, and warp 1 takes what is in it: `filled` and `taken` are
+// named barriers. out[step * 32 + lane] = step * step + lane.
 __global__ void __launch_bounds__(64) hand_over_kernel(int* out, int num_steps) {
   constexpr int kFilled = 1, kTaken = 2;
   __shared__ int buffer[32];
@@ -134,6 +134,8 @@ __global__ void vote_kernel(const int* values, int* out, int limit) {
   out[3 * thread + 2] = __syncthreads_or(holds) != 0;
 }
 
+__global__ void idle_kernel() {}
+
 }  // namespace
 
 #define M3I_TEST_API extern "C" __attribute__((visibility("default")))
@@ -149,8 +151,8 @@ M3I_TEST_API cudaError_t transpose(const float* in, float* out, int height, int 
 
 M3I_TEST_API cudaError_t histogram(const int* values, int num_values, int* counts, int num_bins,
                                    int blocks) {
-  return m3i::launch_with_shared(histogram_kernel, blocks, kThreads, num_bins * sizeof(int), nullptr,
-                                 values, num_values, counts, num_bins);
+  return m3i::launch_with_shared(histogram_kernel, blocks, kThreads, num_bins * sizeof(int),
+                                 nullptr, values, num_values, counts, num_bins);
 }
 
 M3I_TEST_API cudaError_t warp_scan(const int* values, int* out, int blocks) {
@@ -177,4 +179,16 @@ M3I_TEST_API cudaError_t vote(const int* values, int* out, int threads, int limi
 M3I_TEST_API cudaError_t bounded(int grid_y, int threads, int shared_bytes, int* out) {
   return m3i::launch_with_shared(hand_over_kernel, dim3(1, grid_y), threads, shared_bytes, nullptr,
                                  out, 0);
+}
+
+// A launch with `asked` bytes of shared memory by the launcher, then one with `taken` beside it, as
+// another thread's that has asked before.
+M3I_TEST_API cudaError_t after_another(int asked, int taken) {
+  const cudaError_t error = m3i::launch_with_shared(idle_kernel, 1, 64, asked, nullptr);
+  if (error != cudaSuccess) return error;
+  cudaLaunchConfig_t config{};
+  config.gridDim = 1;
+  config.blockDim = 64;
+  config.dynamicSmemBytes = taken;
+  return cudaLaunchKernelEx(&config, idle_kernel);
 }
