@@ -206,6 +206,7 @@ def run(
             stop_on_collapse=stop_on_collapse,
             recipe=recipe,
             join_seconds=limit,
+            on_progress=starting.renew,
         )
     quiet = not trainer.world.is_main  # the ranks share a terminal
     if trainer.initial is not None and not quiet:

@@ -33,7 +33,8 @@ def build_objective(
     (`load_teacher`), and ValueError where nothing is left to train beside a frozen encoder.
     """
     specs = {name: spec for name, spec in cfg.objective.teachers.items() if spec is not None}
-    with torch.random.fork_rng():  # the student's start does not depend on its teachers
+    # The student's start does not depend on its teachers, which are made on the CPU.
+    with torch.random.fork_rng(devices=[]):
         teachers = {name: load_teacher(spec, cfg.vision) for name, spec in specs.items()}
     with torch.device("meta") if on_meta else nullcontext():
         objective = MutualInformation(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,11 +109,13 @@ def cache_teachers(
     loader: Loader,
     world: World,
     arithmetic: Arithmetic,
+    on_progress: Callable[[], None] = lambda: None,
 ) -> dict[str, CachedFeatures]:
     """Fill the folders of the teachers in use where rows are missing, and open them.
 
     To be called by every rank, before the first batch: each writes every `world.size`th file, into
-    a folder that all ranks see. teachers: by `Term.target_encoder`.
+    a folder that all ranks see. teachers: by `Term.target_encoder`. on_progress: called with each
+    batch that was encoded.
     """
     assert cfg.objective.teacher_cache is not None
     root, found = Path(cfg.objective.teacher_cache), {}
@@ -122,7 +124,7 @@ def cache_teachers(
         found[name] = _folder_of(root, cfg, teacher, loader, world, arithmetic)
         products = fast_cpu_products(world.device, arithmetic.compute_dtype)
         with forward_context(arithmetic, world.device), products:
-            _fill(found[name], teacher, loader, world, name)
+            _fill(found[name], teacher, loader, world, name, on_progress)
         world.wait_for_all()
         for number in range(found[name].num_files):
             if not found[name].path(number).is_file():
@@ -183,7 +185,12 @@ def digest_of_weights(module: nn.Module) -> str:
 
 
 def _fill(
-    stored: CachedFeatures, teacher: Teacher, loader: Loader, world: World, name: str
+    stored: CachedFeatures,
+    teacher: Teacher,
+    loader: Loader,
+    world: World,
+    name: str,
+    on_progress: Callable[[], None],
 ) -> None:
     own = range(world.rank, stored.num_files, world.size)
     missing = [number for number in own if not stored.path(number).is_file()]
@@ -207,6 +214,7 @@ def _fill(
                     into = _empty(stored, current)
                 of_file = at // ROWS_A_FILE == number
                 into[at[of_file] % ROWS_A_FILE] = tokens.flatten(1).numpy()[of_file]
+            on_progress()
             if bar is not None:
                 bar(len(at))
         _store(stored.path(current), into)

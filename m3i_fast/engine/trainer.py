@@ -123,6 +123,7 @@ class Trainer:
         recipe: str = "",
         data: Data | None = None,
         join_seconds: float = 60 * INIT_MINUTES,
+        on_progress: Callable[[], None] = lambda: None,
     ) -> None:
         """Join the world, and build or restore the run.
 
@@ -130,7 +131,8 @@ class Trainer:
         changes of its schedules is logged. new_batch_size: whether a resume on as many ranks may
         take more or fewer samples a step; on others it may, and either is logged.
         recipe: name of the run for Prometheus. join_seconds: limit within which all ranks join, or
-        `MissingRanks` is raised.
+        `MissingRanks` is raised. on_progress: called with each batch that a teacher's cache is
+        filled from, which may take hours in all.
         """
         self.cfg, self.run_dir, self.stop_on_collapse = cfg, run_dir, stop_on_collapse
         device = resolve_device(cfg.device)
@@ -172,7 +174,7 @@ class Trainer:
         self.guard = self.train_step.guard
         if cfg.objective.teacher_cache is not None and isinstance(self.loader, Loader):
             self.loader.features = cache_teachers(
-                cfg, self.objective.teachers, self.loader, self.world, self.arithmetic
+                cfg, self.objective.teachers, self.loader, self.world, self.arithmetic, on_progress
             )
         self.watch = CollapseWatch(first_step=cfg.optim.warmup_steps(cfg.num_steps))
         fresh = saved is None

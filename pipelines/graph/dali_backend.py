@@ -18,9 +18,11 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.dlpack import DLDeviceType
 
 from m3i_fast.pipelines.batch_rows import BatchRows
 from m3i_fast.pipelines.graph.dali import (
@@ -71,7 +73,7 @@ class DaliBackend:
             self._pipeline.build()
 
     def __next__(self) -> MadeBatch:
-        """Return the next batch, as `Backend` says; its tensors own DALI's buffers, uncopied."""
+        """Return the next batch, as `Backend` says; its views own DALI's buffers, uncopied."""
         outputs = self._run()
         texts = None
         if self._work.caption_member != TOKENS:
@@ -120,7 +122,7 @@ class DaliBackend:
                 for output, length in zip(outputs, lengths, strict=True)
             ]
         with nullcontext() if device_id is None else torch.cuda.device(device_id):
-            return tuple(map(torch.from_dlpack, dense))
+            return tuple(map(as_tensor, dense))
 
     def _named(self, error: RuntimeError) -> RuntimeError:
         """Return an error that names the sample which stopped the pipeline, if one did.
@@ -146,6 +148,19 @@ class DaliBackend:
             if refused := _refused(rows, self._work):
                 return refused
         return RuntimeError(f"the data pipeline stopped: {error}")
+
+
+def as_tensor(dense: Any) -> Tensor:
+    """Return a tensor of DALI's, of the same memory unless that is pinned.
+
+    In a pipeline on a GPU, DALI pins what the host makes for an operator there: a few numbers a
+    sample. PyTorch takes no DLPack of pinned memory, and does not keep memory that it has not
+    pinned itself from being used again before a copy to the GPU is done.
+    """
+    device_type, _ = dense.__dlpack_device__()
+    if device_type == DLDeviceType.kDLCUDAHost:
+        return torch.from_numpy(np.array(dense))
+    return torch.from_dlpack(dense)
 
 
 def _texts(stored: Any) -> list[bytes]:

@@ -23,6 +23,7 @@ from m3i_fast.pipelines import backends, torch_backend
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.dataset.annotations.tokenizer import Tokenizer
 from m3i_fast.pipelines.dataset.pack import write_dataset
+from m3i_fast.pipelines.graph import dali_backend
 from m3i_fast.pipelines.loader import Loader, evaluation_batches
 from m3i_fast.pipelines.storage.shards import LocalShards
 from m3i_fast.pipelines.torch_backend import TorchBackend
@@ -99,6 +100,42 @@ def test_backends_make_the_same_bits(mixed: Path, interpolation: str) -> None:
     for ours, theirs in both(cfg, 10):
         assert equal(ours, theirs)
         assert all(t.is_contiguous() for b in (ours, theirs) for t in b.tensors())
+
+
+class Pinned:
+    """An output of DALI's, and its tensor, as those in pinned memory, which is none here."""
+
+    def __init__(self, output: Any) -> None:
+        self._tensor = output.as_tensor()
+
+    def as_tensor(self) -> Pinned:
+        return self
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 3, 0  # kDLCUDAHost
+
+    def __dlpack__(self, **_: Any) -> Any:
+        raise BufferError("Unsupported device_type: 3")  # as PyTorch raises
+
+    def __array__(self, *given: Any, **named: Any) -> Any:
+        return np.asarray(self._tensor).__array__(*given, **named)
+
+
+def test_what_dali_pins_is_copied(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a pipeline on a GPU: what the host makes for its operators lies in pinned memory."""
+    cfg = LoaderConfig(path=mixed, batch_size=8, global_views=EVERYTHING, backend="dali")
+    expected = take(Loader(cfg), 4)
+    assert all(batch.boxes.device.type == "cpu" for batch in expected)
+    outputs_of = dali_backend.DaliBackend._run
+    num_views = sum(view.count for view in (cfg.global_views, cfg.local_views) if view)
+
+    def run(self: dali_backend.DaliBackend) -> list[Any]:
+        outputs = outputs_of(self)
+        return [*outputs[:num_views], *map(Pinned, outputs[num_views:])]
+
+    monkeypatch.setattr(dali_backend.DaliBackend, "_run", run)
+    for ours, theirs in zip(take(Loader(cfg), 4), expected, strict=True):
+        assert equal(ours, theirs)
 
 
 def test_backends_take_the_same_alternates(packer: Packer) -> None:

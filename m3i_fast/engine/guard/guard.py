@@ -213,11 +213,15 @@ def written_buffers(model: nn.Module) -> list[Tensor]:
 def not_finite(tensors: Mapping[str, Tensor], world: World) -> list[str]:
     """Return the names of at most three tensors that are not finite on some rank.
 
-    It is one host synchronisation. Names are gathered only where the device has counted a tensor
-    that is not finite, since a collective of Python objects occupies the host.
+    Those of the world's device are looked at: what an optimiser has on the host beside them is a
+    count of steps. It is one host synchronisation. Names are gathered only where the device has
+    counted a tensor that is not finite, since a collective of Python objects occupies the host.
     """
-    shards = dict(zip(tensors, local(tensors.values()), strict=True))
-    shards = {n: s.detach() for n, s in shards.items() if s.is_floating_point() and s.numel()}
+    shards = {
+        name: shard.detach()
+        for name, shard in zip(tensors, local(tensors.values()), strict=True)
+        if shard.is_floating_point() and shard.numel() and shard.device.type == world.device.type
+    }
     largest = [norm.float() for norm in torch._foreach_norm(list(shards.values()), math.inf)]
     wrong_P = ~torch.stack(largest).isfinite()
     *flags, count = torch.cat([wrong_P, world.sum(wrong_P.sum(0, keepdim=True))]).tolist()

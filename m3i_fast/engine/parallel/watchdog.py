@@ -117,6 +117,10 @@ class Watchdog:
         self._fastest = min(self._fastest, time.monotonic() - self._began)
         self._begin_step()
 
+    def renew(self) -> None:
+        """Record that a part of the activity is complete, and give the next part the same time."""
+        self._give(self._limit)
+
     def _begin_step(self) -> None:
         self._doing = A_STEP
         fastest = self._fastest if math.isfinite(self._fastest) else 0.0

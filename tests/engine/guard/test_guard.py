@@ -19,11 +19,12 @@ from m3i_fast.config.guard import GuardConfig
 from m3i_fast.config.objective.balance import BalanceConfig
 from m3i_fast.config.optim import OptimConfig
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
-from m3i_fast.engine.guard.guard import SpikeDetector
+from m3i_fast.engine.guard.guard import SpikeDetector, not_finite
 from m3i_fast.engine.guard.skipped_steps import SKIPPED_ROW
 from m3i_fast.engine.optim.ema import update_ema
 from m3i_fast.engine.optim.optimizers import set_schedules
 from m3i_fast.engine.optim.schedules import lr_schedule
+from m3i_fast.engine.parallel.ranks import World
 from m3i_fast.observe.metrics import DeviceMeans, read_jsonl
 from m3i_fast.recipes import demo, demo_method, shrink
 from tests.engine.guard.guard_work import SHARDS, Poisoned, work
@@ -251,6 +252,14 @@ def test_weights_that_are_not_finite_are_never_saved(dataset: Path, tmp_path: Pa
     assert checkpoint.checkpoints(tmp_path / "run" / "checkpoints") == []
     trainer.loader.close()
     trainer.run.close()
+
+
+def test_what_an_optimiser_counts_on_the_host_is_left_out() -> None:
+    """Apex's and Transformer Engine's, whose weights and moments are on the GPU."""
+    world = World(torch.device("cpu"))
+    moment, step = torch.tensor([1.0, 2.0, math.nan]), torch.empty((), device="meta")
+    assert not_finite({"m": moment, "step": step, "none": torch.empty(0)}, world) == ["m"]
+    assert not_finite({"m": moment[:2], "step": step}, world) == []
 
 
 @pytest.mark.parametrize(

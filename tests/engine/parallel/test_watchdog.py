@@ -107,6 +107,21 @@ def test_work_with_more_time_has_not_all_of_it(tmp_path: Path) -> None:
     assert f"no end of a save for {GRACE * LIMIT / 4 / 60:g} minutes" in stacks.read_text()
 
 
+def test_a_part_that_is_done_gives_the_next_one_its_time(tmp_path: Path) -> None:
+    """A start that fills a cache may take any time, and a part of it no more than a start."""
+    stacks, limit = tmp_path / "stacks.txt", LIMIT / 4
+
+    def work() -> None:
+        with Watchdog(stacks, seconds=limit, doing="the start") as watchdog:
+            for _ in range(4):
+                time.sleep(0.5 * GRACE * limit)
+                watchdog.renew()
+            time.sleep(600)
+
+    assert _child(work) == EXIT_CODE
+    assert f"no end of the start for {GRACE * limit / 60:g} minutes" in stacks.read_text()
+
+
 def test_slow_steps_have_their_time(tmp_path: Path) -> None:
     """A default that is no one's choice ends no run whose every step takes longer."""
     stacks = tmp_path / "stacks.txt"

@@ -58,14 +58,18 @@ def _cached(dataset: Path, taught: Path, cache: Path | None, name: str = "radio"
 
 
 def _fill(
-    cfg: TrainConfig, rank: int = 0, size: int = 1, precision: Any = "fp32"
+    cfg: TrainConfig,
+    rank: int = 0,
+    size: int = 1,
+    precision: Any = "fp32",
+    on_progress: Callable[[], None] = lambda: None,
 ) -> tuple[CachedFeatures, Teacher, Loader]:
     assert cfg.objective.teacher is not None
     teacher = load_teacher(cfg.objective.teacher, cfg.vision)
     loader = Loader(cfg.data)
     arithmetic = resolve_precision(capabilities_of(CPU), [], precision, "torch", compiled=False)
     world = World(CPU, rank, size)
-    found = cache_teachers(cfg, {"frozen": teacher}, loader, world, arithmetic)
+    found = cache_teachers(cfg, {"frozen": teacher}, loader, world, arithmetic, on_progress)
     return found["frozen"], teacher, loader
 
 
@@ -149,8 +153,10 @@ def test_a_start_that_was_stopped_goes_on(
     done = sorted(path.name for path in folder.iterdir())
     assert done == ["000000.bin", "000001.bin", "features.json"]  # 24 rows were encoded
     calls = _count_calls(monkeypatch)
-    part, _, _ = _fill(cfg)
+    told: list[int] = []
+    part, _, _ = _fill(cfg, on_progress=lambda: told.append(len(calls)))
     assert sum(calls) == 1 + loader.num_rows - 20
+    assert told == list(range(2, len(calls) + 1))  # after each batch; the first encodes nothing
     assert part.folder.name == whole.folder.name
     files = sorted(path.name for path in whole.folder.iterdir())
     assert files == sorted(path.name for path in part.folder.iterdir()) and len(files) > 3
