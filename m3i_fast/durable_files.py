@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterable, Iterator
@@ -27,6 +28,15 @@ class Digest:
 
     size: int
     sha256: str
+
+
+def expect_local(path: Path, flag: str) -> None:
+    """Raise ValueError for a URL, which is a path of folders of this machine to any who write."""
+    if re.match(r"[a-z][a-z0-9]+:/", str(path)):
+        raise ValueError(
+            f"{flag}: expected a path of this machine or of a file system mounted here, got "
+            f"the URL {path}: copy what is written there afterwards"
+        )
 
 
 @contextmanager

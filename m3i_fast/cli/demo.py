@@ -16,6 +16,7 @@ import tyro
 from m3i_fast.cli import console
 from m3i_fast.cli.evaluate import print_figures
 from m3i_fast.cli.train import run as train
+from m3i_fast.durable_files import expect_local
 from m3i_fast.engine.run.lock import RunLock
 from m3i_fast.recipes import demo, pack_demo
 
@@ -49,6 +50,7 @@ def run(command: DemoCommand) -> int:
     from m3i_fast.pipelines.sources.openmoji import expect_split_clusters
     from m3i_fast.planning.step_budget import calibrate
 
+    expect_local(command.out, "--out")
     if not is_dataset(command.data):
         console.rule("packing OpenMoji")
         pack_demo(command.data)

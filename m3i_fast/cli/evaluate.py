@@ -17,6 +17,7 @@ from rich.table import Table
 from m3i_fast.cli import console
 from m3i_fast.config.data import CACHE_DIR
 from m3i_fast.config.fields import BATCHES, check_fields
+from m3i_fast.durable_files import expect_local
 from m3i_fast.report.evaluations.verdict import SOURCES, Judgement, judge, judge_more
 from m3i_fast.terminal import make_console
 
@@ -95,7 +96,7 @@ class OnPictures:
     """Seed of that share, of the draws of few labels, and of what is trained and cut."""
     out: Path | None = None
     """Folder of page.html, of results.json and of arrays for plots; none: `evaluation` in a run's
-    folder, or in the current one."""
+    folder, else evaluation/MODEL in the current one."""
     cache_dir: Path = CACHE_DIR
     """Folder where features are kept, by digest of weights, data, transform and dtype."""
     workers: int | None = None
@@ -216,9 +217,13 @@ def _on_pictures(command: EvaluateCommand, data: Path) -> int:
     from m3i_fast.engine.parallel.ranks import join_world, leave_world, patient
     from m3i_fast.engine.precision.arithmetic import resolve_device
     from m3i_fast.measuring.evaluate import default_out, evaluate, no_bar, plan
+    from m3i_fast.measuring.results import expect_replaceable
     from m3i_fast.measuring.tables import print_plan, print_results
     from m3i_fast.pipelines.packing.progress import bar
 
+    out = command.pictures.out or default_out(command.model)
+    expect_local(out, "--out")
+    expect_replaceable(out, model=settings.model, data=settings.source.path)
     world = join_world(resolve_device(command.pictures.device))
     try:
         world = patient(world)
@@ -239,7 +244,6 @@ def _on_pictures(command: EvaluateCommand, data: Path) -> int:
         leave_world()
     if results is None:
         return 0
-    out = command.pictures.out or default_out(command.model)
     results.save(out)
     if command.json:
         sys.stdout.write(json.dumps(results.as_dict(), indent=2) + "\n")

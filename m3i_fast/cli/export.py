@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from m3i_fast.cli import refuse
+from m3i_fast.durable_files import expect_local
 from m3i_fast.pipelines.optional_imports import require
 from m3i_fast.terminal import make_console
 
@@ -78,6 +79,7 @@ TAKEN_BY: dict[str, tuple[Target, ...]] = {
 
 def main(argv: list[str]) -> int:
     command = tyro.cli(ExportCommand, prog="m3i-fast export", args=argv)
+    expect_local(command.out, "OUT")
     if command.out.exists():
         return refuse(f"{command.out} exists already: name another")
     if refused := _misplaced(command):

@@ -11,6 +11,7 @@ import tyro
 
 from m3i_fast.cli import console
 from m3i_fast.config import TrainConfig
+from m3i_fast.durable_files import expect_local
 from m3i_fast.flags import read_flags, typed_flags
 from m3i_fast.recipes import find_recipe
 
@@ -52,6 +53,7 @@ def main(argv: list[str]) -> int:
         console.print(f"{USAGE}\nm3i-fast recipes lists the recipes", highlight=False)
         return 0 if argv else 2
     name, command, typed = parse(argv)
+    expect_local(command.out, "--out")
     if not command.inside_nsys and (command.out / "summary.json").exists():
         raise FileExistsError(f"--out: {command.out} holds a profile: name another folder")
     run = resolve(name, command, typed, argv)

@@ -17,6 +17,7 @@ from rich.text import Text
 from m3i_fast.cli import console
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.fields import Checked, Conflict, unmet
+from m3i_fast.durable_files import expect_local
 from m3i_fast.engine.parallel.watchdog import INIT_MINUTES, WATCHDOG_MINUTES, Watchdog
 from m3i_fast.flags import help_text, read_flags, typed_flags
 from m3i_fast.recipes import find_recipe
@@ -112,6 +113,7 @@ def main(argv: list[str]) -> int:
         print_short_help(argv[0], TrainCommand(config=config, out=Path("runs") / name))
         return 0
     command = parse(argv)
+    expect_local(command.out, "--out")
     config_path = command.out / "config.json"
     if command.resume and not config_path.exists():  # told before what the data and torch may say
         raise FileNotFoundError(f"--resume: no run in {command.out}: expected {config_path}")

@@ -20,7 +20,7 @@ from m3i_fast.measuring.features import ExtractionSettings, SplitFeatures, extra
 from m3i_fast.measuring.measure import Inputs, Measure, Measured, MeasureSettings, TrainingSettings
 from m3i_fast.measuring.measures import MEASURES, chosen_measures
 from m3i_fast.measuring.patches import expect_segmentation
-from m3i_fast.measuring.results import EncoderResults, Results
+from m3i_fast.measuring.results import EncoderResults, Results, slug
 from m3i_fast.measuring.shown import SIDE, patch_colours, rows_of, squares
 from m3i_fast.measuring.source import Source, SourceSettings, Split, read_source
 from m3i_fast.pipelines.optional_imports import require
@@ -342,11 +342,11 @@ def _recorded(settings: EvaluationSettings) -> dict[str, Any]:
 
 
 def default_out(model: str) -> Path:
-    """Return where results go: a folder in that of a run or an export, else in the current one."""
+    """Return where results go: a folder in that of a run or an export, else one by its name."""
     path = Path(split_spec(model)[0])
     if (path / "config.json").is_file():
         return path / "evaluation"
     run = path.absolute().parent.parent
     if path.is_dir() and (run / "config.json").is_file():  # a checkpoint, which takes no more files
         return run / f"evaluation_{path.name}"
-    return Path("evaluation")
+    return Path("evaluation") / slug(model)

@@ -136,6 +136,30 @@ def describe(source: Source) -> dict[str, Any]:
     }
 
 
+def expect_replaceable(out: Path, *, model: str, data: Path) -> None:
+    """Raise ValueError where `save` would remove what is no earlier result of the same question.
+
+    model, data: as the settings of an evaluation name them.
+    """
+    if not (out / RESULTS).is_file():
+        if (out / PAGE).is_file():
+            raise ValueError(f"--out: expected a folder without a {PAGE} of others, got {out}")
+        return
+    try:
+        before = json.loads((out / RESULTS).read_bytes())
+        found = before["settings"]["model"], before["data"]["path"]
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(
+            f"--out: expected a folder without a {RESULTS} of others, got {out}: name another"
+        ) from None
+    name = data.absolute().name
+    if found != (model, name):
+        raise ValueError(
+            f"--out: expected a folder of results of {model} on {name}, got {out} with those "
+            f"of {found[0]} on {found[1]}: name another with --out, or remove it"
+        )
+
+
 def slug(name: str) -> str:
     """Return a name as the name of a folder."""
     return re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("_")[-120:]

@@ -25,6 +25,7 @@ FORMAT = "m3i-fast-shards"
 ONE_CAPTION, SEVERAL_CAPTIONS, ALTERNATES, TABLE, COLUMNS, REGIONS = 1, 2, 3, 4, 5, 6
 _URL = re.compile(r"(s3|gs|https?)://[^/]")
 INDEXED = "indexed"  # entry of the settings of tars that others wrote
+PACKED = "pack"  # entry of the settings of pictures that others made
 TABLE_SUFFIX = ".samples"
 TOKENS_MEMBER = "tok"  # of captions that were tokenised before they were packed
 # The flags of `m3i-fast data openmoji` for the data of `m3i-fast demo`.
@@ -327,7 +328,8 @@ def _how_to_make(path: Path) -> str:
 
 def how_to_restore(path: Path, manifest: Manifest) -> str:
     """Tell how to restore files of a dataset that are missing or damaged."""
-    if manifest.name in ("openmoji", "styles", "synthetic"):
+    is_made = not manifest.settings.keys() & {INDEXED, PACKED}
+    if is_made and manifest.name in ("openmoji", "styles", "earth", "synthetic"):
         return (
             f"write the files again with the settings in {MANIFEST_NAME}: "
             f"m3i-fast data {manifest.name} {quoted(path)}"

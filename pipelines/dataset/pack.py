@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import json
 import os
 import re
 import shutil
@@ -36,7 +37,9 @@ from m3i_fast.pipelines.dataset.annotations.columns import (
 )
 from m3i_fast.pipelines.dataset.annotations.tokenizer import TokenizerInfo
 from m3i_fast.pipelines.dataset.manifest import (
+    INDEXED,
     MANIFEST_NAME,
+    PACKED,
     TABLE_SUFFIX,
     Manifest,
     ShardInfo,
@@ -47,6 +50,11 @@ from m3i_fast.pipelines.dataset.manifest import (
 from m3i_fast.pipelines.dataset.sample_table import ROW, Rows, write_table
 from m3i_fast.pipelines.dataset.samples import Counts, Sample, SampleSource, Tally
 from m3i_fast.pipelines.optional_imports import require
+
+# Names of the files of a data set, of any format.
+_OWN = re.compile(
+    r"manifest\.json|(ATTRIBUTION|LICENSE[\w-]*)\.txt|\w+(-\d+\.(tar|idx)|\.samples|\.columns)"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -284,10 +292,10 @@ def replaced_directory(out: Path) -> Iterator[Path]:
     """Make a directory beside `out` that replaces it when the block ends without an error.
 
     An older dataset at `out` stays whole until then. Raises ValueError where `out` holds other
-    files.
+    files, or a dataset of pictures of the user.
     """
-    if not (is_free(out) or is_dataset(out)):
-        raise ValueError(f"OUT: expected a new or empty directory or a dataset, got {out}")
+    if not is_free(out):
+        _expect_own(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.packing-", dir=out.parent))
     old = temporary.with_name(temporary.name.replace(".packing-", ".old-"))
@@ -306,6 +314,24 @@ def replaced_directory(out: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         if out.exists():
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _expect_own(out: Path) -> None:
+    """Raise ValueError unless all that a directory holds was written by `write_dataset`."""
+    if not is_dataset(out):
+        raise ValueError(f"OUT: expected a new or empty directory or a dataset, got {out}")
+    settings = json.loads((out / MANIFEST_NAME).read_bytes()).get("settings", {})
+    for entry, command in ((INDEXED, "index"), (PACKED, "pack")):
+        if entry in settings:
+            raise ValueError(
+                f"OUT: expected a new or empty directory, got {out} with a data set of m3i-fast "
+                f"data {command}: name another directory, or remove it"
+            )
+    if foreign := sorted(path.name for path in out.iterdir() if not _OWN.fullmatch(path.name)):
+        raise ValueError(
+            f"OUT: expected a directory with nothing beside its data set, got {foreign[0]} in "
+            f"{out}: move it, or name another directory"
+        )
 
 
 def _umask() -> int:

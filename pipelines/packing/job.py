@@ -20,7 +20,7 @@ from rich.console import Console
 
 from m3i_fast.config.data import CACHE_DIR
 from m3i_fast.pipelines.dataset.annotations.tokenizer import Tokenizer
-from m3i_fast.pipelines.dataset.manifest import REFUSED_NAME, Manifest
+from m3i_fast.pipelines.dataset.manifest import PACKED, REFUSED_NAME, Manifest
 from m3i_fast.pipelines.dataset.pack import DatasetInfo, write_manifest
 from m3i_fast.pipelines.packing.bucket_output import BucketOutput
 from m3i_fast.pipelines.packing.class_shares import share_columns, told, with_shares
@@ -249,7 +249,7 @@ def _describe(settings: PackSettings, listing: Listing) -> dict[str, Any]:
 
 def _already_there(out: Output, manifest: Manifest, described: dict[str, Any]) -> Packed:
     """Return a data set that was packed of the same source; ValueError where it is another."""
-    before = manifest.settings.get("pack")
+    before = manifest.settings.get(PACKED)
     if before != described:
         named = [
             k for k in described if not isinstance(before, dict) or before.get(k) != described[k]
@@ -306,7 +306,7 @@ def _finish(
         tokenizer=Tokenizer(settings.shard.num_merges, settings.shard.context_length).info,
         licence=settings.licence,
         attribution=settings.attribution,
-        settings={"pack": described},
+        settings={PACKED: described},
         columns=settings.shard.columns,
     )
     counts |= {

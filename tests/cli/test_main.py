@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -24,3 +25,30 @@ def test_help_and_version_load_no_torch(flag: str) -> None:
     assert done.returncode == 0, done.stderr
     if flag == "--help":
         assert all(f"  {verb} " in done.stderr for verb in VERBS)
+
+
+@pytest.mark.parametrize(
+    ("argv", "flag"),
+    [
+        (["train", "demo", "--out", "s3://bucket/run"], "--out"),
+        (["profile", "demo", "--out", "gs://bucket/profile"], "--out"),
+        (["demo", "--out", "s3://bucket/run"], "--out"),
+        (["evaluate", "pixels", "--data", ".", "--out", "s3://bucket/found"], "--out"),
+        (["export", "runs/demo", "s3://bucket/model", "--to", "timm"], "OUT"),
+        (["data", "synthetic", "s3://bucket/data", "--num-samples", "2"], "OUT"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_nothing_is_written_to_a_folder_that_looks_like_a_bucket(
+    argv: list[str],
+    flag: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A Path takes s3://bucket/run for ./s3:/bucket/run, which is lost with the machine."""
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == 2
+    said = capsys.readouterr().err
+    assert f"{flag}: expected a path of this machine" in said and "bucket" in said
+    assert list(tmp_path.iterdir()) == []

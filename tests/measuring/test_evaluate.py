@@ -32,7 +32,7 @@ from m3i_fast.measuring.evaluate import (
 from m3i_fast.measuring.features import ExtractionSettings
 from m3i_fast.measuring.measure import Figure, Measured
 from m3i_fast.measuring.measures import MEASURES
-from m3i_fast.measuring.results import Results, slug
+from m3i_fast.measuring.results import Results, expect_replaceable, slug
 from m3i_fast.measuring.source import SourceSettings
 from m3i_fast.measuring.tables import print_results
 from tests.measuring.pictures import COLOURS, clip_folder, image_folder, picture
@@ -187,7 +187,7 @@ def test_results_never_go_into_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "run" / "config.json").write_text("{}")
     assert default_out(str(tmp_path / "run")) == tmp_path / "run" / "evaluation"
     assert default_out(str(step)) == tmp_path / "run" / "evaluation_step_00000004"
-    assert default_out("timm:test_vit") == Path("evaluation")
+    assert default_out("timm:test_vit") == Path("evaluation/timm_test_vit")
     assert default_out(f"{tmp_path / 'run'},which=ema") == tmp_path / "run" / "evaluation"
 
 
@@ -206,6 +206,22 @@ def test_results_take_the_place_of_earlier_ones(folder: Path, tmp_path: Path) ->
     folders = sorted(path.name for path in out.iterdir() if path.is_dir())
     assert folders == ["0_pixels", "2_notes"]
     assert slug("random:runs/demo") != slug("runs/demo") == "runs_demo"
+
+
+def test_no_other_results_are_removed(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    asked = settings_of(folder, tmp_path, measures=("knn",))
+    expect_replaceable(out, model=asked.model, data=folder)
+    measured(asked).save(out)
+    expect_replaceable(out, model=asked.model, data=folder)
+    for model, data in ((asked.model, tmp_path / "flowers"), ("timm:other", folder)):
+        with pytest.raises(ValueError, match=f"--out: .*results of {model} on {data.name}, got"):
+            expect_replaceable(out, model=model, data=data)
+    for name, content in (("results.json", "[]"), ("page.html", "<p>")):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=f"--out: expected .* {name} of others, got"):
+            expect_replaceable(tmp_path, model=asked.model, data=folder)
+        (tmp_path / name).unlink()
 
 
 def test_rows_that_differ_are_paired_by_row_or_told(folder: Path, tmp_path: Path) -> None:

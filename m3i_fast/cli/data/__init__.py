@@ -16,6 +16,7 @@ from m3i_fast.cli.data.push import Push
 from m3i_fast.cli.data.show import Show
 from m3i_fast.cli.data.stats import Stats
 from m3i_fast.cli.data.verify import Verify
+from m3i_fast.durable_files import expect_local
 
 Command = (
     Annotated[Pack, tyro.conf.subcommand("pack")]
@@ -32,5 +33,8 @@ Command = (
 
 
 def main(argv: list[str]) -> int:
-    tyro.cli(Command, prog="m3i-fast data", args=argv).run()
+    command = tyro.cli(Command, prog="m3i-fast data", args=argv)
+    if isinstance(command, (OpenMoji, Styles, Earth, Synthetic)):  # Pack writes into a bucket, too
+        expect_local(command.out, "OUT")
+    command.run()
     return 0

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import webdataset
 
-from m3i_fast.pipelines.dataset.manifest import read_manifest
+from m3i_fast.pipelines.dataset.manifest import how_to_restore, read_manifest
 from m3i_fast.pipelines.dataset.pack import write_dataset
 from m3i_fast.pipelines.dataset.verification.verify import verify
 from tests.shared.pipelines.data import TOKENIZER, encode_image, info, pack, sample, smooth_picture
@@ -134,6 +135,39 @@ def test_foreign_directories_are_never_replaced(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"OUT: expected .* got .*{name}"):
             pack(tmp_path / name, [sample(0, PNG)])
     assert (tmp_path / "photos" / "holiday.png").read_bytes() == PNG
+
+
+@pytest.mark.parametrize(
+    ("entry", "name", "message"),
+    [
+        ("indexed", "00000.tar", "got .*data with a data set of m3i-fast data index: name another"),
+        ("pack", "train-000001.tar", "got .*data with a data set of m3i-fast data pack: name"),
+        ("seed", "notes.txt", "nothing beside its data set, got notes.txt in .*data: move it"),
+    ],
+)
+def test_files_of_a_user_are_never_replaced(
+    entry: str, name: str, message: str, tmp_path: Path
+) -> None:
+    """An index lies among the tars of a user, and what was packed may be all that is left."""
+    out = pack(tmp_path / "data", [sample(i, PNG) for i in range(3)])
+    manifest = json.loads((out / "manifest.json").read_bytes())
+    manifest["settings"][entry] = {}
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    (out / name).write_bytes(b"of the user")
+    before = contents(out)
+    with pytest.raises(ValueError, match=f"OUT: expected .*{message}"):
+        pack(out, [sample(0, PNG)])
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("settings", [{"indexed": {}}, {"pack": {}}, {}])
+def test_only_a_data_set_that_was_made_is_made_again(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Not one of the same name: a folder may have any."""
+    manifest = replace(read_manifest(pack(tmp_path / "x", [sample(0, PNG)])), name="synthetic")
+    told = how_to_restore(tmp_path / "x", replace(manifest, settings=settings))
+    assert ("m3i-fast data synthetic" in told) == (not settings)
 
 
 def test_a_failed_replacement_puts_the_old_data_set_back(
