@@ -121,6 +121,7 @@ def _measure(
     *,
     baselines: bool,
 ) -> Evaluation:
+    _expect_labels(cfg, split)
     digest = split_digest(folder_at(replace(cfg.data, split=split)), split)
     held_out = describe_held_out(
         _whole_pictures(cfg, split, batch_size, image_size=COMPARED_SIZE),
@@ -139,6 +140,16 @@ def _measure(
         "split_digest": digest,
     }
     return Evaluation(figures, measured, held_out)
+
+
+def _expect_labels(cfg: TrainConfig, split: str) -> None:
+    info = manifest_at(cfg.data).split(split)
+    if info.num_labels < info.num_samples:
+        raise ValueError(
+            f"split {split} of {place_of(cfg.data.path)}: expected a class of every picture, got "
+            f"{info.num_samples - info.num_labels} of {info.num_samples} without: measure what "
+            f"they have by m3i-fast evaluate RUN --data {place_of(cfg.data.path)}"
+        )
 
 
 def _expect_same_tokenizer(run: Path, cfg: TrainConfig, of_measures: LoaderConfig) -> None:

@@ -31,7 +31,7 @@ from m3i_fast.evaluation.probes.cross_validation import (
     cross_validated_linear,
 )
 from m3i_fast.evaluation.probes.few_labels import few_label_hits
-from m3i_fast.evaluation.retrieval.caption_bound import caption_bound
+from m3i_fast.evaluation.retrieval.caption_bound import MIN_PAIRS, caption_bound
 from m3i_fast.evaluation.retrieval.zero_shot import recall_chance, retrieval_ranks
 from m3i_fast.evaluation.statistics import (
     Interval,
@@ -276,9 +276,9 @@ def _few_label_hits(
 def _caption_bound(
     heldout: Features, seed: int
 ) -> tuple[dict[str, Tensor], dict[str, float]]:  # [M], NaN without a caption; the scale
-    if not heldout.image.shape[1]:
-        return {}, {}
     has = heldout.captioned
+    if not heldout.image.shape[1] or int(has.sum()) < MIN_PAIRS:
+        return {}, {}
     nats_of_captioned, scale = caption_bound(heldout.image[has], heldout.text[has], seed=seed)
     nats = torch.full((len(has),), math.nan, dtype=torch.float64)
     nats[has] = nats_of_captioned
@@ -286,7 +286,7 @@ def _caption_bound(
 
 
 def _recall_hits(heldout: Features) -> dict[str, Tensor]:
-    if not heldout.image.shape[1]:
+    if not heldout.image.shape[1] or not bool(heldout.captioned.any()):
         return {}
     group = heldout.group
     ranks = {

@@ -110,7 +110,7 @@ def load(
 
     with torch.device("meta"):
         encoder = build_encoder(cfg.vision)
-        terms = _answering_terms(cfg) if which == "trained" else {}
+        terms = _answering_terms(cfg, record) if which == "trained" else {}
     parts = {f"terms.{name}.": term for name, term in terms.items()}
     _read(stored.weights, {PREFIXES[which]: encoder, **parts})
     captions = [term for term in terms.values() if isinstance(term, Caption)]
@@ -123,7 +123,7 @@ def load(
         columns=[term for term in others if term.term.column],
         transform=Transform(preprocessing),
         compute_dtype=dtype or compute_dtype(cfg.precision, target),
-        without_heads=_without_heads(directory, which),
+        without_heads=_without_heads(directory, which, record),
         read_record=partial(_same, record) if record else partial(_from_data, stored, cfg),
     )
     return model.to(target).requires_grad_(False).eval()
@@ -166,8 +166,11 @@ def _expect_choices(run: Path, cfg: TrainConfig, which: str, dtype: torch.dtype 
         raise ValueError(f"dtype: expected torch.float32, torch.bfloat16 or None, got {dtype}")
 
 
-def _answering_terms(cfg: TrainConfig) -> dict[str, TermModule]:
-    """Build the terms whose heads answer for a picture by themselves, by name."""
+def _answering_terms(cfg: TrainConfig, record: DataRecord | None) -> dict[str, TermModule]:
+    """Build the terms whose heads answer for a picture by themselves, by name.
+
+    A head of captions that has seen none is as it began, and is left out.
+    """
     sizes = Sizes(
         vision=cfg.vision,
         text=cfg.text,
@@ -180,7 +183,12 @@ def _answering_terms(cfg: TrainConfig) -> dict[str, TermModule]:
         term.name: build_term(term, cfg.objective, sizes)
         for term in cfg.objective.active_terms
         if term.target in ANSWERS
+        and not (term.target == "caption" and not term.column and _had_no_captions(record))
     }
+
+
+def _had_no_captions(record: DataRecord | None) -> bool:
+    return record is not None and record.num_captioned == 0
 
 
 @torch.no_grad()
@@ -203,10 +211,11 @@ def _read(stored: Shards, modules: Mapping[str, nn.Module]) -> None:
     stored.read_into(weights)
 
 
-def _without_heads(run: Path, which: str) -> str:
+def _without_heads(run: Path, which: str, record: DataRecord | None) -> str:
     if which == "ema":
         return "the moving average has none, and those that were trained go with which='trained'"
-    return f"{run} trained no such term"
+    of_captions = ", and its data had no captions" if _had_no_captions(record) else ""
+    return f"{run} trained no such term{of_captions}"
 
 
 def _same(record: DataRecord) -> DataRecord:

@@ -22,11 +22,14 @@ from m3i_fast.engine.trainer import Trainer
 from m3i_fast.evaluation.held_out import describe_held_out
 from m3i_fast.objectives.targets import normalise_views
 from m3i_fast.pipelines.batch import Batch
+from m3i_fast.pipelines.dataset.manifest import read_manifest
+from m3i_fast.pipelines.dataset.pack import write_dataset
 from m3i_fast.pipelines.dataset.sample_table import split_digest
 from m3i_fast.pipelines.loader import evaluation_batches
 from m3i_fast.pipelines.sources import openmoji
 from m3i_fast.recipes import demo, demo_method, shrink
 from tests.shared.engine.small_run import TEXT
+from tests.shared.pipelines.data import encode_image, info, sample, smooth_picture
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +132,19 @@ def _has_sources(value: object) -> bool:
 def test_the_data_of_the_measures_has_the_tokenizer_of_the_run(run: Path, tmp_path: Path) -> None:
     other = openmoji.build(tmp_path / "other", limit=60, num_merges=200, context_length=24)
     with pytest.raises(ValueError, match=r"data: expected .*other to have the tokenizer of"):
+        evaluate(run, data=other)
+
+
+def test_held_out_pictures_without_a_class_are_told_before_anything_is_measured(
+    run: Path, dataset: Path, tmp_path: Path
+) -> None:
+    described = info(tokenizer=read_manifest(dataset).tokenizer)
+    pictures = [encode_image(smooth_picture(i, 20, 20)) for i in range(10)]
+    samples = [sample(i, picture, label=(i >= 2) - 1) for i, picture in enumerate(pictures)]
+    splits = {"heldout": samples[:5], "train": samples[5:]}
+    other = write_dataset(tmp_path / "other", splits, described, seed=0, samples_per_shard=8)
+    message = r"split heldout of .*other: expected a class of every picture, got 2 of 5 without: "
+    with pytest.raises(ValueError, match=message + "measure what they have by m3i-fast evaluate"):
         evaluate(run, data=other)
 
 

@@ -274,6 +274,17 @@ def test_without_embeddings_only_captions_are_left_out() -> None:
     assert not [name for name in figures if "recall" in name or "caption" in name]
 
 
+@pytest.mark.parametrize(("captioned", "measures"), [(0, set()), (3, {"recall"})])
+def test_what_needs_more_captions_than_there_are_is_left_out(
+    captioned: int, measures: set[str]
+) -> None:
+    train, heldout = _digits(4.0)
+    few = replace(heldout, captioned=torch.arange(len(heldout.label)) < captioned)
+    found = evaluate_split(train, few)
+    names = [name for name in (*found.hits, *found.nats) if "recall" in name or "caption" in name]
+    assert {"recall" if "recall" in name else name for name in names} == measures
+
+
 def test_the_same_seed_gives_the_same_result() -> None:
     first, second = _measured()["trained"], evaluate_split(*_digits(4.0))
     assert first.chosen == second.chosen and first.figures == second.figures

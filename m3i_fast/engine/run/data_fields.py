@@ -46,6 +46,7 @@ def take_data_fields(cfg: TrainConfig, typed: Collection[str] = ()) -> TrainConf
     if refused:
         raise ValueError("; ".join(refused))
     _expect_classes(cfg, manifest, file)
+    _warn_of_captions(cfg, manifest, file)
     columns = columns_of(cfg, manifest)
     _expect_columns(cfg, columns, file)
     logger.info("from %s: %s", file, _told(cfg, manifest))
@@ -84,6 +85,21 @@ def expect_data(cfg: TrainConfig, manifest: Described) -> None:
             f"columns: expected {_names(columns)} with sizes and statistics as {file} says, got "
             f"{_names(cfg.columns)} (take_data_fields takes them from the data)"
         )
+
+
+def num_captioned(cfg: TrainConfig, described: Described) -> int:
+    """Return how many pictures of the data that a run of `cfg` reads have a caption."""
+    return sum(
+        manifest.split(split).num_captions for manifest, split in used_splits(cfg, described)
+    )
+
+
+def used_splits(cfg: TrainConfig, described: Described) -> list[tuple[Manifest, str]]:
+    """Return the manifest of each data set that a run of `cfg` reads, with the split of it."""
+    if isinstance(described, MixedData):
+        pairs = zip(described.parts, described.manifests, strict=True)
+        return [(manifest, part.split) for part, manifest in pairs]
+    return [(described, cfg.data.split)]
 
 
 def columns_of(cfg: TrainConfig, data: Described) -> tuple[ColumnConfig, ...]:
@@ -146,6 +162,21 @@ def _expect_classes(cfg: TrainConfig, manifest: Described, file: str) -> None:
             raise ValueError(
                 f"term {term.name!r}: expected data with classes, got none in {file}: leave the "
                 f"term out by --objective.terms.{index}.weight 0, or pack the data with classes"
+            )
+
+
+def _warn_of_captions(cfg: TrainConfig, manifest: Described, file: str) -> None:
+    """Say which term has nothing to learn from: its text encoder stays as it began."""
+    if num_captioned(cfg, manifest):
+        return
+    for index, term in enumerate(cfg.objective.terms):
+        if term.weight > 0 and term.target == "caption" and not term.column:
+            logger.warning(
+                "term %r: no picture has a caption in %s: the term learns nothing, and the model "
+                "will have no text encoder; leave it out by --objective.terms.%d.weight 0",
+                term.name,
+                file,
+                index,
             )
 
 

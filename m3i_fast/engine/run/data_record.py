@@ -12,6 +12,7 @@ from m3i_fast.config.columns import ColumnKind
 from m3i_fast.config.convert import from_tree, to_tree
 from m3i_fast.config.data import ViewConfig
 from m3i_fast.durable_files import write_atomically
+from m3i_fast.engine.run.data_fields import num_captioned, used_splits
 from m3i_fast.json_files import read_json
 from m3i_fast.ops import IMAGENET_MEAN, IMAGENET_STD
 from m3i_fast.pipelines.dataset.annotations.tokenizer import TokenizerInfo
@@ -73,6 +74,8 @@ class DataRecord:
     datasets: tuple[DatasetRecord, ...]
     """The data set, or all that were mixed."""
     columns: tuple[ColumnRecord, ...] = ()
+    num_captioned: int | None = None
+    """Pictures with a caption; None: an older version began the run."""
 
     def save(self, run: Path) -> None:
         """Write data.json into a run directory, atomically."""
@@ -81,23 +84,19 @@ class DataRecord:
 
 def record_data(cfg: TrainConfig, described: Manifest | MixedData) -> DataRecord:
     """Return what a run of `cfg` keeps of the data that are described."""
-    if isinstance(described, MixedData):
-        pairs = zip(described.parts, described.manifests, strict=True)
-        used = [(manifest, part.split) for part, manifest in pairs]
-    else:
-        used = [(described, cfg.data.split)]
     return DataRecord(
         preprocessing=preprocessing_of(cfg),
         class_names=described.class_names,
         tokenizer=described.tokenizer,
         datasets=tuple(
             DatasetRecord(name=manifest.name, split=split, digest=manifest.digest)
-            for manifest, split in used
+            for manifest, split in used_splits(cfg, described)
         ),
         columns=tuple(
             ColumnRecord(name=column.name, kind=column.kind, names=column.names)
             for column in described.columns
         ),
+        num_captioned=num_captioned(cfg, described),
     )
 
 

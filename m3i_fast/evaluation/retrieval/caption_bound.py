@@ -13,6 +13,7 @@ from torch import Tensor
 from m3i_fast.ops import boltzmann
 
 MAX_SCALE = 1000.0
+MIN_PAIRS = 4
 NUM_HALVINGS = 40  # of the interval of scales: to 1e-9
 
 
@@ -34,8 +35,8 @@ def caption_bound(
     for, so the bound holds, nor on pairs that the encoder was trained on, where it would be more
     confident. Raises ValueError when there are fewer than four pairs.
     """
-    if len(image) < 4:
-        raise ValueError(f"pairs: expected at least 4 with a caption, got {len(image)}")
+    if len(image) < MIN_PAIRS:
+        raise ValueError(f"pairs: expected at least {MIN_PAIRS} with a caption, got {len(image)}")
     order = torch.randperm(len(image), generator=torch.Generator().manual_seed(seed))
     nats = torch.empty(len(image), dtype=torch.float64)
     scales = []

@@ -126,6 +126,20 @@ def test_data_without_classes_refuse_a_term_that_needs_them(
     assert json.loads((out / "config.json").read_text())["num_classes"] == 0
 
 
+def test_data_without_captions_say_which_term_learns_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    samples = [sample(i, encode_image(smooth_picture(i, 40, 48)), captions=()) for i in range(8)]
+    path = write_dataset(tmp_path / "bare", {"train": samples}, info(), seed=0, samples_per_shard=8)
+    assert _train(path, tmp_path / "run") == 0
+    assert f"'caption': no picture has a caption in {path}/manifest.json" in caplog.text
+    assert "--objective.terms.3.weight 0" in caplog.text
+    assert json.loads((tmp_path / "run" / "data.json").read_text())["num_captioned"] == 0
+    caplog.clear()
+    assert _train(path, tmp_path / "image", "--objective.terms.3.weight=0") == 0
+    assert "no picture has a caption" not in caplog.text
+
+
 def test_the_demos_recipes_are_resolved_to_themselves(tmp_path: Path) -> None:
     """Their values are those of the data that they are written for."""
     classes, tokenizer = tuple("abcdefghi"), replace(TOKENIZER, vocab_size=1014, context_length=24)
