@@ -31,11 +31,11 @@ class Digest:
 
 
 def expect_local(path: Path, flag: str) -> None:
-    """Raise ValueError for a URL, which is a path of folders of this machine to any who write."""
+    """Raise ValueError for a URL, which a Path takes for folders of this machine."""
     if re.match(r"[a-z][a-z0-9]+:/", str(path)):
         raise ValueError(
-            f"{flag}: expected a path of this machine or of a file system mounted here, got "
-            f"the URL {path}: copy what is written there afterwards"
+            f"{flag}: expected a path of this machine or of a file system mounted here, got the "
+            f"URL {path}: copy it, or mount the bucket"
         )
 
 

@@ -9,13 +9,14 @@ import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
 from m3i_fast.cli import console
 from m3i_fast.cli.evaluate import print_figures
 from m3i_fast.cli.train import run as train
+from m3i_fast.config.fields import STEPS, out_of_range, refuse, unmet
 from m3i_fast.durable_files import expect_local
 from m3i_fast.engine.run.lock import RunLock
 from m3i_fast.recipes import demo, pack_demo
@@ -31,7 +32,7 @@ class DemoCommand:
     """Dataset directory; packed when it is not there."""
     seconds: float = 330.0
     """Training time; a short calibration turns it into steps once."""
-    num_steps: int | None = None
+    num_steps: Annotated[int | None, STEPS] = None
     """Steps, instead of a time."""
     seed: int = 0
     """Seed of initialisation, masks, order and crops."""
@@ -50,6 +51,7 @@ def run(command: DemoCommand) -> int:
     from m3i_fast.pipelines.sources.openmoji import expect_split_clusters
     from m3i_fast.planning.step_budget import calibrate
 
+    refuse([*out_of_range(command), *unmet(command, seconds=(command.seconds > 0, "> 0"))])
     expect_local(command.out, "--out")
     if not is_dataset(command.data):
         console.rule("packing OpenMoji")

@@ -165,6 +165,11 @@ def _on_held_out(command: EvaluateCommand) -> int:
     from m3i_fast.engine.evaluator import evaluate  # loads torch, which help does without
 
     run = Path(command.model)
+    if not (run / "config.json").is_file():
+        raise FileNotFoundError(
+            f"MODEL: expected a run, of which config.json was looked for in {run}; with --data "
+            "DATA it may be any encoder, such as timm:NAME"
+        )
     evaluation = evaluate(
         run,
         split=command.split or "heldout",

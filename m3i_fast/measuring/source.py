@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from m3i_fast.config.data import CACHE_DIR, MAX_PIXELS
+from m3i_fast.durable_files import expect_local
 from m3i_fast.evaluation.feature_rows import Index
 from m3i_fast.pipelines.dataset.manifest import read_manifest
 from m3i_fast.pipelines.packing.items import Item, Listing, Refusal, SourceOptions
@@ -164,6 +165,9 @@ def read_source(settings: SourceSettings) -> Source:
 
 
 def _resolve(settings: SourceSettings) -> tuple[SourceOptions, str]:
+    expect_local(settings.path, "--data")
+    if not settings.path.exists():
+        raise FileNotFoundError(f"--data: expected a file or folder, got none at {settings.path}")
     options = SourceOptions(
         path=settings.path.absolute(),
         kind=settings.kind,

@@ -147,7 +147,8 @@ def rgb_pixels(picture: Any, *, has_end: bool = True) -> NDArray[np.uint8]:
         return np.repeat(gray.astype(np.uint8)[..., None], 3, axis=2)
     if upright.mode == "CMYK":
         is_turned = 2 <= picture.getexif().get(_ORIENTATION, 1) <= 8
-        has_adobe = "adobe" in picture.info
+        # Only a JPEG lacks the marker; a copy of one in memory is as Pillow understood it.
+        has_adobe = "adobe" in picture.info or picture.format != "JPEG"
         return _from_cmyk(upright, by_opencv=is_turned or not has_end, has_adobe=has_adobe)
     return np.array(upright.convert("RGB"))
 

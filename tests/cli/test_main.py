@@ -28,6 +28,30 @@ def test_help_and_version_load_no_torch(flag: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["demo", "--num-steps", "0"], "num_steps: expected"),
+        (["demo", "--seconds", "0"], "seconds: expected > 0, got 0"),
+        (["evaluate", "timm:vit_tiny_patch16_224"], "MODEL: expected a run, of which config.json"),
+        (["evaluate", "pixels", "--data", "none"], "--data: expected a file or folder, got none"),
+        (["evaluate", "pixels", "--data", "s3://b/set"], "--data: expected a path of this machine"),
+    ],
+    ids=lambda value: "-".join(value[:2]) if isinstance(value, list) else "",
+)
+def test_a_wrong_request_names_the_flag(
+    argv: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
     ("argv", "flag"),
     [
         (["train", "demo", "--out", "s3://bucket/run"], "--out"),

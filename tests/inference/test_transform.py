@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as tv
 from m3i_fast.engine.run.data_record import Preprocessing
 from m3i_fast.inference.transform import Transform
 from m3i_fast.ops import IMAGENET_MEAN, IMAGENET_STD
-from m3i_fast.pipelines.dataset.pictures import decode_pixels
+from m3i_fast.pipelines.dataset.pictures import decode_pixels, rgb_pixels
 
 SIZE = 32
 TRANSFORM = Transform(
@@ -74,6 +74,15 @@ def test_a_picture_becomes_torchvisions_resized_square(name: str) -> None:
     theirs = tv.normalize(expected(pixels).double() / 255, [*IMAGENET_MEAN], [*IMAGENET_STD])
     torch.testing.assert_close(normalised.double(), theirs, rtol=0, atol=1e-6)
     assert normalised.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "memory"])
+def test_inks_of_no_jpeg_are_those_of_pillow(kind: str) -> None:
+    """Which are 0 where there is none; a JPEG without Adobe's marker has them the other way."""
+    cyan = Image.new("CMYK", (40, 40), (255, 0, 0, 0))
+    opened = cyan if kind == "memory" else Image.open(io.BytesIO(stored(cyan, kind)))
+    assert rgb_pixels(opened)[0, 0].tolist() == list(opened.convert("RGB").getpixel((0, 0)))
+    assert rgb_pixels(Image.new("CMYK", (9, 9)))[0, 0].tolist() == [255, 255, 255]
 
 
 def test_a_batch_of_another_size_is_cut_and_one_of_the_size_stays() -> None:

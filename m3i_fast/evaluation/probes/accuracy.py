@@ -41,8 +41,8 @@ def mean_by_group(
 ) -> Tensor:  # [G] float64
     """Return the mean of the values of each distinct group, groups in ascending order."""
     _, index, count = torch.unique(group, return_inverse=True, return_counts=True)
-    sums = torch.zeros(len(count), dtype=torch.float64).index_add_(0, index, values.double())
-    return sums / count
+    sums = torch.zeros(len(count), dtype=torch.float64, device=values.device)
+    return sums.index_add_(0, index, values.double()) / count
 
 
 def largest_class(labels: Tensor) -> int:  # [N] int64

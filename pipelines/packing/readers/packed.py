@@ -52,9 +52,9 @@ class Packed:
         self.options = options
         self._files: OrderedDict[Path, int] = OrderedDict()  # descriptors, the last used last
 
-    def __del__(self) -> None:
-        while self._files:
-            os.close(self._files.popitem()[1])
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        while self._files:  # also where Python ends, and modules are none
+            close(self._files.popitem()[1])
 
     @cached_property
     def manifest(self) -> Manifest:
