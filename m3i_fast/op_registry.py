@@ -284,7 +284,7 @@ OPS: tuple[OpSpec, ...] = (
         is_right=_dcnv3_is_right,
         work=_dcnv3_work,
         measures="deformable convolution v3: ours beside grid_sample and torchvision",
-        gpu=GpuBenchmark(worth=2, limit_s=150, skipped_small="takes minutes without a GPU"),
+        gpu=GpuBenchmark(worth=2, limit_s=240, skipped_small="takes minutes without a GPU"),
         sanitizer="tests/ops/dcnv3/test_cuda.py",
     ),
     OpSpec(

@@ -66,9 +66,14 @@ def fixed_seed() -> None:
 
 
 @pytest.fixture(scope="session")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dataset(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sixty OpenMoji concepts, a part of them annotated only in part; 814 token ids, 24 a row."""
     from m3i_fast.pipelines.sources import openmoji
 
     out = tmp_path_factory.mktemp("data") / "openmoji"
-    return openmoji.build(out, limit=60, labelled=0.5, num_merges=300, context_length=24)
+    try:
+        return openmoji.build(out, limit=60, labelled=0.5, num_merges=300, context_length=24)
+    except ImportError as error:
+        if not request.config.getoption("--skip-missing-packages"):
+            raise
+        pytest.skip(str(error))

@@ -43,7 +43,7 @@ from m3i_fast.costs.traffic import Nodes
 from m3i_fast.engine.parallel.ranks import World, join_world, leave_world
 from m3i_fast.engine.precision.arithmetic import resolve_device
 from m3i_fast.engine.trainer import Trainer
-from m3i_fast.observe.telemetry.sampler import TelemetrySampler
+from m3i_fast.observe.telemetry.sampler import TelemetrySampler, cuda_devices
 from m3i_fast.pipelines.loader import Loader
 from m3i_fast.pipelines.threads import allowed_cores
 from m3i_fast.recipes import recipes
@@ -183,7 +183,9 @@ def _windows_of(
         schedule,
         slowest=lambda seconds: max(trainer.world.gather(seconds)),
     )
-    with TelemetrySampler() if samples else nullcontext() as telemetry:
+    num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # whose GPUs alone are counted
+    gpus = cuda_devices(num_ranks) if trainer.device.type == "cuda" else []
+    with TelemetrySampler(devices=gpus) if samples else nullcontext() as telemetry:
         if telemetry is None:
             return measure(), {}
         begun = time.monotonic()

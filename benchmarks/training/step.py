@@ -44,7 +44,7 @@ from m3i_fast.costs.gemm_shapes import gemm_shapes
 from m3i_fast.engine.build import build_objective
 from m3i_fast.engine.parallel.ranks import World
 from m3i_fast.engine.precision.arithmetic import capabilities_of, resolve_precision
-from m3i_fast.engine.train_step import build_train_step, draw_step_mix
+from m3i_fast.engine.train_step import TrainStep, build_train_step, draw_step_mix
 from m3i_fast.objectives.mixing import Mix
 from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.pipelines.batch import Batch
@@ -110,8 +110,8 @@ def train_config(cfg: Config) -> TrainConfig:
 # ---- Whole steps ---------------------------------------------------------------------------------
 
 
-def our_step(train: TrainConfig, batch: Batch) -> Callable[[], Tensor]:
-    """Build the step that trains, to be called again and again; it returns its loss []."""
+def build_our_step(train: TrainConfig) -> TrainStep:
+    """Build the step that trains, from the weights of its seed on its device."""
     device = torch.device(train.device)
     arithmetic = resolve_precision(
         capabilities_of(device),
@@ -120,7 +120,12 @@ def our_step(train: TrainConfig, batch: Batch) -> Callable[[], Tensor]:
         train.backend,
         compiled=train.compile,
     )
-    train_step = build_train_step(train, World(device), arithmetic)
+    return build_train_step(train, World(device), arithmetic)
+
+
+def our_step(train: TrainConfig, batch: Batch) -> Callable[[], Tensor]:
+    """Build the step that trains, to be called again and again; it returns its loss []."""
+    train_step = build_our_step(train)
 
     def step() -> Tensor:
         if train_step.steps_taken == train.num_steps:  # schedules begin anew where they end

@@ -111,15 +111,11 @@ class Hour:
 
     def run(self, nvcc: Path | None, for_pytest: list[str]) -> int:
         """Run the steps, write pages and summary, pack the folder; as `main`."""
-        wanted = list(
-            first_steps(self.machine, self.out)
-            if self.options.first
-            else steps(self.machine, self.out, for_pytest)
-        )
+        wanted = self._steps(for_pytest)
         sizes = _sizes()
         runner = Runner(
             self.out,
-            self._environment(),
+            self._environment(nvcc),
             benchmark_s=60 * self.options.minutes,
             again=self.options.again,
             after_each=partial(self._after_each, wanted, sizes),
@@ -137,6 +133,7 @@ class Hour:
                 if wrong:
                     runner.fail("describe", wrong)
                 else:
+                    wanted[:] = self._steps(for_pytest)  # some read the kernels that are built now
                     for step in wanted:
                         runner(step)
         finally:  # also after an interrupt
@@ -152,8 +149,15 @@ class Hour:
     def _has_kernels(self, nvcc: Path | None) -> bool:
         return self.machine.kernel_module is not None if self.options.no_build else nvcc is not None
 
-    def _environment(self) -> dict[str, str]:
+    def _steps(self, for_pytest: list[str]) -> list[Step]:
+        if self.options.first:
+            return list(first_steps(self.machine, self.out))
+        return list(steps(self.machine, self.out, for_pytest))
+
+    def _environment(self, nvcc: Path | None) -> dict[str, str]:
         environment = {"PYTHONPATH": str(self.machine.site)}
+        if nvcc is not None:
+            environment["CUDACXX"] = str(nvcc)
         if self.machine.small:
             environment |= {"CUDA_VISIBLE_DEVICES": "", "M3I_RESULTS": str(self.out)}
         elif self.machine.launch_only:

@@ -232,6 +232,14 @@ def test_a_missing_package_skips_its_tests_by_the_option_alone(tmp_path: Path) -
     assert failed.returncode == 2 and "1 error" in failed.stdout, failed.stdout
 
 
+def test_a_missing_package_skips_the_tests_on_its_pictures_alike(tmp_path: Path) -> None:
+    source = "import sys\nsys.modules['resvg_py'] = None\ndef test_data(dataset): pass\n"
+    skipped = collect(tmp_path, source, "--skip-missing-packages")
+    assert skipped.returncode == 0 and "1 passed, 1 skipped" in skipped.stdout, skipped.stdout
+    failed = collect(tmp_path, source)
+    assert failed.returncode == 1 and "1 error" in failed.stdout, failed.stdout
+
+
 def test_a_missing_module_of_ours_is_an_error(tmp_path: Path) -> None:
     done = collect(tmp_path, "import m3i_fast.no_such_module\n", "--skip-missing-packages")
     assert done.returncode == 2 and "No module named 'm3i_fast.no_such" in done.stdout, done.stdout

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from m3i_fast.benchmarks.core.random_batch import draw_batch
-from m3i_fast.benchmarks.training.step import Config, our_step, train_config
+from m3i_fast.benchmarks.training.step import Config, build_our_step, our_step, train_config
 from m3i_fast.observe.environment import is_null_runtime
 from m3i_fast.planning.step_memory import trace
 
@@ -38,16 +38,25 @@ def tell(what: str, expected: object, got: object, holds: bool | None, source: s
     print(f"check {json.dumps(check | {'source': source})}", flush=True)
 
 
-def losses(device: str) -> list[float]:
-    """Return the losses of the first steps in fp32 on a device."""
-    train = replace(train_config(Config(batch_size=8, depth=2)), device=device)
-    step = our_step(train, draw_batch(train).to(device))
-    return [float(step()) for _ in range(STEPS)]
+def losses(*devices: str) -> list[list[float]]:
+    """Return the losses of the first steps in fp32 on each device, from the first one's weights.
+
+    The same seed draws other weights on another device.
+    """
+    train = train_config(Config(batch_size=8, depth=2))
+    steps = [build_our_step(replace(train, device=device)) for device in devices]
+    weights = {name: value.clone() for name, value in steps[0].objective.state_dict().items()}
+    found = []
+    for device, step in zip(devices, steps, strict=True):
+        step.objective.load_state_dict(weights)
+        batch = draw_batch(train).to(device)
+        found.append([float(step(batch)["loss/total"]) for _ in range(STEPS)])
+    return found
 
 
 def compare_losses() -> None:
     """Tell the losses of both devices."""
-    on_cpu, on_gpu = losses("cpu"), losses("cuda")
+    on_cpu, on_gpu = losses("cpu", "cuda")
     close = all(abs(a - b) <= TOLERANCE * abs(a) for a, b in zip(on_cpu, on_gpu, strict=True))
     numbers = (", ".join(f"{loss:.5f}" for loss in each) for each in (on_cpu, on_gpu))
     tell("losses of three steps, fp32", *numbers, close, f"the CPU here, to {TOLERANCE:g} of each")

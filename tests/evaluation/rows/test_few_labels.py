@@ -62,6 +62,15 @@ def test_the_strength_is_chosen_on_the_drawn_rows_alone() -> None:
     assert np.array_equal(again.predicted, found.predicted[:10])
 
 
+@pytest.mark.gpu
+def test_a_gpu_gives_what_the_cpu_does() -> None:
+    asked = (BANK, np.arange(len(LABEL)), LABEL, QUERIES, np.arange(len(QUERIES)))
+    cpu = classify_with_few_labels(*asked, share=0.5, seed=4)
+    gpu = classify_with_few_labels(*asked, share=0.5, seed=4, device="cuda")
+    assert gpu.l2 == cpu.l2 and np.array_equal(gpu.predicted, cpu.predicted)
+    np.testing.assert_allclose(gpu.confidence, cpu.confidence, atol=1e-6)
+
+
 def test_one_row_a_class_leaves_nothing_to_choose() -> None:
     rows, asked = np.arange(len(LABEL)), np.arange(len(QUERIES))
     found = classify_with_few_labels(BANK, rows, LABEL, QUERIES, asked, share=0.01, seed=0)
