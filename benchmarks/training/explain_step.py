@@ -82,8 +82,9 @@ def record(step: Callable[[], object], *, num_steps: int) -> Recording:
 def stage_rows(recording: Recording) -> list[dict[str, Any]]:
     """Return a row a stage: milliseconds a step by family of operators, and GFLOP of products.
 
-    `host` is the time of the stage outside all operators, on the thread of the steps: Python.
-    Terms of the loss are one stage. Stages without any time are left out.
+    On a CPU `host` is the time of the stage outside all operators, on the thread of the steps:
+    Python. On a GPU all times are those of kernels, and `host` is 0. Terms of the loss are one
+    stage. Stages without any time are left out.
     """
     num_steps = len(recording.steps)
     times: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
@@ -91,8 +92,10 @@ def stage_rows(recording: Recording) -> list[dict[str, Any]]:
         kind = family(activity.name)
         row = times[_title(activity.stage)]
         row[kind if kind in COLUMNS else "ours"] += activity.self_ns / num_steps / 1e6
+        if recording.device == "cuda":
+            row["ms"] += activity.self_ns / num_steps / 1e6
         row["gflop"] += activity.flops / num_steps / 1e9
-    ranges = [*recording.steps, *recording.stages]
+    ranges = [] if recording.device == "cuda" else [*recording.steps, *recording.stages]
     for each, self_ns in zip(ranges, self_times(ranges), strict=True):
         times[_title(each.name)]["ms"] += self_ns / num_steps / 1e6
     order = [*STAGES.values(), BETWEEN]

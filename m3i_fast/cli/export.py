@@ -204,7 +204,7 @@ def _to_graphs(command: ExportCommand, target: Literal["onnx", "torch-export", "
 
     if command.device == "cuda" and not torch.cuda.is_available():
         return refuse("--device cuda: expected a GPU to compile for, which torch sees, got none")
-    expect_tools(target)  # told before the run is read
+    expect_tools(target, command.device)  # told before the run is read
     model = load(
         command.run,
         which=command.which,

@@ -137,12 +137,16 @@ def _encoders(run: Path, device: str) -> tuple[Any, tuple[str, ...]]:
 
 
 def _untrained(cfg: TrainConfig) -> Any:
-    """Return the encoder that a run started from, with its caption head, on the CPU."""
+    """Return the encoder that a run started from, with its caption head, on the CPU.
+
+    A GPU draws other weights of the seed: where the run's was one and none is here, it is another.
+    """
     from m3i_fast.engine.evaluator import build_untrained
     from m3i_fast.objectives.terms import Caption
     from m3i_fast.report.run.gather import ShownEncoder
 
-    objective = build_untrained(replace(cfg, device="cpu"))
+    device = cfg.device if cfg.device == "cpu" else "auto"
+    objective = build_untrained(replace(cfg, device=device)).to("cpu")
     captions = objective.terms_of(Caption)
     return ShownEncoder(encoder=objective.encoder, caption=captions[0] if captions else None)
 

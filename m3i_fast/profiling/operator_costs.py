@@ -63,6 +63,10 @@ def flops_of(event: Event) -> float:
             return _product(dims[0], dims[1])
         if re.match(r"aten::_scaled_dot_product_(?!attention_math)\w*attention\w*$", name):
             return _attention(dims, backward=name.endswith("backward"))
+        # On a GPU the operators above call these, which launch the kernels.
+        if found := re.match(r"aten::_(flash|efficient|cudnn)_attention_(for|back)ward$", name):
+            has_rows_first = found[1] != "cudnn"
+            return _attention(dims, backward=found[2] == "back", rows=-3 if has_rows_first else -2)
         if name in ("m3i::boltzmann_sums", "m3i::boltzmann_grads") and not _is_exact(event):
             product = 2.0 * dims[0][0] * dims[1][0] * dims[0][1]
             wanted = _wanted(event) if name.endswith("grads") else 0
@@ -98,10 +102,16 @@ def _convolution(
     return 2.0 * x[0] * prod(size) * prod(weight)
 
 
-def _attention(dims: Sequence[Sequence[int]], *, backward: bool) -> float:
-    """Return FLOPs of two products of [B, H, N, d] and [B, H, M, d]; of five backward."""
+def _attention(dims: Sequence[Sequence[int]], *, backward: bool, rows: int = -2) -> float:
+    """Return FLOPs of two products of [B, H, N, d] and [B, H, M, d]; of five backward.
+
+    rows: the dimension of N and M; -3 of [B, N, H, d]. It is 0 where rows of several pictures lie
+    behind each other, [N, H, d], of which shapes do not tell the pairs.
+    """
     query, key = dims[backward], dims[backward + 1]
-    product = 2.0 * prod(query) * key[-2]
+    if len(query) < 4:
+        return 0.0
+    product = 2.0 * prod(query) * key[rows]
     return product * (5 if backward else 2)
 
 

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from m3i_fast.ops import boltzmann, gaussian
 from m3i_fast.profiling.kernel_families import FAMILIES, family, normalised
-from m3i_fast.profiling.operator_costs import CONVOLUTIONS
+from m3i_fast.profiling.operator_costs import CONVOLUTIONS, flops_of
 from m3i_fast.profiling.recording import HostRange, StageLookup, length, overlap, self_times, union
 from m3i_fast.profiling.summary import Pace, summarise
 from m3i_fast.profiling.torch_trace import read_trace
@@ -126,6 +126,25 @@ def test_flops_of_other_operators_are_those_that_torch_counts(
     assert sum(w.flops for w in read_trace(tmp_path / "trace.json").activities) == (
         counter.get_total_flops()
     )
+
+
+@pytest.mark.parametrize("kind", ["flash", "efficient", "cudnn"])
+def test_attention_of_a_gpu_has_the_flops_of_torchs_formula(kind: str) -> None:
+    """By the operators that launch its kernels, whose arguments stand where torch has them."""
+    q, k = [2, 3, 20, 8], [2, 3, 15, 8]  # B, H, N, d
+    shapes = [q, k, k] if kind == "cudnn" else [[b, n, h, d] for b, h, n, d in (q, k, k)]
+    for direction, before, formula in (
+        ("forward", [], sdpa_flop_count(q, k, k)),
+        ("backward", [shapes[0]], sdpa_backward_flop_count(q, q, k, k)),
+    ):
+        name = f"_{kind}_attention_{direction}"
+        schema = getattr(torch.ops.aten, name).default._schema
+        place = len(before)
+        assert [a.name for a in schema.arguments][place : place + 2] == ["query", "key"]
+        event = {"name": f"aten::{name}", "args": {"Input Dims": [*before, *shapes]}}
+        assert flops_of(event) == formula
+        packed = {"name": f"aten::{name}", "args": {"Input Dims": [[20, 3, 8]] * 4}}
+        assert flops_of(packed) == 0
 
 
 @pytest.mark.parametrize("name", sorted(CONVOLUTIONS))

@@ -31,7 +31,7 @@ ONE_FILE = 1 << 30
 """Bytes of weights that one ONNX file holds: protobuf reads no file of 2 GiB."""
 
 
-def expect_tools(target: Target) -> None:
+def expect_tools(target: Target, device: str = "cpu") -> None:
     """Raise ImportError, or ValueError, naming what is missing here to write for a target."""
     if target == "onnx":
         for library in ("onnx", "onnxscript"):
@@ -47,6 +47,19 @@ def expect_tools(target: Target) -> None:
                 "--to aoti: expected a C++ compiler, g++ or the one that CXX names, got none; "
                 "--to torch-export needs none"
             ) from error
+        if device == "cuda":
+            _expect_cuda_headers()
+
+
+def _expect_cuda_headers() -> None:
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if CUDA_HOME is None or not Path(CUDA_HOME, "include", "cuda.h").is_file():
+        raise ValueError(
+            "--to aoti --device cuda: expected CUDA's headers, cuda.h in $CUDA_HOME/include, got "
+            f"CUDA_HOME {CUDA_HOME or 'that is not set'}: set it to a toolkit, of pip's packages "
+            "site-packages/nvidia/cu13"
+        )
 
 
 def write_graph(program: ExportedProgram, graph: Graph, path: Path, target: Target) -> None:

@@ -21,6 +21,7 @@ from m3i_fast.costs.step_flops import step_flops
 from m3i_fast.engine.precision.arithmetic import capabilities_of, resolve_precision
 from m3i_fast.objectives.step_context import no_stage
 from m3i_fast.pipelines.any_shape.batch import PackedBatch
+from m3i_fast.profiling.recording import Activity, HostRange, Recording
 from m3i_fast.recipes import recipes
 from tests.shared.engine.packed_run import packed_run
 
@@ -56,6 +57,24 @@ def test_the_stages_have_the_flops_that_torch_counts(recipe: TrainConfig) -> Non
         take()
     assert figures["gflop"] == pytest.approx(counter.get_total_flops() / 1e9, rel=1e-6)
     assert figures["gflop_s"] == pytest.approx(1e3 * figures["gflop"] / figures["step_ms"])
+
+
+def test_a_gpus_stages_last_as_long_as_their_kernels() -> None:
+    """Not as long as the host took to launch them."""
+    name = "fwd.input"
+    kernels = [
+        Activity(name="m3i::gelu", begin=b, end=b + 4000, self_ns=4000, stage=name)
+        for b in (5000, 9000)
+    ]
+    recording = Recording(
+        source="",
+        device="cuda",
+        steps=(HostRange("step", 0, 1000),),
+        stages=(HostRange(name, 0, 900),),
+        activities=tuple(kernels),
+    )
+    [row] = explain_step.stage_rows(recording)
+    assert (row["ms"], row["host"]) == (pytest.approx(8e-3), 0)
 
 
 @pytest.mark.parametrize("name", ["dino", "m3i"])
