@@ -41,7 +41,7 @@ Precision = Literal[
 Backend = Literal["auto", "torch", "te", "torchao"]
 Graphs = Literal["none", "modules", "step"]
 INIT_SCHEMES = {
-    **{"timm": "FILE", "dinov2": "FILE", "dinov3": "FILE", "open_clip": "FILE_OR_FOLDER"},
+    **{"timm": "FILE_OR_FOLDER", "dinov2": "FILE", "dinov3": "FILE", "open_clip": "FILE_OR_FOLDER"},
     **{"hf": "FOLDER", "internimage": "FILE", "run": "DIR"},
 }
 
@@ -53,8 +53,8 @@ class TrainConfig(Checked):
     seed: Annotated[int, NUMBERS] = 0
     """Seed of initialisation, masks, pairs and dropout; the loader has its own, data.seed."""
     init: str = ""
-    """Weights that the image encoder begins from, SCHEME:PATH. timm:FILE, a file of timm's (a
-    VisionTransformer, or Eva of DINOv3); dinov2:FILE, dinov3:FILE, one of those repositories';
+    """Weights that the image encoder begins from, SCHEME:PATH. timm:FILE_OR_FOLDER, a
+    VisionTransformer of timm's, or Eva of DINOv3; dinov2:FILE, dinov3:FILE, those repositories';
     open_clip:FILE_OR_FOLDER, a model of open_clip, also for the text encoder where text.attention
     is causal; hf:FOLDER, a folder of Hugging Face's transformers; internimage:FILE, a published
     InternImage; run:DIR, the newest checkpoint of a run.

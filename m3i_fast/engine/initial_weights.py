@@ -25,8 +25,9 @@ from m3i_fast.export import open_clip_weights
 from m3i_fast.export.huggingface.read_folder import read_folder
 from m3i_fast.export.internimage_weights import internimage_weights
 from m3i_fast.export.vit_names import Family, Renamed
-from m3i_fast.export.vit_weights import FittedWeights, fitted, vit_weights
+from m3i_fast.export.vit_weights import FittedWeights, fitted, fold_pixel_statistics, vit_weights
 from m3i_fast.export.weight_files import read_weights, some, tensors_in
+from m3i_fast.json_files import read_json
 from m3i_fast.models.image_encoder import build_encoder
 from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.objectives.terms import Caption
@@ -159,6 +160,8 @@ def read_initial(spec: str, vision: VisionConfig, text: TextConfig | None = None
                 text=found.text,
                 without_text=found.without_text,
             )
+        if scheme == "timm" and path.is_dir():
+            return _of_timm_folder(spec, path, vision)
         state = tensors_in(read_weights(path))
         if scheme == "internimage":
             assert isinstance(vision, InternImageConfig)  # TrainConfig.conflicts
@@ -171,6 +174,22 @@ def read_initial(spec: str, vision: VisionConfig, text: TextConfig | None = None
 
 def _initial(spec: str, file: Path, weights: FittedWeights) -> InitialWeights:
     return InitialWeights(source=spec, sha256=digest(file).sha256, weights=weights)
+
+
+def _of_timm_folder(spec: str, folder: Path, vision: VisionConfig) -> InitialWeights:
+    """Return the weights of a folder of timm's (`save_for_hf`), for pixels as it has them."""
+    assert isinstance(vision, ViTConfig)
+    config = read_json(folder / "config.json")
+    pixels = config.get("pretrained_cfg", config)
+    if missing := {"mean", "std"} - pixels.keys():
+        raise ValueError(
+            f"expected mean and std of pixels in {folder / 'config.json'}, got no {min(missing)}"
+        )
+    names = ("model.safetensors", "pytorch_model.bin")
+    file = next((folder / name for name in names if (folder / name).is_file()), folder / names[0])
+    weights = vit_weights(tensors_in(read_weights(file)), "timm", vision)
+    fold_pixel_statistics(weights, pixels["mean"], pixels["std"])
+    return _initial(spec, file, weights)
 
 
 def _of_open_clip(

@@ -14,6 +14,7 @@ import torch
 import torch.multiprocessing as mp
 from open_clip.model import CLIP
 from safetensors.torch import save_file
+from timm.models import save_for_hf
 from torch import Tensor
 
 from m3i_fast.cli import main
@@ -21,8 +22,11 @@ from m3i_fast.config import TrainConfig
 from m3i_fast.config.models.vit import ViTConfig, clip_b16, dinov2_s, dinov3_s_plus
 from m3i_fast.durable_files import digest
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
+from m3i_fast.engine.initial_weights import read_initial
 from m3i_fast.engine.trainer import Trainer
+from m3i_fast.models.image_encoder import build_encoder
 from m3i_fast.objectives.terms import Caption
+from m3i_fast.ops import IMAGENET_MEAN, IMAGENET_STD
 from m3i_fast.recipes import demo_internimage, shrink
 from tests.engine.init_work import NUM_RANKS, begun, work
 from tests.shared.engine.small_run import TEXT, as_clip, small_run
@@ -79,6 +83,32 @@ def test_a_run_begins_with_timms_features(
     assert sorted(said["left_out"]) == ["head.bias", "head.weight"] and said["new"] == []
     gate = said["taken"]["blocks.1.layernorm_mlp.fc1_weight"]
     assert gate["from"] == "blocks.1.mlp.fc1_g.weight + blocks.1.mlp.fc1_x.weight"
+
+
+def test_a_folder_of_timm_tells_how_pixels_are_normalised(tmp_path: Path) -> None:
+    """timm's own ViTs mostly by 0.5; the features are of the same picture."""
+    torch.manual_seed(2)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2,
+        num_classes=3,
+    ).eval()  # fmt: skip
+    assert model.pretrained_cfg["mean"] == (0.5, 0.5, 0.5)
+    save_for_hf(model, tmp_path)
+    vision = ViTConfig(
+        image_size=32, patch_size=8, dim=32, depth=2, num_heads=2, class_token=True, norm_eps=1e-6
+    )
+    found = read_initial(f"timm:{tmp_path}", vision).weights
+    encoder = build_encoder(vision)
+    encoder.load_state_dict(found.tensors)
+    picture = torch.rand(2, 3, 32, 32)
+    ours, theirs = (
+        (picture - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+        for mean, std in ((IMAGENET_MEAN, IMAGENET_STD), ((0.5,) * 3, (0.5,) * 3))
+    )
+    torch.testing.assert_close(encoder(ours), model.forward_features(theirs), atol=1e-4, rtol=1e-4)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"--init timm:.*expected mean and std of pixels in"):
+        read_initial(f"timm:{tmp_path}", vision)
 
 
 def test_a_run_begins_from_a_folder_of_transformers(dataset: Path, tmp_path: Path) -> None:
@@ -238,7 +268,7 @@ def test_the_verb_prints_where_each_weight_is_from(
     assert "blocks.*.layernorm_mlp.fc1_weight" in said and "left out" in said
     assert main(["train", "--config", str(path), "--init", "nowhere:model"]) == 2
     said = " ".join(capsys.readouterr().err.split())
-    known = "timm:FILE, dinov2:FILE, dinov3:FILE, open_clip:FILE_OR_FOLDER, hf:FOLDER"
+    known = "timm:FILE_OR_FOLDER, dinov2:FILE, dinov3:FILE, open_clip:FILE_OR_FOLDER, hf:FOLDER"
     assert f"init: expected one of {known}, internimage:FILE, run:DIR, got 'nowhere:model'" in said
     other = ["--vision.dim", "64", "--out", str(tmp_path / "other")]
     assert main(["train", "--config", str(path), *other]) == 2
