@@ -17,6 +17,8 @@ from rich.text import Text
 from m3i_fast.cli import console
 from m3i_fast.cli.data.pack import Several
 from m3i_fast.config.data import CACHE_DIR, MAX_PIXELS
+from m3i_fast.config.fields import check_at_least
+from m3i_fast.line_files import read_lines
 from m3i_fast.terminal import progress_bar
 
 if TYPE_CHECKING:
@@ -87,6 +89,7 @@ class Index:
         from m3i_fast.pipelines.indexing.tars import split_of
         from m3i_fast.pipelines.storage.objects import url_of
 
+        check_at_least(self, max_pixels=1, workers=1)
         if self.split is not None:
             check_split_name(self.split)
         url, out_url = url_of(self.path), None if self.out is None else url_of(self.out)
@@ -172,9 +175,7 @@ class Index:
         labels = {"auto": guess.label, "none": None}
         class_names = None
         if self.class_names is not None:
-            class_names = tuple(self.class_names.read_text().splitlines())
-            if len(set(class_names)) < len(class_names) or "" in class_names:
-                raise ValueError(f"{self.class_names}: expected another name on each line")
+            class_names = read_lines(self.class_names, "--class-names")
         return Columns(
             caption=chosen.get(self.caption, self.caption),
             label=labels.get(self.label, self.label),
