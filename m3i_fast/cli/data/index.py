@@ -115,19 +115,22 @@ class Index:
         self._say(self._index(tars, splits, columns, total, url), place)
 
     def _tars(self, url: str | None) -> tuple[Tars, list[str]]:
-        """Find the tars, and look whether an index can be written."""
+        """Find the tars, say which are left out, and look whether an index can be written."""
         from m3i_fast.pipelines.indexing.beside import check_beside
         from m3i_fast.pipelines.indexing.tar_places import BucketTars, TarFolder
-        from m3i_fast.pipelines.indexing.tars import find_tars
+        from m3i_fast.pipelines.indexing.tars import find_compressed, find_tars
 
         if url is not None:
             found = BucketTars(url, self.tars, is_beside=self.out is None)
             if self.out is None:
                 check_beside(url)
+            self._say_compressed(found.compressed)
             return found, found.names
         if not self.path.is_dir():
             raise FileNotFoundError(f"DIR: expected a folder with tars, got {self.path}")
-        return TarFolder(self.path), find_tars(self.path, self.tars)
+        names = find_tars(self.path, self.tars)
+        self._say_compressed(find_compressed(self.path, self.tars))
+        return TarFolder(self.path), names
 
     def _index(
         self, tars: Tars, splits: dict[str, str], columns: Columns, total: int, url: str | None
@@ -186,6 +189,12 @@ class Index:
             tokenizer=Tokenizer(self.num_merges, self.context_length).info,
             named=self.column,
         )
+
+    def _say_compressed(self, names: list[str]) -> None:
+        from m3i_fast.pipelines.indexing.tar_places import told_compressed
+
+        if told := told_compressed(names):
+            console.print(f"left out: {told}", highlight=False, soft_wrap=True, markup=False)
 
     def _say_guesses(self, splits: dict[str, str], columns: Columns) -> None:
         tars = ", ".join(f"{n} of {split}" for split, n in Counter(splits.values()).items())
