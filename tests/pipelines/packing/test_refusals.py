@@ -258,9 +258,10 @@ def test_the_rest_of_a_damaged_tar_is_refused(tmp_path: Path, damage: str) -> No
     if damage == "zeros":
         assert not packed.refused and len(rows_of(tmp_path / "out")) == 4
         return
-    ((name, reason),) = refused_of(packed).items()
+    ((name, reason), (last, of_last)) = refused_of(packed).items()
     assert name == "t.tar" and reason.startswith("damaged after 1.png")
-    assert len(rows_of(tmp_path / "out")) == 2
+    assert last == "t.tar:1" and of_last == f"may lack files: its tar is {reason}"
+    assert len(rows_of(tmp_path / "out")) == 1
 
 
 def test_links_in_tars_are_refused(tmp_path: Path) -> None:

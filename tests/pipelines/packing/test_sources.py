@@ -267,6 +267,29 @@ def test_tars_hold_what_webdataset_reads(tmp_path: Path, suffix: str) -> None:
         assert row.label == facts["class"]
 
 
+@pytest.mark.parametrize("suffix", ["tar", "tar.gz"])
+def test_a_picture_of_a_tar_is_chosen_by_its_whole_extension(tmp_path: Path, suffix: str) -> None:
+    members = [("1.left.png", picture(1)), ("1.right.png", picture(2)), ("1.txt", b"a pair")]
+    mode = "w:gz" if suffix == "tar.gz" else "w"
+    tar = write_tar(tmp_path / f"t.{suffix}", members, mode)
+    packed = pack_with(tar, tmp_path / "out", image_column="left.png")
+    assert not packed.refused
+    (row,) = rows_of(tmp_path / "out")
+    assert (row.image, row.captions) == (picture(1), ("a pair",))
+
+
+@pytest.mark.parametrize("source", ["val.tar", "."])
+def test_a_single_tar_is_of_the_split_in_its_name(
+    tmp_path: Path, source: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tar = write_tar(tmp_path / "source" / "val.tar", web_members(3))
+    packed = pack_with(tar.parent / source, tmp_path / "out")
+    assert sizes(packed.manifest) == {"heldout": 3}
+    assert "splits are in the names of tars: 1 of heldout (--split)" in capsys.readouterr().err
+    packed = pack_with(tar, tmp_path / "named", split=("train",))
+    assert sizes(packed.manifest) == {"train": 3}
+
+
 def test_own_shards_are_a_source_too(tmp_path: Path) -> None:
     for i in range(6):
         put(tmp_path / "source", f"{'ab'[i % 2]}/{i}.png")
