@@ -17,6 +17,7 @@ ANYWHERE = {
     "flags",
     "json_files",
     "keyed_draws",
+    "line_files",
     "terminal",
 }
 MODELS = {"models", "ops"}

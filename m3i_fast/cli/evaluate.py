@@ -18,6 +18,7 @@ from m3i_fast.cli import console
 from m3i_fast.config.data import CACHE_DIR
 from m3i_fast.config.fields import BATCHES, check_fields
 from m3i_fast.durable_files import expect_local
+from m3i_fast.line_files import read_lines
 from m3i_fast.report.evaluations.verdict import SOURCES, Judgement, judge, judge_more
 from m3i_fast.terminal import make_console
 
@@ -335,13 +336,8 @@ def _settings(command: EvaluateCommand, data: Path) -> EvaluationSettings:
 
 
 def _lines(file: Path | None, flag: str) -> tuple[str, ...]:
-    """Read a text file line by line; ValueError for an empty line, or the same one twice."""
-    if file is None:
-        return ()
-    lines = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines())
-    if not lines or not all(lines) or len(set(lines)) < len(lines):
-        raise ValueError(f"{flag}: expected text on each line of {file}, no two alike")
-    return lines
+    """Return the stripped lines of a text file; none for no file."""
+    return () if file is None else tuple(map(str.strip, read_lines(file, flag)))
 
 
 def _record(results: Results) -> None:

@@ -116,6 +116,15 @@ def _walk(cfg: Any, path: str) -> tuple[bool, list[Conflict]]:
     return is_sound, conflicts
 
 
+def check_at_least(command: Any, **least: int) -> None:
+    """Raise ValueError for a number of a command that is below the least of its flag."""
+    for name, number in least.items():
+        got = getattr(command, name)
+        if got is not None and got < number:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag}: expected at least {number}, got {got}")
+
+
 def check_fields(cfg: Any, prefix: str = "") -> None:
     """Raise ValueError for the numbers that are not finite or out of their range.
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from m3i_fast.pipelines.dataset.files import LocalFile, OpenFile
+from m3i_fast.pipelines.packing.items import printable
+from m3i_fast.pipelines.packing.readers.tars import COMPRESSED
 from m3i_fast.pipelines.storage.dataset_copy import copy_object
 from m3i_fast.pipelines.storage.objects import PIECE, Bucket, ObjectInfo
 from m3i_fast.pipelines.storage.remote_files import RemoteFile
 
+MOST_NAMED = 5  # compressed tars in a text
 COPY = ".tar.copied"  # what the name of a copy ends with
 
 
@@ -143,16 +146,14 @@ class BucketTars:
         self.url, self.is_beside = url, is_beside
         self._bucket = Bucket(url)
         there = self._bucket.list()
-        wanted = [_expression(pattern) for pattern in patterns]
         self._infos = {
-            name: there[name]
-            for name in sorted(there)
-            if name.endswith(".tar")
-            and not any(part.startswith(".") for part in name.split("/"))
-            and any(expression.fullmatch(name) for expression in wanted)
+            name: there[name] for name in _matching(there, map(_expression, patterns), (".tar",))
         }
+        wanted = [_expression(each) for pattern in patterns for each in with_compressed(pattern)]
+        self.compressed = _matching(there, wanted, COMPRESSED)
         if not self._infos:
-            raise ValueError(f"{url}: expected tars ({', '.join(patterns)}), got none")
+            got = told_compressed(self.compressed) or "none"
+            raise ValueError(f"{url}: expected tars ({', '.join(patterns)}), got {got}")
 
     @property
     def names(self) -> list[str]:
@@ -174,6 +175,39 @@ class BucketTars:
     def shards_in(self, out: Path) -> str | None:
         """Return the URL, unless the index is written beside the tars."""
         return None if self.is_beside else self.url
+
+
+def with_compressed(pattern: str) -> list[str]:
+    """Return the patterns of the compressed tars beside the tars of a pattern."""
+    if not pattern.endswith(".tar"):
+        return [pattern]
+    return [pattern.removesuffix(".tar") + ending for ending in COMPRESSED]
+
+
+def told_compressed(names: Sequence[str]) -> str:
+    """Say how many compressed tars are not indexed, and what reads them; none: an empty text."""
+    if not names:
+        return ""
+    named = ", ".join(map(printable, names[:MOST_NAMED]))
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return (
+        f"{len(names)} compressed ({named}{more}), in which no sample can be read by itself: "
+        "m3i-fast data pack reads those of a folder"
+    )
+
+
+def _matching(
+    names: Iterable[str], wanted: Iterable[re.Pattern[str]], endings: tuple[str, ...]
+) -> list[str]:
+    """Return the names that fit an expression and have one of the endings, sorted."""
+    expressions = list(wanted)
+    return [
+        name
+        for name in sorted(names)
+        if name.endswith(endings)
+        and not any(part.startswith(".") for part in name.split("/"))
+        and any(expression.fullmatch(name) for expression in expressions)
+    ]
 
 
 def _expression(pattern: str) -> re.Pattern[str]:

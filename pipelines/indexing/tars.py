@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from m3i_fast.pipelines.indexing.scan import scan
-from m3i_fast.pipelines.indexing.tar_places import Tars
+from m3i_fast.pipelines.indexing.tar_places import Tars, told_compressed, with_compressed
 from m3i_fast.pipelines.packing.items import SPLITS
+from m3i_fast.pipelines.packing.readers.tars import COMPRESSED
 
 LOOKED_AT = 100  # samples, to guess columns
 CAPTIONS, LABELS = ("caption", "text"), ("label", "class", "cls")
@@ -26,18 +27,8 @@ def find_tars(root: Path, patterns: Sequence[str]) -> list[str]:
     inside = root.resolve()
     names = set()
     for pattern in patterns:
-        relative = Path(pattern)
-        if relative.is_absolute():
-            for base in (root.absolute(), inside):
-                if relative.is_relative_to(base):
-                    relative = relative.relative_to(base)
-                    break
-        if relative.is_absolute() or ".." in relative.parts:
-            raise ValueError(f"--tars: expected tars in {root}, got {pattern!r}: name their folder")
-        for file in root.glob(str(relative)):
+        for file in _matching(root, _relative(root, pattern), (".tar",)):
             name = file.relative_to(root)
-            if file.suffix != ".tar" or any(part.startswith(".") for part in name.parts):
-                continue
             if not file.resolve().is_relative_to(inside):
                 raise ValueError(
                     f"{file}: expected a tar in {root}, got a link to {file.resolve()}; name the "
@@ -46,8 +37,41 @@ def find_tars(root: Path, patterns: Sequence[str]) -> list[str]:
             if file.is_file():
                 names.add(name.as_posix())
     if not names:
-        raise ValueError(f"{root}: expected tars ({', '.join(patterns)}), got none")
+        got = told_compressed(find_compressed(root, patterns)) or "none"
+        raise ValueError(f"{root}: expected tars ({', '.join(patterns)}), got {got}")
     return sorted(names)
+
+
+def find_compressed(root: Path, patterns: Sequence[str]) -> list[str]:
+    """Return the names of the compressed tars beside those that `find_tars` looks for, sorted."""
+    found = {
+        file.relative_to(root).as_posix()
+        for pattern in patterns
+        for each in with_compressed(_relative(root, pattern))
+        for file in _matching(root, each, COMPRESSED)
+    }
+    return sorted(found)
+
+
+def _relative(root: Path, pattern: str) -> str:
+    """Return a pattern relative to root; ValueError for one that leads out of it."""
+    relative = Path(pattern)
+    if relative.is_absolute():
+        for base in (root.absolute(), root.resolve()):
+            if relative.is_relative_to(base):
+                relative = relative.relative_to(base)
+                break
+    if relative.is_absolute() or ".." in relative.parts:
+        raise ValueError(f"--tars: expected tars in {root}, got {pattern!r}: name their folder")
+    return str(relative)
+
+
+def _matching(root: Path, pattern: str, endings: tuple[str, ...]) -> Iterator[Path]:
+    """Yield what fits a pattern and has one of the endings, hidden files and folders left out."""
+    for file in root.glob(pattern):
+        parts = file.relative_to(root).parts
+        if file.name.endswith(endings) and not any(part.startswith(".") for part in parts):
+            yield file
 
 
 def split_of(name: str) -> str:

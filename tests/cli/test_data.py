@@ -137,3 +137,17 @@ def test_the_demo_takes_both_shares(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     pictures, labels, captions = counts(manifest, "train")
     assert 0 < labels < pictures and 0 < captions < pictures
     assert "captioned" not in manifest.settings
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--max-pixels", "-5"], "--max-pixels: expected at least 1, got -5"),
+        (["--max-faults", "-1"], "--max-faults: expected at least 0, got -1"),
+    ],
+)
+def test_numbers_that_verify_cannot_use_are_refused(
+    tmp_path: Path, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["data", "verify", str(tmp_path), *flags]) == 2
+    assert message in said(capsys)

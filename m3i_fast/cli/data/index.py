@@ -17,6 +17,8 @@ from rich.text import Text
 from m3i_fast.cli import console
 from m3i_fast.cli.data.pack import Several
 from m3i_fast.config.data import CACHE_DIR, MAX_PIXELS
+from m3i_fast.config.fields import check_at_least
+from m3i_fast.line_files import read_lines
 from m3i_fast.terminal import progress_bar
 
 if TYPE_CHECKING:
@@ -87,6 +89,7 @@ class Index:
         from m3i_fast.pipelines.indexing.tars import split_of
         from m3i_fast.pipelines.storage.objects import url_of
 
+        check_at_least(self, max_pixels=1, workers=1)
         if self.split is not None:
             check_split_name(self.split)
         url, out_url = url_of(self.path), None if self.out is None else url_of(self.out)
@@ -112,19 +115,22 @@ class Index:
         self._say(self._index(tars, splits, columns, total, url), place)
 
     def _tars(self, url: str | None) -> tuple[Tars, list[str]]:
-        """Find the tars, and look whether an index can be written."""
+        """Find the tars, say which are left out, and look whether an index can be written."""
         from m3i_fast.pipelines.indexing.beside import check_beside
         from m3i_fast.pipelines.indexing.tar_places import BucketTars, TarFolder
-        from m3i_fast.pipelines.indexing.tars import find_tars
+        from m3i_fast.pipelines.indexing.tars import find_compressed, find_tars
 
         if url is not None:
             found = BucketTars(url, self.tars, is_beside=self.out is None)
             if self.out is None:
                 check_beside(url)
+            self._say_compressed(found.compressed)
             return found, found.names
         if not self.path.is_dir():
             raise FileNotFoundError(f"DIR: expected a folder with tars, got {self.path}")
-        return TarFolder(self.path), find_tars(self.path, self.tars)
+        names = find_tars(self.path, self.tars)
+        self._say_compressed(find_compressed(self.path, self.tars))
+        return TarFolder(self.path), names
 
     def _index(
         self, tars: Tars, splits: dict[str, str], columns: Columns, total: int, url: str | None
@@ -172,9 +178,7 @@ class Index:
         labels = {"auto": guess.label, "none": None}
         class_names = None
         if self.class_names is not None:
-            class_names = tuple(self.class_names.read_text().splitlines())
-            if len(set(class_names)) < len(class_names) or "" in class_names:
-                raise ValueError(f"{self.class_names}: expected another name on each line")
+            class_names = read_lines(self.class_names, "--class-names")
         return Columns(
             caption=chosen.get(self.caption, self.caption),
             label=labels.get(self.label, self.label),
@@ -185,6 +189,12 @@ class Index:
             tokenizer=Tokenizer(self.num_merges, self.context_length).info,
             named=self.column,
         )
+
+    def _say_compressed(self, names: list[str]) -> None:
+        from m3i_fast.pipelines.indexing.tar_places import told_compressed
+
+        if told := told_compressed(names):
+            console.print(f"left out: {told}", highlight=False, soft_wrap=True, markup=False)
 
     def _say_guesses(self, splits: dict[str, str], columns: Columns) -> None:
         tars = ", ".join(f"{n} of {split}" for split, n in Counter(splits.values()).items())

@@ -14,6 +14,8 @@ from rich.text import Text
 
 from m3i_fast.cli import console
 from m3i_fast.config.data import CACHE_DIR, MAX_PIXELS
+from m3i_fast.config.fields import check_at_least
+from m3i_fast.line_files import read_lines
 
 if TYPE_CHECKING:
     from m3i_fast.pipelines.dataset.manifest import Manifest
@@ -165,10 +167,7 @@ class Pack:
                 num_merges = of_source.tokenizer.num_merges
             if context_length is None:
                 context_length = of_source.tokenizer.context_length
-        for flag in ("for_gpu", "max_pixels", "workers"):
-            value = getattr(self, flag)
-            if value is not None and value < 1:
-                raise ValueError(f"--{flag.replace('_', '-')}: expected at least 1, got {value}")
+        check_at_least(self, for_gpu=1, max_pixels=1, workers=1)
         return PackSettings(
             source=SourceOptions(
                 path=self.source.absolute(),
@@ -181,7 +180,7 @@ class Pack:
                 json_captions=self.json_caption,
                 image_root=self.image_root,
                 delimiter=self.delimiter,
-                class_names=() if self.classes is None else _class_names(self.classes),
+                class_names=read_lines(self.classes, "--classes") if self.classes else (),
                 label_as=self.label_as,
                 columns=self.column,
                 merge_rows=self.merge_rows,
@@ -224,13 +223,6 @@ class Pack:
             return with_ray(self.ray)
         number = self.workers or len(os.sched_getaffinity(0))  # a container's share of the cores
         return run_here if number == 1 else with_processes(number)
-
-
-def _class_names(file: Path) -> tuple[str, ...]:
-    names = tuple(file.read_text(encoding="utf-8").splitlines())
-    if not names or len(set(names)) < len(names) or not all(map(str.strip, names)):
-        raise ValueError(f"--classes: expected a name on each line of {file}, no two alike")
-    return names
 
 
 def _show_changes(packed: Packed) -> None:

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from m3i_fast.cli import console
 from m3i_fast.config.data import CACHE_DIR, MAX_PIXELS
+from m3i_fast.config.fields import check_at_least
 from m3i_fast.terminal import progress_bar
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ class Verify:
     """Read every byte of a data set, and compare it with checksums, digests and counts.
 
     Every sample whose bytes were changed, and what else training would stop at, is named. Of a
-    bucket the shards are read one after the other, and 64 MiB of them are in memory.
+    bucket the shards are read one after the other, and at most 80 MiB of them are in memory.
     """
 
     path: tyro.conf.Positional[Path]
@@ -39,6 +40,7 @@ class Verify:
     """Folder of this machine for a bucket's tables, which are removed at the end."""
 
     def run(self) -> None:
+        check_at_least(self, max_pixels=1, max_faults=0)
         from m3i_fast.pipelines.storage.remote_files import opened_files
 
         with opened_files(self.path, self.cache_dir, anew=True) as files:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from m3i_fast.pipelines.packing.items import SourceOptions
 from m3i_fast.pipelines.packing.readers.named_columns import expect_columns, specs_of
@@ -13,10 +13,15 @@ IMAGE = r"image|images?_?(path|file|name|filename)?|img(_?path|_?file)?|file(_?n
 IMAGE += r"|picture|photo|jpg|png|webp|image_?bytes|bytes"
 URL = r"(image_?|img_?)?(url|uri|link)s?"
 CAPTION = r"captions?([_-]?\w+)?"
+SURE_CAPTION = r"captions?[_-]?\d*"
 OTHER_CAPTION = r"text|title|description|alt(_?text)?|sentences?|prompt|txt"
 LABEL = r"labels?|class(_?name|_?id)?|category|categories|target|cls|fine_label|label_?(id|name)"
 GROUP = r"group(_?id)?|cluster(_?id)?"
 SPLIT = r"split|subset"
+NUMBER_TYPE = re.compile(
+    r"(?:(?:large_|fixed_size_)?list<\w+: )*(?:u?int\d|float|double|halffloat|bool|decimal)"
+)
+"""What the name of an Arrow type of numbers, or of lists of them, begins with."""
 
 
 class Columns(NamedTuple):
@@ -39,10 +44,16 @@ class Columns(NamedTuple):
         )
 
 
-def choose_columns(names: Sequence[str], options: SourceOptions, where: str) -> Columns:
+def choose_columns(
+    names: Sequence[str],
+    options: SourceOptions,
+    where: str,
+    holds_numbers: Callable[[str], bool],
+) -> Columns:
     """Choose the columns that flags name, or else those that are called so.
 
-    An empty text as a flag's value stands for none; what --column names is not guessed. Raises
+    An empty text as a flag's value stands for none; what --column names is not guessed, nor is
+    caption_id for captions, where it holds numbers. Raises
     ValueError where a column that a flag names is not there, or none is called like a picture's.
     """
     there = ", ".join(names)
@@ -70,7 +81,13 @@ def choose_columns(names: Sequence[str], options: SourceOptions, where: str) -> 
         for name in captions:
             one("--caption-column", name, CAPTION)
     else:
-        captions = tuple(name for name in left if _called(name, CAPTION) and name != image)
+        captions = tuple(
+            name
+            for name in left
+            if _called(name, CAPTION)
+            and name != image
+            and (_called(name, SURE_CAPTION) or not holds_numbers(name))
+        )
         if not captions:
             captions = tuple(name for name in left if _called(name, OTHER_CAPTION))[:1]
     label = one("--label-column", options.label_column, LABEL)
@@ -78,6 +95,11 @@ def choose_columns(names: Sequence[str], options: SourceOptions, where: str) -> 
     return Columns(
         image, captions, label, group, one("--split-column", options.split_column, SPLIT)
     )
+
+
+def has_number_type(schema: Any, name: str) -> bool:
+    """Return whether a column of an Arrow schema holds numbers, or lists of them."""
+    return NUMBER_TYPE.match(str(schema.field(name).type)) is not None
 
 
 def _advice(names: Sequence[str]) -> str:

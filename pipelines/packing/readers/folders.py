@@ -25,6 +25,7 @@ from m3i_fast.pipelines.packing.readers.named_columns import assign_columns
 PICTURE_SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .bmp .dib .tif .tiff .gif .ico .ppm .pgm .pbm .pnm".split()
 )
+MOST_NAMED = 20  # folders in a note
 
 
 # Pictures that are not read, by what their files are called.
@@ -60,16 +61,18 @@ class Found(NamedTuple):
     stamp: Stamp
 
 
-def find_pictures(root: Path, listing: Listing, *, allow_outside: bool) -> list[Found]:
+def find_pictures(
+    root: Path, listing: Listing, *, allow_outside: bool, follow_links: bool
+) -> list[Found]:
     """Find all files below a folder that are called like pictures, folder by folder, sorted.
 
     Refuses what leads out of it and pictures of kinds that are not read, and notes the number of
-    other files.
+    other files. follow_links: look also into folders that symbolic links lead to, each folder once.
     """
     real = root.resolve()
     found: list[Found] = []
     others: Counter[str] = Counter()
-    for path, is_folder_link in _files(root, listing):
+    for path, is_folder_link in _files(root, listing, follow_links=follow_links):
         name = path.relative_to(root).as_posix()
         suffix = path.suffix.lower()
         if not is_folder_link and suffix in UNREAD:
@@ -84,10 +87,7 @@ def find_pictures(root: Path, listing: Listing, *, allow_outside: bool) -> list[
             continue
         try:
             if is_folder_link:
-                raise Refused(
-                    "a symbolic link to a folder, which is not followed",
-                    "name the folder that it leads to as a source of its own",
-                )
+                raise _refused_link(follow_links)
             if not allow_outside:
                 check_inside(path, real)
             status = path.stat()
@@ -106,8 +106,20 @@ def find_pictures(root: Path, listing: Listing, *, allow_outside: bool) -> list[
     return found
 
 
-def _files(root: Path, listing: Listing) -> Iterator[tuple[Path, bool]]:
-    """Yield (path, whether it is a link to a folder) below a folder, in order of names."""
+def _refused_link(follow_links: bool) -> Refused:
+    if follow_links:
+        return Refused(
+            "a folder whose pictures are read by another name", "remove one of the links to it"
+        )
+    return Refused(
+        "a symbolic link to a folder, which is not followed",
+        "say --allow-outside, or name the folder that it leads to as a source of its own",
+    )
+
+
+def _files(root: Path, listing: Listing, *, follow_links: bool) -> Iterator[tuple[Path, bool]]:
+    """Yield (path, whether it is a link to a folder that is not followed), in order of names."""
+    entered = {root.resolve()}
 
     def failed(error: OSError) -> None:
         name = os.path.relpath(error.filename or root, root)
@@ -115,16 +127,39 @@ def _files(root: Path, listing: Listing) -> Iterator[tuple[Path, bool]]:
             printable(name), f"cannot be read: {error.strerror}", "change its permissions"
         )
 
-    for folder, folders, files in os.walk(root, onerror=failed):
-        hidden = sorted(name for name in folders if name.startswith(".") or name == "__MACOSX")
+    for folder, folders, files in os.walk(root, onerror=failed, followlinks=follow_links):
+        hidden = sorted(filter(_is_hidden, folders))
         for name in hidden:  # .ipynb_checkpoints, .git and the like would be classes
             folders.remove(name)
             where = printable(Path(folder, name).relative_to(root).as_posix())
             listing.notes.append(f"{where} is a hidden folder, which is not looked into")
         folders.sort()
-        links = {name for name in folders if os.path.islink(os.path.join(folder, name))}
-        for name in sorted([*files, *links]):
-            yield Path(folder, name), name in links
+        if follow_links:
+            left = _without_entered(Path(folder), folders, root.resolve(), entered)
+        else:
+            left = {name for name in folders if os.path.islink(os.path.join(folder, name))}
+        folders[:] = [name for name in folders if name not in left]
+        for name in sorted([*files, *left]):
+            yield Path(folder, name), name in left
+
+
+def _without_entered(folder: Path, names: list[str], root: Path, entered: set[Path]) -> set[str]:
+    """Return the folders that are entered already, or by their own names; add the others.
+
+    A link into the source would give its pictures twice, a link to a folder above it without end.
+    """
+    again = set()
+    for name in names:
+        path = folder / name
+        real = path.resolve()
+        if real in entered or (path.is_symlink() and real.is_relative_to(root)):
+            again.add(name)
+        entered.add(real)
+    return again
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def is_picture(path: Path) -> bool:
@@ -146,7 +181,10 @@ class Folders:
 
     def list(self) -> Listing:
         listing = Listing()
-        found = find_pictures(self.options.path, listing, allow_outside=self.options.allow_outside)
+        outside = self.options.allow_outside
+        found = find_pictures(
+            self.options.path, listing, allow_outside=outside, follow_links=outside
+        )
         splits = {picture.path.split("/")[0] for picture in found}
         has_splits = are_splits(splits)
         if has_splits:
@@ -165,6 +203,8 @@ class Folders:
                 continue
             labelled.append((picture, split, folders[0] if self.by_class else ""))
         names = sorted({name for _, _, name in labelled}) if self.by_class else []
+        if self.by_class and found:
+            self._note_empty(listing, splits if has_splits else {"."}, set(names))
         number = {name: i for i, name in enumerate(names)}
         listing.class_names = tuple(map(printable, names))
         listing.items = [
@@ -179,6 +219,25 @@ class Folders:
         ]
         assign_columns(listing, self.options, {})
         return listing
+
+    def _note_empty(self, listing: Listing, parents: set[str], classes: set[str]) -> None:
+        """Note the folders beside those of classes that hold no picture."""
+        empty = sorted(
+            {
+                entry.name
+                for parent in parents
+                for entry in os.scandir(self.options.path / parent)
+                if entry.is_dir(follow_symlinks=self.options.allow_outside)
+                and not _is_hidden(entry.name)
+            }
+            - classes
+        )
+        if empty:
+            names = ", ".join(map(printable, empty[:MOST_NAMED]))
+            more = f" and {len(empty) - MOST_NAMED} more" if len(empty) > MOST_NAMED else ""
+            listing.notes.append(
+                f"folders without a picture that is read, which are no classes: {names}{more}"
+            )
 
     def read(self, place: Place) -> bytes:
         return read_picture(self.options.path / str(place[0]))

@@ -44,7 +44,7 @@ def resolve(options: SourceOptions) -> tuple[SourceOptions, str]:
     if is_dataset(options.path) and not _asked_of_files(options):
         kind, why = "packed", "a data set of m3i-fast data"
     else:
-        kind, why = _guess(options.path)
+        kind, why = _guess(options.path, follow_links=options.allow_outside)
     return replace(options, kind=kind), f"{kind}: {why}; another by --kind"
 
 
@@ -75,7 +75,7 @@ def _asked_of_files(options: SourceOptions) -> list[str]:
     return [flag for flag, value in asked.items() if value not in (None, ())]
 
 
-def _guess(path: Path) -> tuple[str, str]:
+def _guess(path: Path, *, follow_links: bool) -> tuple[str, str]:
     if path.is_file():
         name = path.name.lower()
         if name.endswith((*TEXT_SUFFIXES, ".parquet")):
@@ -91,7 +91,7 @@ def _guess(path: Path) -> tuple[str, str]:
     if (known := guess_class(path)) is not None:
         return "torchvision", f"the folder of torchvision.datasets.{known} (--torchvision-class)"
     listing = Listing()
-    pictures = find_pictures(path, listing, allow_outside=True)
+    pictures = find_pictures(path, listing, allow_outside=True, follow_links=follow_links)
     if not pictures:
         if tar_files(path):
             return "tars", "a folder of tars"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from m3i_fast.pipelines.packing.items import (
     read_picture,
     stamp,
 )
-from m3i_fast.pipelines.packing.readers.columns import Columns, choose_columns
+from m3i_fast.pipelines.packing.readers.columns import Columns, choose_columns, has_number_type
 from m3i_fast.pipelines.packing.readers.labels import assign_labels
 from m3i_fast.pipelines.packing.readers.named_columns import Spec, assign_columns, specs_of
 
@@ -46,7 +46,12 @@ class HuggingFace:
             raise ValueError(f"{self.options.path}: {error}") from error
         splits = dict(found) if isinstance(found, datasets.DatasetDict) else {"train": found}
         first = next(iter(splits.values()))
-        self.columns = choose_columns(first.column_names, self.options, self.options.path.name)
+        self.columns = choose_columns(
+            first.column_names,
+            self.options,
+            self.options.path.name,
+            partial(has_number_type, first.features.arrow_schema),
+        )
         image = self.columns.image
         for name, split in splits.items():
             if isinstance(split.features.get(image), datasets.Image):

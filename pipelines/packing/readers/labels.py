@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
 from m3i_fast.pipelines.packing.items import Listing, printable
@@ -10,6 +11,7 @@ from m3i_fast.pipelines.packing.items import Listing, printable
 MOST_CLASSES = 1 << 20
 """Most classes that indices may stand for: a classifier has a row for each."""
 _MENDED = "mend the label, or leave it empty"
+_WHOLE_FLOAT = re.compile(r"-?\d+\.0", re.ASCII)
 
 
 def assign_labels(
@@ -23,14 +25,17 @@ def assign_labels(
 
     raw: of each item; None or an empty text: no label. class_names: all classes, where they are
     known; otherwise names are sorted, and indices go up to the largest. label_as: "name", "index",
-    or "auto": indices where all are whole numbers and no known class is called so.
+    or "auto": indices where all are whole numbers and no known class is called so. Where all are
+    written as 1.0, as pandas writes a column of numbers with empty cells, they are whole numbers.
     """
+    known = {name: i for i, name in enumerate(class_names)}
     texts = [_text(label) for label in raw]
+    if label_as == "index" or (label_as == "auto" and not set(texts) - {""} <= known.keys()):
+        texts = _whole_numbers(texts)
     present = {text for text in texts if text}
     if not present:
         listing.class_names = tuple(class_names)
         return
-    known = {name: i for i, name in enumerate(class_names)}
     as_index = label_as == "index" or (
         label_as == "auto" and all(map(_is_integer, present)) and not present <= known.keys()
     )
@@ -64,6 +69,13 @@ def _text(label: object) -> str:
     if isinstance(label, float) and label.is_integer():
         return str(int(label))
     return str(label).strip()
+
+
+def _whole_numbers(texts: list[str]) -> list[str]:
+    """Return the texts without the ".0" that each has, or as they are where one has none."""
+    if all(_WHOLE_FLOAT.fullmatch(text) for text in texts if text):
+        return [text.removesuffix(".0") for text in texts]
+    return texts
 
 
 def _is_integer(text: str) -> bool:

@@ -6,6 +6,9 @@ import csv
 import io
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +29,14 @@ from m3i_fast.pipelines.packing.items import (
     read_picture,
     stamp,
 )
-from m3i_fast.pipelines.packing.readers.columns import Columns, choose_columns
+from m3i_fast.pipelines.packing.readers.columns import Columns, choose_columns, has_number_type
 from m3i_fast.pipelines.packing.readers.labels import assign_labels
 from m3i_fast.pipelines.packing.readers.named_columns import assign_columns, specs_of
 from m3i_fast.pipelines.packing.readers.spool import Spool, open_spool, read_spooled
 
 TEXT_SUFFIXES = (".csv", ".tsv")
 MAX_TABLE_BYTES = 1 << 33
+LOOKED_AT = 1 << 20  # characters of a table, to tell captions from numbers
 Row = Mapping[str, Any]
 
 
@@ -211,15 +215,39 @@ def open_text(
     delimiter = options.delimiter or ("\t" if file.suffix.lower() == ".tsv" else _delimiter(first))
     if delimiter != ",":
         listing.notes.append(f"{printable(file.name)}: cells end with {delimiter!r} (--delimiter)")
-    if delimiter == "\t":  # whose cells may hold quotation marks, as those of web captions do
-        rows = csv.reader(io.StringIO(text, newline=""), delimiter="\t", quoting=csv.QUOTE_NONE)
-    else:
-        rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    rows = _reader(text, delimiter)
     header = next(_checked(rows, file), [])
     if len(set(header)) < len(header):
         raise ValueError(f"{file}: expected a name once in its first line, got {', '.join(header)}")
-    columns = choose_columns(header, options, file.name)
+    columns = choose_columns(
+        header, options, file.name, lambda name: _holds_numbers(text, delimiter, header.index(name))
+    )
     return columns, _text_rows(_checked(rows, file), rows, header, file, listing)
+
+
+def _reader(text: str, delimiter: str) -> Any:
+    """Return a reader of rows of cells; only in a table of tabs quotation marks are text."""
+    file = io.StringIO(text, newline="")
+    if delimiter == "\t":  # as in files of web captions
+        return csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+    return csv.reader(file, delimiter=delimiter, strict=True)
+
+
+def _holds_numbers(text: str, delimiter: str, column: int) -> bool:
+    """Return whether the first cells of a column, those without a text aside, are numbers."""
+    cells = []
+    with suppress(csv.Error):  # of a row in which the part that is looked at ends
+        for row in islice(_reader(text[:LOOKED_AT], delimiter), 1, None):
+            cells += [cell for cell in row[column : column + 1] if cell.strip()]
+    return bool(cells) and all(map(_is_number, cells))
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
 
 
 def _delimiter(first: str) -> str:
@@ -265,7 +293,8 @@ def open_parquet(file: Path, options: SourceOptions) -> tuple[Columns, Iterator[
         opened = parquet.ParquetFile(file, page_checksum_verification=True)
     except (arrow.ArrowException, OSError) as error:
         raise ValueError(f"{file}: not a Parquet file: {error}") from None
-    columns = choose_columns(opened.schema_arrow.names, options, file.name)
+    schema = opened.schema_arrow
+    columns = choose_columns(schema.names, options, file.name, partial(has_number_type, schema))
     needed = [columns.image, *columns.captions]
     needed += [c for c in (columns.label, columns.group, columns.split) if c is not None]
     needed += [source for spec in specs_of(options.columns) for source in spec.sources]

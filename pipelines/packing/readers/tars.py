@@ -9,7 +9,8 @@ import lzma
 import os
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -53,6 +54,7 @@ OPENED_BY: dict[str, Callable[[Path], Any]] = {
 }
 COMPRESSED = tuple(OPENED_BY)
 MOST_TAR_BYTES = 1 << 60  # of a compressed one, whose size nothing says
+_COPY = "copy the tar again from where it came"
 DAMAGE = (ValueError, OSError, EOFError, zlib.error, lzma.LZMAError)
 
 
@@ -84,10 +86,10 @@ class Tars:
         labels: list[object] = []
         specs, named = specs_of(self.options.columns), dict[str, dict[str, Any]]()
         files = check_files(tar_files(self.options.path), self.options, listing)
+        splits = _splits(files, listing)
         stamps = {name: listing.files[name] for name in files if _opener(name) is not None}
         with open_spool(self.options, stamps) if stamps else nullcontext() as spool:
             for name, file in files.items():
-                split = split_in_name(name) if len(files) > 1 else None
                 seen: set[str] = set()
                 for key, parts in self._samples(
                     file, name, listing, spool if name in stamps else None
@@ -101,7 +103,7 @@ class Tars:
                     except Refused as refused:
                         listing.refusals.append(refused.of(where))
                     else:
-                        listing.items.append(item._replace(split=split or "train"))
+                        listing.items.append(item._replace(split=splits[name]))
                         labels.append(label)
                         row = {of: facts.get(of) for spec in specs for of in spec.sources}
                         named[item.name] = {s.name: s.of_row(row) for s in specs}
@@ -154,13 +156,14 @@ class Tars:
                     parts[extension] = Part((), b"", refused)
                 last = member.name
         except DAMAGE as error:
-            listing.refuse(
-                printable(name),
-                f"damaged after {printable(last)}: {printable(str(error))}",
-                "copy the tar again from where it came",
-            )
-        if parts:
-            yield key, parts
+            reason = f"damaged after {printable(last)}: {printable(str(error))}"
+            listing.refuse(printable(name), reason, _COPY)
+            if parts:
+                where = printable(f"{name}:{key}")
+                listing.refuse(where, f"may lack files: its tar is {reason}", _COPY)
+        else:
+            if parts:
+                yield key, parts
 
     def _part(
         self,
@@ -171,7 +174,7 @@ class Tars:
         spool: Spool | None,
     ) -> Part:
         place: Place = (name, member.offset_data, member.size)
-        if extension in PICTURES:
+        if extension in PICTURES or extension == self.options.image_column:
             check_num_bytes(member.size)
             return Part(spool.append(read()) if spool else place, b"")
         if extension not in ("txt", "json", "cls"):
@@ -221,6 +224,16 @@ class Tars:
             group="" if is_missing(group) else str(group),
         )
         return item, label, facts
+
+
+def _splits(names: Iterable[str], listing: Listing) -> dict[str, str]:
+    """Return the split of each tar by its name, train where that holds none, and note them."""
+    found = {name: split_in_name(name) for name in names}
+    splits = {name: split or "train" for name, split in found.items()}
+    if any(found.values()):
+        counts = ", ".join(f"{n} of {split}" for split, n in Counter(splits.values()).items())
+        listing.notes.append(f"splits are in the names of tars: {counts} (--split)")
+    return splits
 
 
 def _json(parts: dict[str, Part]) -> dict[str | None, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -220,6 +221,42 @@ def test_tars_inside_of_the_folder_may_be_named(tars: Path) -> None:
     assert find_tars(tars, ["*1.tar", str(tars / "00002.tar")]) == ["00001.tar", "00002.tar"]
     with pytest.raises(ValueError, match="expected tars .*, got none"):
         find_tars(tars, ["*.zip"])
+
+
+def test_compressed_tars_are_named_with_what_reads_them(
+    tars: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    only = tmp_path / "only"
+    (only / ".hidden").mkdir(parents=True)
+    for name in ("a.tar.gz", "b.tgz", "c.tar.zip", ".hidden/d.tar.xz"):
+        (only / name).write_bytes(b"")
+    told = "2 compressed (a.tar.gz, b.tgz), in which no sample can be read by itself: m3i-fast data"
+    with pytest.raises(ValueError, match=re.escape(f"(**/*.tar), got {told} pack reads")):
+        find_tars(only, ["**/*.tar"])
+    with pytest.raises(ValueError, match=r"expected tars \(b.tar\), got 1 compressed \(b.tgz\)"):
+        find_tars(only, ["b.tar"])
+    shutil.copytree(only, tars / "more")
+    command = ["data", "index", str(tars), "--num-merges", "10", "--workers", "1"]
+    assert main(command) == 0
+    assert "left out: 2 compressed (more/a.tar.gz, more/b.tgz)" in capsys.readouterr().err
+    assert main([*command, "--tars", "0*.tar"]) == 0
+    assert "left out" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--workers", "-3"], "--workers: expected at least 1, got -3"),
+        (["--max-pixels", "0"], "--max-pixels: expected at least 1, got 0"),
+        (["--class-names", "none.txt"], "--class-names: expected a text file in UTF-8, got 'No su"),
+    ],
+)
+def test_wrong_flags_are_refused(
+    tars: Path, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["data", "index", str(tars), "--num-merges", "10", *flags]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tars / "manifest.json").exists()
 
 
 def test_a_link_out_of_the_folder_is_refused(tars: Path, tmp_path: Path) -> None:

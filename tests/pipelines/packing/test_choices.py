@@ -89,6 +89,42 @@ def test_nan_is_a_missing_group_caption_and_label(tmp_path: Path) -> None:
     assert [row.label for row in rows] == [-1, 1, 0, -1]
 
 
+@pytest.mark.parametrize(
+    ("written", "label_as", "names", "expected"),
+    [
+        (["0.0", "", "10.0", "2.0", "-1.0"], "auto", "0 1 2 3 4 5 6 7 8 9 10", [0, -1, 10, 2, -1]),
+        (["0.0", "", "2.0"], "index", "0 1 2", [0, -1, 2]),
+        (["1.0", "", "0.0"], "name", "0.0 1.0", [1, -1, 0]),
+        (["0.0", "2.5", "1.0"], "auto", "0.0 1.0 2.5", [0, 2, 1]),
+        (["0.0", "1", ""], "auto", "0.0 1", [0, 1, -1]),
+    ],
+)
+def test_labels_of_a_csv_with_gaps_are_whole_numbers(
+    tmp_path: Path, written: list[str], label_as: str, names: str, expected: list[int]
+) -> None:
+    """As pandas writes a column of integers some of which are missing."""
+    for i in range(len(written)):
+        put(tmp_path, f"{i}.png")
+    lines = ["file,label", *(f"{i}.png,{label}" for i, label in enumerate(written))]
+    table = put(tmp_path, "t.csv", "\n".join(lines).encode())
+    packed = pack_with(table, tmp_path / "out", label_as=label_as)
+    assert not packed.refused and packed.manifest.class_names == tuple(names.split())
+    assert [row.label for row in rows_of(tmp_path / "out")] == expected
+
+
+@pytest.mark.parametrize("kind", ["name", "float"])
+def test_labels_with_a_point_are_told_by_the_classes_that_are_known(
+    tmp_path: Path, kind: str
+) -> None:
+    put(tmp_path, "0.png")
+    put(tmp_path, "1.png")
+    table = put(tmp_path, "t.csv", b"file,label\n0.png,2.0\n1.png,1.0\n")
+    names = {"name": "1.0\n2.0\n", "float": "a\nb\nc\n"}[kind]
+    classes = put(tmp_path, "names.txt", names.encode())
+    pack_with(table, tmp_path / "out", classes=classes)
+    assert labels_of(tmp_path / "out") == {"name": ["2.0", "1.0"], "float": ["c", "b"]}[kind]
+
+
 @pytest.mark.parametrize("place", ["packed", "."])
 def test_a_directory_in_the_source_is_refused(tmp_path: Path, place: str) -> None:
     put(tmp_path / "source", "a.png")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torchvision
 
 from tests.pipelines.packing.helpers import (
     labels_of,
@@ -57,6 +58,52 @@ def test_a_folder_of_bad_files_names_each(tmp_path: Path) -> None:
     assert all(line["reason"] and line["what_to_do"] for line in written)
     allowed = pack_with(source, tmp_path / "allowed", allow_outside=True)
     assert "link.png" not in refused_of(allowed)
+    assert refused_of(allowed)["round"] == "a folder whose pictures are read by another name"
+    assert "outside" not in refused_of(allowed)
+    assert len(rows_of(tmp_path / "allowed")) == 4
+
+
+def test_folders_of_classes_that_are_links_are_followed_where_that_is_allowed(
+    tmp_path: Path,
+) -> None:
+    """As torchvision's ImageFolder follows them, but for a folder that was entered already."""
+    source = tmp_path / "source"
+    put(source, "ant/0.png")
+    put(source, "bee/0.png")
+    put(tmp_path, "elsewhere/cats/0.png")
+    put(tmp_path, "elsewhere/cats/more/1.png")
+    (source / "cat").symlink_to(tmp_path / "elsewhere/cats")
+    classes = torchvision.datasets.ImageFolder(source).classes
+    (tmp_path / "elsewhere/cats/round").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/cats/back").symlink_to(source)
+    (source / "same").symlink_to("ant")
+    packed = pack_with(source, tmp_path / "out", kind="imagefolder", allow_outside=True)
+    assert packed.manifest.class_names == tuple(classes) == ("ant", "bee", "cat")
+    assert labels_of(tmp_path / "out") == ["ant", "bee", "cat", "cat"]
+    again = "a folder whose pictures are read by another name"
+    assert refused_of(packed) == dict.fromkeys(("same", "cat/back", "cat/round/cats"), again)
+    refused = refused_of(pack_with(source, tmp_path / "not_followed", kind="imagefolder"))
+    assert set(refused) == {"cat", "same"}
+
+
+@pytest.mark.parametrize("parents", [("",), ("train/", "val/")])
+def test_folders_without_a_picture_are_named(
+    parents: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "source"
+    for parent in parents:
+        for name in ("ant", "bee"):
+            put(source, f"{parent}{name}/0.png")
+        put(source, f"{parent}heic/0.heic", b"")
+        put(source, f"{parent}text/a.txt", b"")
+        put(source, f"{parent}.git/config", b"")
+    (source / parents[0] / "zebra").mkdir()
+    put(source, f"{parents[-1]}bird/0.png")
+    (source / parents[0] / "bird").mkdir(exist_ok=True)
+    packed = pack_with(source, tmp_path / "out")
+    assert packed.manifest.class_names == ("ant", "bee", "bird")
+    said = " ".join(capsys.readouterr().err.split())
+    assert "folders without a picture that is read, which are no classes: heic, text, zebra" in said
 
 
 def test_pictures_of_kinds_that_are_not_read_are_named(tmp_path: Path) -> None:
@@ -258,9 +305,10 @@ def test_the_rest_of_a_damaged_tar_is_refused(tmp_path: Path, damage: str) -> No
     if damage == "zeros":
         assert not packed.refused and len(rows_of(tmp_path / "out")) == 4
         return
-    ((name, reason),) = refused_of(packed).items()
+    ((name, reason), (last, of_last)) = refused_of(packed).items()
     assert name == "t.tar" and reason.startswith("damaged after 1.png")
-    assert len(rows_of(tmp_path / "out")) == 2
+    assert last == "t.tar:1" and of_last == f"may lack files: its tar is {reason}"
+    assert len(rows_of(tmp_path / "out")) == 1
 
 
 def test_links_in_tars_are_refused(tmp_path: Path) -> None:

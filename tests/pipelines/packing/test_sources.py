@@ -117,6 +117,37 @@ def test_a_csv_is_read_as_python_reads_it(
     assert found == ["".join(c.split()) for c in captions]
 
 
+@pytest.mark.parametrize("kind", ["csv", "parquet", "huggingface"])
+def test_numbers_that_are_called_like_captions_are_none(tmp_path: Path, kind: str) -> None:
+    columns: dict[str, list[Any]] = {
+        "file": ["0.png", "1.png", "2.png"],
+        "caption_id": [8, 9, None],
+        "caption_length": [5.5, None, 3.0],
+        "caption_en": ["a dog", "7", "a cat"],
+        "caption_2": ["1", "2", "3"],
+    }
+    for name in columns["file"]:
+        put(tmp_path / "hf" if kind == "huggingface" else tmp_path, name)
+    source = tmp_path / {"huggingface": "hf"}.get(kind, f"t.{kind}")
+    if kind == "csv":
+        lines = [
+            ["" if c is None else c for c in row] for row in zip(*columns.values(), strict=True)
+        ]
+        write_csv(source, list(columns), lines)
+    elif kind == "parquet":
+        parquet.write_table(pyarrow.table(columns), source)
+    else:
+        datasets.Dataset.from_dict(columns).save_to_disk(source)
+    packed = pack_with(source, tmp_path / "out")
+    assert not packed.refused
+    captions = [row.captions for row in rows_of(tmp_path / "out")]
+    assert captions == [("a dog", "1"), ("7", "2"), ("a cat", "3")]
+    if kind == "csv":  # a flag takes them
+        pack_with(source, tmp_path / "asked", caption_column=("caption_id",))
+        captions = [row.captions for row in rows_of(tmp_path / "asked")]
+        assert captions == [("8",), ("9",), ()]
+
+
 def test_columns_are_chosen_by_flags(tmp_path: Path) -> None:
     rows = [["x", f"{i}.png", "one", "two", i % 2, f"g{i // 2}"] for i in range(4)]
     for row in rows:
@@ -234,6 +265,29 @@ def test_tars_hold_what_webdataset_reads(tmp_path: Path, suffix: str) -> None:
         facts = json.loads(theirs[row.sample_id]["json"])
         assert row.captions == (facts["caption"], facts["alt"][0])
         assert row.label == facts["class"]
+
+
+@pytest.mark.parametrize("suffix", ["tar", "tar.gz"])
+def test_a_picture_of_a_tar_is_chosen_by_its_whole_extension(tmp_path: Path, suffix: str) -> None:
+    members = [("1.left.png", picture(1)), ("1.right.png", picture(2)), ("1.txt", b"a pair")]
+    mode = "w:gz" if suffix == "tar.gz" else "w"
+    tar = write_tar(tmp_path / f"t.{suffix}", members, mode)
+    packed = pack_with(tar, tmp_path / "out", image_column="left.png")
+    assert not packed.refused
+    (row,) = rows_of(tmp_path / "out")
+    assert (row.image, row.captions) == (picture(1), ("a pair",))
+
+
+@pytest.mark.parametrize("source", ["val.tar", "."])
+def test_a_single_tar_is_of_the_split_in_its_name(
+    tmp_path: Path, source: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tar = write_tar(tmp_path / "source" / "val.tar", web_members(3))
+    packed = pack_with(tar.parent / source, tmp_path / "out")
+    assert sizes(packed.manifest) == {"heldout": 3}
+    assert "splits are in the names of tars: 1 of heldout (--split)" in capsys.readouterr().err
+    packed = pack_with(tar, tmp_path / "named", split=("train",))
+    assert sizes(packed.manifest) == {"train": 3}
 
 
 def test_own_shards_are_a_source_too(tmp_path: Path) -> None:

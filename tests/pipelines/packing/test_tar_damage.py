@@ -40,15 +40,35 @@ def test_two_tars_in_one_file_are_refused_behind_the_first(tmp_path: Path, suffi
     ]
     file = put(tmp_path, f"both.{suffix}", b"".join(part.read_bytes() for part in parts))
     found = refused_of(pack_with(file, tmp_path / "out"))
-    assert list(found) == [f"both.{suffix}"]
+    assert list(found) == [f"both.{suffix}", f"both.{suffix}:a2"]
     assert "damaged after a2.png" in found[f"both.{suffix}"]
-    assert len(rows_of(tmp_path / "out")) == 3
+    assert len(rows_of(tmp_path / "out")) == 2
+
+
+@pytest.mark.parametrize("suffix", MODES)
+@pytest.mark.parametrize("place", [0, 100, 511, 512])
+def test_a_sample_whose_last_files_were_cut_off_is_refused(
+    tmp_path: Path, suffix: str, place: int
+) -> None:
+    """Which would be packed without its caption and class."""
+    contents = {}
+    for i in range(2):
+        contents |= {f"{i}.png": picture(i), f"{i}.txt": b"a word", f"{i}.cls": b"0"}
+    raw = write_tar(tmp_path / "whole.tar", contents).read_bytes()
+    raw = raw[: raw.index(b"1.txt") + place]
+    compress = {"tar.gz": gzip.compress, "tar.bz2": bz2.compress, "tar.xz": lzma.compress}
+    file = put(tmp_path, f"t.{suffix}", compress.get(suffix, bytes)(raw))
+    found = refused_of(pack_with(file, tmp_path / "out"))
+    assert list(found) == [file.name, f"{file.name}:1"]
+    assert found[f"{file.name}:1"] == f"may lack files: its tar is {found[file.name]}"
+    assert [row.captions for row in rows_of(tmp_path / "out")] == [("a word",)]
 
 
 @pytest.mark.parametrize("suffix", MODES)
 def test_a_header_of_8_gib_is_not_allocated(tmp_path: Path, suffix: str) -> None:
-    good = write_tar(tmp_path / "good.tar", {"a.png": picture(0)}).read_bytes()
-    end = 512 + -(-len(picture(0)) // 512) * 512
+    pictures = {"a.png": picture(0), "b.png": picture(1)}
+    good = write_tar(tmp_path / "good.tar", pictures).read_bytes()
+    end = sum(512 + -(-len(content) // 512) * 512 for content in pictures.values())
     header = tarfile.TarInfo("pax")
     header.type, header.size = tarfile.XHDTYPE, 8 << 30
     raw = good[:end] + header.tobuf(tarfile.GNU_FORMAT) + bytes(1 << 25)
