@@ -132,6 +132,8 @@ def test_without_plotly_figures_are_kept_and_the_page_is_told_to_lack(
     out = tmp_path / "out"
     out.mkdir()
     (out / "page.html").write_text("of an earlier evaluation")
+    earlier = {"settings": {"model": str(run)}, "data": {"path": dataset.name}}
+    (out / "results.json").write_text(json.dumps(earlier))
     words = ["--out", str(out), "--measures", "knn"]
     assert main([*arguments(run, dataset, tmp_path), *words]) == 0
     said = " ".join(capsys.readouterr().err.split())
