@@ -214,6 +214,8 @@ def test_no_other_results_are_removed(folder: Path, tmp_path: Path) -> None:
     expect_replaceable(out, model=asked.model, data=folder)
     measured(asked).save(out)
     expect_replaceable(out, model=asked.model, data=folder)
+    for again in (f"{asked.model}/", f"./{asked.model}", str(Path(asked.model).absolute())):
+        expect_replaceable(out, model=again, data=folder)
     for model, data in ((asked.model, tmp_path / "flowers"), ("timm:other", folder)):
         with pytest.raises(ValueError, match=f"--out: .*results of {model} on {data.name}, got"):
             expect_replaceable(out, model=model, data=data)
