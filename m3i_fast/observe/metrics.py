@@ -157,21 +157,22 @@ def last_step(path: Path) -> int:
 class DeviceMeans:
     """Running means of scalar tensors, kept on their device until `read` copies all at once.
 
-    device: of a state that is loaded. over_ranks: returns the mean of a tensor over the ranks, all
-    of which read at the same steps.
+    device: of the sums. over_ranks: returns the mean of a tensor over the ranks, all of which read
+    at the same steps. gather: returns a host value of every rank, in the order of the ranks.
     """
 
     def __init__(
         self,
         device: torch.device | None = None,
         over_ranks: Callable[[Tensor], Tensor] = lambda values: values,
+        gather: Callable[[Any], list[Any]] = lambda value: [value],
     ) -> None:
-        self._device, self._over_ranks = device, over_ranks
+        self._device, self._over_ranks, self._gather = device, over_ranks, gather
         # By the names of a step's metrics: their sums and, last, the count. One addition a step.
         self._sums: dict[tuple[str, ...], Tensor] = {}
 
     def add(self, values: Mapping[str, Tensor], skip: Tensor | None = None) -> None:
-        """Add the values of a step unless `skip` [] is 1; every rank adds the same names."""
+        """Add the values of a step unless `skip` [] is 1."""
         row = torch.stack([value.detach().float() for value in values.values()])
         row = torch.cat([row, row.new_ones(1)])
         if skip is not None:
@@ -182,14 +183,20 @@ class DeviceMeans:
     def read(self) -> dict[str, float]:
         """Return the means since the last `reset`, with one host synchronisation.
 
-        Names without a value since then are left out.
+        A name that some ranks lack, as the spread over pictures of a rank that had one, is the mean
+        over the others. Names without a value since then are left out.
         """
-        if not self._sums:
+        groups = list(dict.fromkeys(itertools.chain.from_iterable(self._gather(list(self._sums)))))
+        if not groups:
             return {}
-        flat = iter(self._over_ranks(torch.cat(list(self._sums.values()))).tolist())
+        rows = [
+            self._sums.get(names, torch.zeros(len(names) + 1, device=self._device))
+            for names in groups
+        ]
+        flat = iter(self._over_ranks(torch.cat(rows)).tolist())
         sums: dict[str, float] = {}
         counts: dict[str, float] = {}
-        for names in self._sums:
+        for names in groups:
             row = [next(flat) for _ in range(len(names) + 1)]
             for name, value in zip(names, row, strict=False):
                 sums[name] = sums.get(name, 0.0) + value

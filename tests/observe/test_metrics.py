@@ -10,10 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from m3i_fast.observe.metrics import TensorBoardSink, last_step, read_curves
+from m3i_fast.engine.parallel.ranks import World
+from m3i_fast.observe.metrics import DeviceMeans, TensorBoardSink, last_step, read_curves
 
 
 def _scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -75,3 +79,30 @@ def test_curves_are_the_rows_by_name_without_damaged_lines(tmp_path: Path) -> No
     assert last_step(tmp_path / "none") == 0
     path.write_text("nonsense\n")
     assert read_curves(path) == {} and last_step(path) == 0
+
+
+def _read_what_ranks_lack(rank: int, folder: Path) -> None:
+    """One of two ranks: the first lacks a metric, then the second one has none at all."""
+    store = dist.FileStore(str(folder / "store"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    world = World(torch.device("cpu"), rank, 2, dist.group.WORLD, dist.group.WORLD)
+    means = DeviceMeans(world.device, world.mean, world.gather)
+    spread = {"spread": torch.tensor(3.0)} if rank else {}
+    means.add({"loss": torch.tensor(1.0 + rank)} | spread)
+    means.add({"loss": torch.tensor(6.0)})
+    found = [means.read()]
+    means.reset()
+    if not rank:
+        means.add({"loss": torch.tensor(5.0)})
+    found.append(means.read())
+    means.reset()
+    found.append(means.read())
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def test_ranks_agree_on_the_means_of_metrics_that_some_of_them_lack(tmp_path: Path) -> None:
+    mp.start_processes(_read_what_ranks_lack, (tmp_path,), nprocs=2, start_method="fork")
+    for rank in range(2):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert found == [{"loss": (1 + 2 + 6 + 6) / 4, "spread": 3.0}, {"loss": 5.0}, {}]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +70,7 @@ def merge_batch_metrics(of_batches: Sequence[Mapping[str, Tensor]]) -> dict[str,
     if len(of_batches) == 1:
         return dict(of_batches[0])
     merged = {}
-    for name in of_batches[-1]:
+    for name in dict.fromkeys(chain(of_batches[-1], *of_batches)):
         values = torch.stack([metrics[name] for metrics in of_batches if name in metrics])
         merged[name] = values.sum(0) if name.startswith("members/") else values.mean(0)
     return merged

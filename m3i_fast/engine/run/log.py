@@ -49,7 +49,7 @@ class RunLog:
             expect_live_sinks(cfg.telemetry)
         self._recipe = recipe
         self._cfg, self._run_dir, self._world = cfg, run_dir, world
-        self.means = DeviceMeans(world.device, world.mean)
+        self.means = DeviceMeans(world.device, world.mean, world.gather)
         self.timer = StageTimer(world.device)
         self._telemetry = RunTelemetry(cfg, world, arithmetic)
         self._sinks: list[Sink] = []

@@ -15,6 +15,7 @@ from m3i_fast.config import TrainConfig
 from m3i_fast.config.objective.balance import BalanceConfig
 from m3i_fast.config.parallel import ParallelConfig
 from m3i_fast.engine.checkpoint.checkpoints import latest
+from m3i_fast.engine.parallel.accumulation import merge_batch_metrics
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.objectives.mixing import Mix
 from m3i_fast.observe.metrics import read_jsonl
@@ -169,3 +170,11 @@ def test_what_does_not_add_up_is_refused(
     assert not (tmp_path / "run").exists()
     with pytest.raises(ValueError, match="parallel.accumulate: expected 1 to 65536, got 0"):
         ParallelConfig(accumulate=0)
+
+
+def test_a_metric_that_some_batches_lack_is_the_mean_of_the_others() -> None:
+    batches = [{"a": 1.0, "members/a": 1.0, "spread": 2.0}, {"a": 3.0, "members/a": 4.0}]
+    merged = merge_batch_metrics(
+        [{name: torch.tensor(value) for name, value in batch.items()} for batch in batches]
+    )
+    assert merged == {"a": 2.0, "members/a": 5.0, "spread": 2.0}
