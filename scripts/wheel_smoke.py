@@ -174,7 +174,7 @@ def check_page(page: Path) -> None:
 
     import timm
     import torch
-    from safetensors.torch import save_file
+    from timm.models import save_for_hf
 
     from m3i_fast.pipelines.sources.concepts import read_drawings
     from m3i_fast.pipelines.sources.openmoji import read_svg
@@ -191,7 +191,8 @@ def check_page(page: Path) -> None:
             render(read_svg(drawing.code), 72).save(file)
             rows.writerow([file, drawing.caption, drawing.category])
     torch.manual_seed(0)
-    save_file(timm.create_model("vit_tiny_patch16_224").state_dict(), "vit_tiny.safetensors")
+    model = timm.create_model("vit_tiny_patch16_224.augreg_in21k_ft_in1k")
+    save_for_hf(model, "vit_tiny", safe_serialization=True)
     for language, block in re.findall(r"```(sh|python)\n(.*?)```", page.read_text(), re.DOTALL):
         if language == "python":
             exec(compile(block, str(page), "exec"), {})
