@@ -5,7 +5,8 @@ SXM, H100 SXM, H200 SXM and DGX B200 (an eighth of the node: 180 GB, 8 TB/s, 36 
 FP8 / 16 for BF16 dense): BF16 312, 989, 989 and 2,250 TFLOP/s; HBM 2,039, 3,350, 4,800 and
 8,000 GB/s; NVLink 600, 900, 900 and 1,800 GB/s, which are both directions together. The same of the
 H100 PCIe, H100 NVL and H200 NVL: BF16 756, 835 and 835 TFLOP/s; HBM 2,000, 3,900 and 4,800 GB/s;
-NVLink (a bridge) 600, 600 and 900 GB/s. FP8 is twice BF16 on all that have it. Networks are
+NVLink (a bridge) 600, 600 and 900 GB/s. Other A100s compute and talk alike: HBM 1,555 GB/s with
+40 GB, 1,935 GB/s with 80 GB on PCIe. FP8 is twice BF16 on all that have it. Networks are
 an assumption: one adapter a GPU, as in DGX A100 (200 Gbit/s), DGX H100, H200 and B200 (400 Gbit/s).
 Cores are those of these nodes, 128 and 112, for one of their eight cards; beside the PCIe and NVL
 cards 14 are assumed. Engines for JPEG: five in an A100 (NVIDIA's paper on the architecture), seven
@@ -18,7 +19,7 @@ The row `cpu` is an assumption throughout: two cores of a server, 10 Gbit/s.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # Share of a card's rate that matrix products reach: of large ViTs in bf16, not measured here.
 UTILISATION = 0.4
@@ -65,23 +66,27 @@ class Card:
 HOPPER = ("fp8_current", "fp8_delayed", "fp8_block")
 BLACKWELL = ("fp8_current", "fp8_delayed", "mxfp8")
 
+_A100 = Card(
+    name="a100",
+    bf16_flop_s=312e12,
+    fp32_flop_s=19.5e12,
+    memory_bytes=80e9,
+    memory_byte_s=2039e9,
+    nvlink_byte_s=300e9,
+    network_byte_s=25e9,
+    workspace_bytes=8 * 2**20 + 128 * 2**10,
+    jpeg_engines=5,
+    multiprocessors=108,
+    clock_hz=1.41e9,
+    cores=16,
+)
+
 CARDS = {
     card.name: card
     for card in (
-        Card(
-            name="a100",
-            bf16_flop_s=312e12,
-            fp32_flop_s=19.5e12,
-            memory_bytes=80e9,
-            memory_byte_s=2039e9,
-            nvlink_byte_s=300e9,
-            network_byte_s=25e9,
-            workspace_bytes=8 * 2**20 + 128 * 2**10,
-            jpeg_engines=5,
-            multiprocessors=108,
-            clock_hz=1.41e9,
-            cores=16,
-        ),
+        _A100,
+        replace(_A100, name="a100_40gb", memory_bytes=40e9, memory_byte_s=1555e9),
+        replace(_A100, name="a100_pcie", memory_byte_s=1935e9),
         Card(
             name="h100",
             bf16_flop_s=989e12,
@@ -180,10 +185,11 @@ CARDS = {
     )
 }
 
-# What the driver calls a card, whole, with the one that it is. A100s are all as fast, whatever
-# their memory and socket; H100s and H200s are not.
+# What the driver calls a card, whole, with the one that it is.
 _NAMES = {
-    r"A100-(SXM4|SXM|PCIE|PCIe)-(40|80)GB|A100 80GB PCIe": "a100",
+    r"A100-SXM4?-80GB": "a100",
+    r"A100-(SXM4?|PCI[Ee])-40GB": "a100_40gb",
+    r"A100-PCI[Ee]-80GB|A100 80GB PCIe": "a100_pcie",
     r"H100 80GB HBM3|H100 SXM5?( 80GB)?": "h100",
     r"H100 PCIe": "h100_pcie",
     r"H100 NVL": "h100_nvl",

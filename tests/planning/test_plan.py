@@ -279,6 +279,8 @@ def test_published_rates() -> None:
     rates = {name: card.bf16_flop_s for name, card in CARDS.items() if card.is_gpu}
     assert rates == {
         "a100": 312e12,
+        "a100_40gb": 312e12,
+        "a100_pcie": 312e12,
         "h100": 989e12,
         "h200": 989e12,
         "h100_pcie": 756e12,
@@ -287,7 +289,7 @@ def test_published_rates() -> None:
         "b200": 2250e12,
     }
     for name, card in CARDS.items():
-        a_clock = {"a100": 2048, "b200": 8192}.get(name, 4096)
+        a_clock = {"a100": 2048, "b200": 8192}.get(name.split("_")[0], 4096)
         expected = pytest.approx(card.bf16_flop_s, rel=2e-3)
         assert not card.is_gpu or card.multiprocessors * card.clock_hz * a_clock == expected
 

@@ -139,8 +139,9 @@ def test_the_share_of_fp8_is_what_a_real_step_multiplies_in_it(name: str) -> Non
     ("name", "card"),
     [
         ("NVIDIA A100-SXM4-80GB", "a100"),
-        ("NVIDIA A100-PCIE-40GB", "a100"),
-        ("NVIDIA A100 80GB PCIe", "a100"),
+        ("NVIDIA A100-SXM4-40GB", "a100_40gb"),
+        ("NVIDIA A100-PCIE-40GB", "a100_40gb"),
+        ("NVIDIA A100 80GB PCIe", "a100_pcie"),
         ("NVIDIA H100 80GB HBM3", "h100"),
         ("NVIDIA H100 PCIe", "h100_pcie"),
         ("NVIDIA H100 NVL", "h100_nvl"),
