@@ -31,6 +31,7 @@ from m3i_fast.config.models.vit import ViTConfig
 from m3i_fast.config.objective.objective import ObjectiveConfig
 from m3i_fast.config.optim import EmaConfig, OptimConfig
 from m3i_fast.config.parallel import ParallelConfig
+from m3i_fast.config.run_encoder import NamedEncoder
 from m3i_fast.config.telemetry import TelemetryConfig
 from m3i_fast.durable_files import write_atomically
 from m3i_fast.json_files import read_json
@@ -42,7 +43,7 @@ Backend = Literal["auto", "torch", "te", "torchao"]
 Graphs = Literal["none", "modules", "step"]
 INIT_SCHEMES = {
     **{"timm": "FILE_OR_FOLDER", "dinov2": "FILE", "dinov3": "FILE", "open_clip": "FILE_OR_FOLDER"},
-    **{"hf": "FOLDER", "internimage": "FILE", "run": "DIR"},
+    **{"hf": "FOLDER", "internimage": "FILE", "run": "DIR[,which=ema]"},
 }
 
 
@@ -57,7 +58,7 @@ class TrainConfig(Checked):
     VisionTransformer of timm's, or Eva of DINOv3; dinov2:FILE, dinov3:FILE, those repositories';
     open_clip:FILE_OR_FOLDER, a model of open_clip, also for the text encoder where text.attention
     is causal; hf:FOLDER, a folder of Hugging Face's transformers; internimage:FILE, a published
-    InternImage; run:DIR, the newest checkpoint of a run.
+    InternImage; run:DIR, the newest checkpoint of a run, run:DIR,which=ema its moving average.
     Files are .safetensors or torch.save's. Empty: none."""
     num_steps: Annotated[int, STEPS] = 100_000
     """Number of optimiser steps, which is the length of the schedules."""
@@ -179,7 +180,13 @@ class TrainConfig(Checked):
         if scheme not in INIT_SCHEMES or not place:
             known = [f"{name}:{kind}" for name, kind in INIT_SCHEMES.items()]
             yield "init", f"expected one of {', '.join(known)}, got {self.init!r}"
-        elif scheme != "run" and (scheme == "internimage") == isinstance(self.vision, ViTConfig):
+            return
+        if scheme == "run":
+            try:
+                NamedEncoder.of(place)
+            except ValueError as error:
+                yield "init", str(error)
+        elif (scheme == "internimage") == isinstance(self.vision, ViTConfig):
             is_vit = isinstance(self.vision, ViTConfig)
             takes = (
                 "a file of a ViT with a ViT" if is_vit else "internimage:FILE with an InternImage"

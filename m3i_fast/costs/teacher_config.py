@@ -7,6 +7,7 @@ from pathlib import Path
 
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.models.vision import VisionConfig
+from m3i_fast.config.run_encoder import NamedEncoder
 
 TIMM = "timm:"
 """What the name of a teacher of timm begins with."""
@@ -15,9 +16,11 @@ TIMM = "timm:"
 def teacher_vision(spec: str, image_size: int) -> VisionConfig | None:
     """Return the encoder that `spec` names, as it reads images of that size; None for one of timm.
 
-    Raises FileNotFoundError where there is no such run.
+    Raises FileNotFoundError where there is no such run, and ValueError as `NamedEncoder.of`.
     """
-    return None if spec.startswith(TIMM) else replace(run_vision(Path(spec)), image_size=image_size)
+    if spec.startswith(TIMM):
+        return None
+    return replace(run_vision(NamedEncoder.of(spec).run), image_size=image_size)
 
 
 def run_vision(run: Path) -> VisionConfig:
@@ -25,7 +28,7 @@ def run_vision(run: Path) -> VisionConfig:
     config = run / "config.json"
     if not config.is_file():
         raise FileNotFoundError(
-            f"teacher: expected a run directory, timm:NAME or timm:NAME:FILE.safetensors, got "
-            f"{str(run)!r}, which has no config.json"
+            "teacher: expected RUN, a run directory, RUN,which=ema, timm:NAME or "
+            f"timm:NAME:FILE.safetensors, got {str(run)!r}, which has no config.json"
         )
     return TrainConfig.load(config).vision

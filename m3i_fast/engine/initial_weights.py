@@ -16,6 +16,7 @@ from m3i_fast.config import TrainConfig, ViTConfig, differences
 from m3i_fast.config.models.internimage import InternImageConfig
 from m3i_fast.config.models.text import TextConfig
 from m3i_fast.config.models.vision import VisionConfig
+from m3i_fast.config.run_encoder import NamedEncoder
 from m3i_fast.durable_files import digest, write_atomically
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.checkpoint.shard_files import MANIFEST
@@ -24,6 +25,7 @@ from m3i_fast.engine.parallel.ranks import World
 from m3i_fast.export import open_clip_weights
 from m3i_fast.export.huggingface.read_folder import read_folder
 from m3i_fast.export.internimage_weights import internimage_weights
+from m3i_fast.export.timm import described_by_timm
 from m3i_fast.export.vit_names import Family, Renamed
 from m3i_fast.export.vit_weights import FittedWeights, fitted, fold_pixel_statistics, vit_weights
 from m3i_fast.export.weight_files import read_weights, some, tensors_in
@@ -37,7 +39,6 @@ from m3i_fast.pipelines.optional_imports import require
 logger = logging.getLogger(__name__)
 
 INIT_FILE = "init.json"  # in a run's directory
-_ENCODER = "encoder."  # prefix of the image encoder's weights in the objective
 _TEXT = "text_encoder."  # what the text encoder's are told by
 _BLOCK = re.compile(r"\bblocks\.\d+\.")
 
@@ -145,8 +146,9 @@ def read_initial(spec: str, vision: VisionConfig, text: TextConfig | None = None
     path = Path(place)
     try:
         if scheme == "run":
-            newest = checkpoint.latest(path / "checkpoints")
-            return _initial(spec, newest.path / MANIFEST, _of_run(path, newest, vision))
+            named = NamedEncoder.of(place)
+            newest = checkpoint.latest(named.run / "checkpoints")
+            return _initial(spec, newest.path / MANIFEST, _of_run(named, newest, vision))
         if scheme == "open_clip":
             return _of_open_clip(spec, path, vision, text)
         if scheme == "hf":
@@ -177,9 +179,13 @@ def _initial(spec: str, file: Path, weights: FittedWeights) -> InitialWeights:
 
 
 def _of_timm_folder(spec: str, folder: Path, vision: VisionConfig) -> InitialWeights:
-    """Return the weights of a folder of timm's (`save_for_hf`), for pixels as it has them."""
+    """Return the weights of a folder of timm's (`save_for_hf`), for pixels as it has them.
+
+    Heads, GELU and the norms' eps are those of the model that timm builds by the folder's config.
+    """
     assert isinstance(vision, ViTConfig)
-    config = read_json(folder / "config.json")
+    require("timm", extra="timm")
+    config = read_json(folder / "config.json", {"architecture": str, "model_args?": dict})
     pixels = config.get("pretrained_cfg", config)
     if missing := {"mean", "std"} - pixels.keys():
         raise ValueError(
@@ -187,7 +193,8 @@ def _of_timm_folder(spec: str, folder: Path, vision: VisionConfig) -> InitialWei
         )
     names = ("model.safetensors", "pytorch_model.bin")
     file = next((folder / name for name in names if (folder / name).is_file()), folder / names[0])
-    weights = vit_weights(tensors_in(read_weights(file)), "timm", vision)
+    described = described_by_timm(config["architecture"], **config.get("model_args", {}))
+    weights = vit_weights(tensors_in(read_weights(file)), "timm", vision, described)
     fold_pixel_statistics(weights, pixels["mean"], pixels["std"])
     return _initial(spec, file, weights)
 
@@ -221,14 +228,17 @@ def _expect_asked(without_text: str, text: TextConfig | None) -> None:
         )
 
 
-def _of_run(run: Path, newest: checkpoint.Checkpoint, vision: VisionConfig) -> FittedWeights:
+def _of_run(
+    named: NamedEncoder, newest: checkpoint.Checkpoint, vision: VisionConfig
+) -> FittedWeights:
     """Return the weights of the image encoder of one of our runs."""
-    of_run = TrainConfig.load(run / "config.json").vision
-    saved = newest.shards("model").read(_ENCODER)
-    state = {name.removeprefix(_ENCODER): value for name, value in saved.items()}
-    sources = {name: f"{_ENCODER}{name}" for name in state}
+    of_run = TrainConfig.load(named.run / "config.json").vision
+    state = newest.encoder(named.which)
+    sources = {name: f"{named.prefix}{name}" for name in state}
     if isinstance(of_run, ViTConfig) and isinstance(vision, ViTConfig):
-        return fitted(Renamed(tensors=state, sources=sources), of_run, vision, f"that of {run}")
+        return fitted(
+            Renamed(tensors=state, sources=sources), of_run, vision, f"that of {named.run}"
+        )
     with torch.device("meta"):
         expected = _shapes(build_encoder(vision))
     if {name: value.shape for name, value in state.items()} != expected:

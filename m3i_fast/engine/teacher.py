@@ -17,13 +17,12 @@ from torch import Tensor, nn
 
 from m3i_fast.config.convert import to_tree
 from m3i_fast.config.models.vision import VisionConfig
+from m3i_fast.config.run_encoder import NamedEncoder
 from m3i_fast.costs.teacher_config import TIMM, run_vision
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.models.encoder import ImageEncoder, PackedCells, PackedTokens
 from m3i_fast.models.image_encoder import build_encoder
 from m3i_fast.ops import IMAGENET_MEAN, IMAGENET_STD
-
-_ENCODER = "encoder."  # prefix of the image encoder's weights in the objective
 
 
 class Teacher(ImageEncoder):
@@ -71,32 +70,32 @@ def load_teacher(spec: str, vision: VisionConfig) -> Teacher:
     It reads the student's normalised views, [B, 3, S, S] with S = vision.image_size, and returns as
     many tokens as the student; their width is `dim`, which may differ from the student's.
 
-    spec: a run directory of ours (its newest checkpoint is read), `timm:NAME` (downloads the
-    weights that are not in the hub's cache) or `timm:NAME:FILE.safetensors`, a file with all
-    weights of that timm model. A position table of another image size is interpolated.
+    spec: a run directory of ours (its newest checkpoint is read; with `,which=ema` behind it the
+    moving average of its encoder), `timm:NAME` (downloads the weights that are not in the hub's
+    cache) or `timm:NAME:FILE.safetensors`, a file with all weights of that timm model. A position
+    table of another image size is interpolated.
 
     Raises:
         FileNotFoundError: there is no such run, checkpoint or file.
         ImportError: timm is not installed.
         ConnectionError: the weights of `timm:NAME` cannot be downloaded.
-        ValueError: timm has no such model, or the file does not fit it; the grid of tokens is not
+        ValueError: the run has no moving average; timm has no such model, or the file does not fit
+            it; the grid of tokens is not
             square or not the student's; the model expects other pixels than `ops.mask_mix` makes.
     """
     if spec.startswith(TIMM):
         return _load_timm(spec, vision)
-    return _load_run(Path(spec), vision)
+    return _load_run(NamedEncoder.of(spec), vision)
 
 
 # ---- One of our runs -----------------------------------------------------------------------------
 
 
-def _load_run(run: Path, vision: VisionConfig) -> Teacher:
-    of_run = run_vision(run)
-    _expect_grid(str(run), _side(of_run, vision.image_size), vision)
+def _load_run(named: NamedEncoder, vision: VisionConfig) -> Teacher:
+    of_run = run_vision(named.run)
+    _expect_grid(str(named.run), _side(of_run, vision.image_size), vision)
     encoder = build_encoder(of_run)
-    newest = checkpoint.latest(run / "checkpoints")
-    weights = newest.shards("model").read(_ENCODER)
-    encoder.load_state_dict({name.removeprefix(_ENCODER): w for name, w in weights.items()})
+    encoder.load_state_dict(checkpoint.latest(named.run / "checkpoints").encoder(named.which))
     return Teacher(encoder, json.dumps(to_tree(of_run), sort_keys=True))
 
 

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from m3i_fast.config.models.text import TextConfig
 from m3i_fast.config.models.vit import ViTConfig
 from m3i_fast.export.text_weights import fitted_text
-from m3i_fast.export.timm import activation_of
+from m3i_fast.export.timm import described_by_timm
 from m3i_fast.export.vit_names import OPEN_CLIP_BLOCK, OPEN_CLIP_RESBLOCKS, Renamed
 from m3i_fast.export.vit_weights import FittedWeights, fold_pixel_statistics, vit_weights
 from m3i_fast.export.weight_files import read_weights, some, tensors_in
@@ -94,7 +93,7 @@ def _image_weights(file: OpenClipFile, cfg: ViTConfig) -> FittedWeights:
     trunk = {n.removeprefix(_TRUNK): v for n, v in file.state.items() if n.startswith(_TRUNK)}
     if trunk:
         if "timm_model_name" in vision:
-            told = _told_by_timm(vision["timm_model_name"])
+            told = described_by_timm(vision["timm_model_name"])
         weights = vit_weights(trunk, "timm", cfg, told)
         return _with_sources(weights, "", _TRUNK)
     state = {name: value for name, value in file.state.items() if name.startswith(_VISUAL)}
@@ -140,33 +139,6 @@ def _told(
     eps = (tower.get("norm_kwargs") or {}).get("eps", _EPS)
     heads = tower.get("heads", width // (head_width or _HEAD_DIM))
     return {"mlp": mlp, "norm_eps": eps, "num_heads": heads}
-
-
-def _told_by_timm(name: str) -> dict[str, Any]:
-    """Return the same of a model of timm, which timm builds by its name and nothing else.
-
-    ValueError for what is no name of timm's own, as hf-hub: and local-dir:, by which it would read
-    elsewhere, and for a model that is neither a plain ViT nor DINOv3's.
-    """
-    import timm
-
-    if not isinstance(name, str) or not timm.is_model(name):
-        raise ValueError(f"timm_model_name: expected a model that timm has, got {name!r}")
-    with torch.device("meta"):
-        model = timm.create_model(name, pretrained=False)
-    if isinstance(model, timm.models.Eva):  # whose rotary positions are DINOv3's or others
-        is_ours = isinstance(model.rope, timm.layers.RotaryEmbeddingDinoV3)
-    else:
-        is_ours = isinstance(model, timm.models.VisionTransformer)
-    if not is_ours:
-        raise ValueError(
-            f"timm_model_name: expected a ViT that ours can be, plain or DINOv3's, got {name}, a "
-            f"{type(model).__name__}"
-        )
-    block = model.blocks[0]
-    kind = activation_of(block.mlp.act)
-    told = {"norm_eps": block.norm1.eps, "num_heads": block.attn.num_heads}
-    return told if kind == "SiLU" else {**told, "mlp": kind}
 
 
 # ---- Texts ---------------------------------------------------------------------------------------

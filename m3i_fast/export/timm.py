@@ -127,6 +127,37 @@ def activation_of(act: Any) -> str:
     return "gelu" if isinstance(act, GELU | nn.GELU) else type(act).__name__
 
 
+def described_by_timm(name: str, **arguments: Any) -> dict[str, Any]:
+    """Return what a model of timm is beside the shapes of its weights, as fields of a ViTConfig.
+
+    timm builds it by its name and these arguments of `timm.create_model`. ValueError for what is no
+    name of timm's own, as hf-hub: and local-dir:, by which it would read elsewhere, and for a model
+    that is neither a plain ViT nor DINOv3's.
+    """
+    import timm
+
+    if not isinstance(name, str) or not timm.is_model(name):
+        raise ValueError(f"expected a model that timm has, got {name!r}")
+    with torch.device("meta"):
+        try:
+            model = timm.create_model(name, pretrained=False, **arguments)
+        except (TypeError, AssertionError, KeyError) as error:
+            raise ValueError(f"{name}: timm makes no such model of {arguments}: {error}") from error
+    if isinstance(model, timm.models.Eva):  # whose rotary positions are DINOv3's or others
+        is_ours = isinstance(model.rope, timm.layers.RotaryEmbeddingDinoV3)
+    else:
+        is_ours = isinstance(model, timm.models.VisionTransformer)
+    if not is_ours:
+        raise ValueError(
+            f"expected a ViT that ours can be, plain or DINOv3's, got {name}, a "
+            f"{type(model).__name__}"
+        )
+    block = model.blocks[0]
+    kind = activation_of(block.mlp.act)
+    described = {"norm_eps": block.norm1.eps, "num_heads": block.attn.num_heads}
+    return described if kind == "SiLU" else {**described, "mlp": kind}
+
+
 def timm_arguments(cfg: ViTConfig) -> dict[str, Any]:
     """Return the arguments of timm's VisionTransformer for a config, JSON-able.
 

@@ -159,6 +159,10 @@ def expect_plain(state: Mapping[str, Tensor]) -> None:
     }
     if has("pos_embed") is None:
         signs["rotary positions that are not DINOv3's"] = ("fc_norm.weight", "fc_norm.bias")
+    elif has("attn.q_bias") and _has_packed_gate(state):
+        signs["EVA-02, which turns them beside its table"] = ("pos_embed", "attn.q_bias")
+    if not any(map(has, ("norm.weight", "fc_norm.weight", "attn_pool.latent"))):
+        signs["PE-Spatial, which adds rotary positions"] = ("pos_embed", "norm_pre.weight")
     for model, names in signs.items():
         found = [has(name) for name in names]
         if all(found):
@@ -166,6 +170,12 @@ def expect_plain(state: Mapping[str, Tensor]) -> None:
                 f"expected an encoder that our ViT can be, got {some(found)}: {model}; by which "
                 "angles that model turns, a file does not say"
             )
+
+
+def _has_packed_gate(state: Mapping[str, Tensor]) -> bool:
+    """Return whether fc1 of a block has twice the columns of fc2: a gate beside the values."""
+    fc1, fc2 = (state.get(f"blocks.0.mlp.fc{number}.weight") for number in (1, 2))
+    return fc1 is not None and fc2 is not None and fc1.shape[0] == 2 * fc2.shape[1]
 
 
 def _sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.objective.targets import ANSWERS
+from m3i_fast.config.run_encoder import PREFIXES
 from m3i_fast.durable_files import created_whole
 from m3i_fast.export.weight_files import WEIGHTS, write_weights
-from m3i_fast.inference.loading import PREFIXES, data_record, find_weights
+from m3i_fast.inference.loading import data_record, find_weights
 
 
 def save_folder(run: Path, out: Path, *, data: Path | None = None) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from m3i_fast.config import TrainConfig
+from m3i_fast.config.run_encoder import Which
 from m3i_fast.engine.initial_weights import INIT_FILE
 from m3i_fast.engine.run.data_record import DataRecord
 from m3i_fast.export.huggingface import own_model
@@ -21,7 +22,7 @@ from m3i_fast.export.huggingface.own_model import TextTower
 from m3i_fast.export.huggingface.preprocessing import preprocessor_config
 from m3i_fast.export.huggingface.save import save_folder
 from m3i_fast.export.huggingface.tokenizer import tokenizer_files
-from m3i_fast.inference.loading import Stored, Which, data_record, find_weights, load
+from m3i_fast.inference.loading import Stored, data_record, find_weights, load
 from m3i_fast.inference.model import Model
 from m3i_fast.json_files import read_json
 from m3i_fast.models.internimage.model import InternImage

@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.objective.targets import ANSWERS
+from m3i_fast.config.run_encoder import PREFIXES, Which, expect_which
 from m3i_fast.engine.checkpoint.checkpoints import Checkpoint, latest
 from m3i_fast.engine.checkpoint.shard_files import Shards
 from m3i_fast.engine.precision.arithmetic import compute_dtype, resolve_device
@@ -49,10 +50,6 @@ if TYPE_CHECKING:
     from m3i_fast.pipelines.dataset.manifest import Manifest
 
 logger = logging.getLogger(__name__)
-
-Which = Literal["trained", "ema"]
-# What the names of an encoder's weights begin with in a checkpoint.
-PREFIXES: dict[str, str] = {"trained": "encoder.", "ema": "target_encoder.encoder."}
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +153,7 @@ def _of_checkpoint(checkpoint: Checkpoint, run: Path) -> Stored:
 
 
 def _expect_choices(run: Path, cfg: TrainConfig, which: str, dtype: torch.dtype | None) -> None:
-    if which not in PREFIXES:
-        raise ValueError(f"which: expected trained or ema, got {which!r}")
+    expect_which(which)
     if which == "ema" and not cfg.objective.uses(encoder="momentum"):
         raise ValueError(
             f"which: expected trained, since {run} trained no term on a moving average, got ema"

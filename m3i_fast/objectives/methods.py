@@ -171,10 +171,13 @@ def radio(*teachers: str | None) -> tuple[Term, ...]:
     return tuple(terms)
 
 
+POOLING = "Mean of the tokens in place of the class token"
+BLOCKS = "cells are hidden in squares of 2 x 2, not in large rectangles"
 MASKS = (
-    "Every view is masked, by one share of its cells and both views of a picture alike; the mean "
-    "of the tokens in place of the class token."
+    "Every view is masked, by one share of its cells and both views of a picture alike; "
+    f"{BLOCKS}; the mean of the tokens in place of the class token."
 )
+HALF = "The cells weigh twice as much: of the authors' views half are masked, and all are counted."
 
 with_mask_tokens = partial(
     Method,
@@ -198,8 +201,8 @@ METHODS: dict[str, Method] = {
         paper="arXiv 2103.00020",
         family="weakly supervised",
         terms=(CAPTION,),
-        differs="The projection of pictures is an MLP; captions are read in both directions and "
-        "averaged; pictures and captions of one group are positives.",
+        differs=f"{POOLING}; the projection of pictures is an MLP; captions are read in both "
+        "directions and averaged; pictures and captions of one group are positives.",
     ),
     "siglip": Method(
         title="SigLIP",
@@ -280,7 +283,7 @@ METHODS: dict[str, Method] = {
         mask_ratio=0.6,
         mask_block=2,
         differs="Targets are the last layer's tokens, not the mean of the last K layers'; squared "
-        "distance instead of smooth L1; a decoder predicts them.",
+        f"distance instead of smooth L1; a decoder predicts them; {BLOCKS}.",
     ),
     "milan": Method(
         title="MILAN",
@@ -348,7 +351,7 @@ METHODS: dict[str, Method] = {
                 weight=0.8,  # both directions' sum, each times 2 tau
             ),
         ),
-        differs="No batch norm after the predictor; patch embedding is learnt.",
+        differs=f"{POOLING}; no batch norm after the predictor; patch embedding is learnt.",
     ),
     "simclr": Method(
         title="SimCLR",
@@ -422,7 +425,7 @@ METHODS: dict[str, Method] = {
         family="inter-view",
         terms=(prototypes(name="prototypes", symmetric=True),),
         local_views=True,
-        differs="The teacher's temperature is 0.04 from the start.",
+        differs=f"{POOLING}; the teacher's temperature is 0.04 from the start.",
     ),
     "siameseim_pixel": Method(
         title="SiameseIM, pixels",
@@ -432,6 +435,7 @@ METHODS: dict[str, Method] = {
         mode="masked",
         mask_ratio=0.6,
         mask_block=2,
+        differs=f"{BLOCKS.capitalize()}.",
     ),
     "siameseim": Method(
         title="SiameseIM",
@@ -445,7 +449,8 @@ METHODS: dict[str, Method] = {
         mode="masked",
         mask_ratio=0.6,
         mask_block=2,
-        differs="Layer norm in place of the predictor's batch norm; targets are standardised by "
+        differs=f"{BLOCKS.capitalize()}; "
+        "layer norm in place of the predictor's batch norm; targets are standardised by "
         "running statistics in place of a projector with batch norm, and decorrelated by their "
         "covariance, not by their second moment; patch embedding is learnt.",
     ),
@@ -457,6 +462,7 @@ METHODS: dict[str, Method] = {
         mode="masked",
         mask_ratio=0.3,
         local_views=True,
+        differs=f"{POOLING}; each picture of a batch has a mask of its own.",
     ),
     "mixmim": Method(
         title="MixMIM",
@@ -472,8 +478,8 @@ METHODS: dict[str, Method] = {
         paper="arXiv 2111.07832",
         family="several targets",
         terms=IBOT,
-        differs=f"{MASKS} Pictures and cells have a head each; the teacher's temperature is 0.04 "
-        "from the start; the centre of cells is that of the hidden ones.",
+        differs=f"{MASKS} {HALF} Pictures and cells have a head each; the teacher's temperature is "
+        "0.04 from the start; the centre of cells is that of the hidden ones.",
     ),
     "dinov2": with_mask_tokens(
         title="DINOv2",
@@ -483,9 +489,9 @@ METHODS: dict[str, Method] = {
             *IBOT,
             KOLEO,
         ),
-        differs=f"{MASKS} Targets are centred, as in its authors' configuration for ImageNet-1k; "
-        "those of their largest models are balanced (regulariser joint_sinkhorn). The teacher's "
-        "temperature is 0.04 from the start.",
+        differs=f"{MASKS} {HALF} Targets are centred, as in its authors' configuration for "
+        "ImageNet-1k; those of their largest models are balanced (regulariser joint_sinkhorn). "
+        "Pictures and cells have a head each; the teacher's temperature is 0.04 from the start.",
     ),
     "dinov3": with_mask_tokens(
         title="DINOv3",
@@ -505,9 +511,9 @@ METHODS: dict[str, Method] = {
                 weight=2.0,
             ),
         ),
-        differs=f"{MASKS} The Gram matrix is of one global view, at its own resolution, and of the "
-        "mean over all pairs of cells; its weight is there from the first step, where the paper "
-        "adds it late; targets are sharpened by a temperature of 0.05.",
+        differs=f"{MASKS} {HALF} The Gram matrix is of one global view, at its own resolution, and "
+        "of the mean over all pairs of cells; its weight is there from the first step, where the "
+        "paper adds it late; the teacher's temperature is 0.04 from the start.",
     ),
     "tips": with_mask_tokens(
         title="TIPS",
@@ -551,7 +557,7 @@ METHODS: dict[str, Method] = {
             ),
         ),
         local_views=True,
-        differs="Mean of the tokens in place of the class token.",
+        differs=f"{POOLING}.",
     ),
     "radio": Method(
         title="RADIO with PHI-S",

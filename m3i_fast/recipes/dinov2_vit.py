@@ -6,7 +6,8 @@ published none of ViT-S and ViT-B, which they distilled; what those have of thei
 here, and not yet measured. `m3i-fast methods --explain dinov2` says where the method differs. Not
 theirs are, beside it: blur and solarisation are drawn alike for both global views; the rate of
 stochastic depth rises from layer to layer; the patch embedding learns at its layer's rate, not a
-fifth of it; prototypes learn from the first step on, not from the second epoch.
+fifth of it; prototypes learn from the first step on, not from the second epoch, and have unit
+length for good; views and cells have a head each; weight decay leaves the mask token out.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def for_imagenet(
         ),
         vision=replace(vision, layer_scale_init=1e-5, drop_path_mode="subset"),  # [DINOv2]
         objective=ObjectiveConfig(
-            terms=tuple(_warmed_up(term) for term in terms),
+            terms=tuple(_halved(_warmed_up(term)) for term in terms),
             mixing=METHODS["dinov2"].mixing,  # [DINOv2] the mean of its mask ratios, 0.1 to 0.5
             projector=ProjectorConfig(hidden_dim=2048, output_dim=256, num_layers=3),  # [DINOv2]
             num_prototypes=65536,  # [DINOv2]
@@ -95,6 +96,14 @@ def for_imagenet(
         log_every=50,
         checkpoint_every=2000,
     )
+
+
+def _halved(term: Term) -> Term:
+    """Let cells weigh half: theirs is a mean over all views, and half of them are not masked.
+
+    [DINOv2] mask_sample_probability 0.5; here all views are masked.
+    """
+    return replace(term, weight=0.5) if term.target == "cell_prototypes" else term
 
 
 def _warmed_up(term: Term) -> Term:

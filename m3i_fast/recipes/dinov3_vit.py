@@ -4,9 +4,10 @@ Marked [DINOv3]: their configuration of ViT-L/16 on ImageNet-1k (vitl_im1k_lin83
 64 pictures, 125,000 steps), which is DINOv2's with rotary positions and balanced targets, and that
 of the second stage of their 7B model (dinov3_vit7b16_gram_anchor.yaml). They distilled ViT-S and
 ViT-B; what those have of their own, and the length and rate of the second stage at these sizes, are
-chosen here, and not yet measured. --init takes the encoder of the first stage's average, so that
-the second draws its prototypes anew. `m3i-fast methods --explain dinov3` says where the method
-differs; what else is not theirs, recipes/dinov2_vit.py says.
+chosen here, and not yet measured. The second begins from the average of the first one's encoder,
+and draws its prototypes anew; small views weigh as in the first, where the authors halve them.
+`m3i-fast methods --explain dinov3` says where the method differs; what else is not theirs,
+recipes/dinov2_vit.py says, but for the two heads, which are.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def dinov3_vit_l() -> TrainConfig:
 
 
 def dinov3_vit_s_gram() -> TrainConfig:
-    """Train a run of dinov3_vit_s on with Gram anchoring (--init run:RUN).
+    """Train a run of dinov3_vit_s on with Gram anchoring (--init run:RUN,which=ema).
 
     Needs: pictures; 32 cards of 24 GB; 64 pictures a card.
     """
@@ -56,7 +57,7 @@ def dinov3_vit_s_gram() -> TrainConfig:
 
 
 def dinov3_vit_b_gram() -> TrainConfig:
-    """Train a run of dinov3_vit_b on with Gram anchoring (--init run:RUN).
+    """Train a run of dinov3_vit_b on with Gram anchoring (--init run:RUN,which=ema).
 
     Needs: pictures; 32 cards of 40 GB; 64 pictures a card.
     """
@@ -64,7 +65,7 @@ def dinov3_vit_b_gram() -> TrainConfig:
 
 
 def dinov3_vit_l_gram() -> TrainConfig:
-    """Train a run of dinov3_vit_l on with Gram anchoring (--init run:RUN).
+    """Train a run of dinov3_vit_l on with Gram anchoring (--init run:RUN,which=ema).
 
     Needs: pictures; 32 cards of 80 GB; 64 pictures a card.
     """

@@ -43,7 +43,7 @@ def production(
         vision=vision,
         text=TextConfig(),  # [paper] CLIP's base text Transformer, from scratch
         objective=ObjectiveConfig(
-            mixing=MixingConfig(  # [paper] two images, block-wise, about half and half, together
+            mixing=MixingConfig(  # [paper] two images, by blocks, about half and half, together
                 mode="joint", mask_block=2, min_contrast=MIN_CONTRAST
             ),
             # [SiameseIM] depth, heads; its width is the encoder's, and so has the targets' rank

@@ -25,6 +25,7 @@ from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.initial_weights import read_initial
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.models.image_encoder import build_encoder
+from m3i_fast.objectives.methods import METHODS
 from m3i_fast.objectives.terms import Caption
 from m3i_fast.ops import IMAGENET_MEAN, IMAGENET_STD
 from m3i_fast.recipes import demo_internimage, shrink
@@ -55,6 +56,12 @@ def file(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "dinov3.safetensors"
     save_file(model.state_dict(), path)
     return path
+
+
+SMALL_TIMM = {
+    **{"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
+    "num_classes": 3,
+}
 
 
 def config(dataset: Path, init: str, vision: ViTConfig = VISION) -> TrainConfig:
@@ -88,12 +95,9 @@ def test_a_run_begins_with_timms_features(
 def test_a_folder_of_timm_tells_how_pixels_are_normalised(tmp_path: Path) -> None:
     """timm's own ViTs mostly by 0.5; the features are of the same picture."""
     torch.manual_seed(2)
-    model = timm.create_model(
-        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2,
-        num_classes=3,
-    ).eval()  # fmt: skip
+    model = timm.create_model("vit_tiny_patch16_224", **SMALL_TIMM).eval()
     assert model.pretrained_cfg["mean"] == (0.5, 0.5, 0.5)
-    save_for_hf(model, tmp_path)
+    save_for_hf(model, tmp_path, model_args=SMALL_TIMM)
     vision = ViTConfig(
         image_size=32, patch_size=8, dim=32, depth=2, num_heads=2, class_token=True, norm_eps=1e-6
     )
@@ -106,9 +110,41 @@ def test_a_folder_of_timm_tells_how_pixels_are_normalised(tmp_path: Path) -> Non
         for mean, std in ((IMAGENET_MEAN, IMAGENET_STD), ((0.5,) * 3, (0.5,) * 3))
     )
     torch.testing.assert_close(encoder(ours), model.forward_features(theirs), atol=1e-4, rtol=1e-4)
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"architecture": "vit_tiny_patch16_224"}')
     with pytest.raises(ValueError, match=r"--init timm:.*expected mean and std of pixels in"):
         read_initial(f"timm:{tmp_path}", vision)
+
+
+def test_a_folder_of_timm_tells_which_gelu_and_eps_it_has(tmp_path: Path) -> None:
+    """Weights and their shapes are those of any other ViT."""
+    torch.manual_seed(3)
+    name = "vit_base_patch16_clip_quickgelu_224"
+    model = timm.create_model(name, **SMALL_TIMM).eval()
+    save_for_hf(model, tmp_path, model_args=SMALL_TIMM)
+    sizes = {"image_size": 32, "patch_size": 8, "dim": 32, "depth": 2, "num_heads": 2}
+    vision = ViTConfig(**sizes, class_token=True, pre_norm=True)
+    with pytest.raises(ValueError, match=r"--vision.mlp quick_gelu --vision.norm-eps 1e-05"):
+        read_initial(f"timm:{tmp_path}", vision)
+    vision = replace(vision, mlp="quick_gelu", norm_eps=1e-5)
+    encoder = build_encoder(vision)
+    encoder.load_state_dict(read_initial(f"timm:{tmp_path}", vision).weights.tensors)
+    mean, std = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+    own_mean, own_std = (torch.tensor(x).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
+    picture = torch.rand(2, 3, 32, 32)
+    expected = model.forward_features((picture - mean) / std)
+    found = encoder((picture - own_mean) / own_std)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_folder_of_a_model_that_ours_cannot_be_is_refused(tmp_path: Path) -> None:
+    config = {"architecture": "eva02_tiny_patch14_224", "mean": [0.5] * 3, "std": [0.5] * 3}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="plain or DINOv3's, got eva02_tiny_patch14_224, a Eva"):
+        read_initial(f"timm:{tmp_path}", VISION)
+    config |= {"architecture": "vit_tiny_patch16_224", "model_args": {"no_such": 1}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="vit_tiny_patch16_224: timm makes no such model"):
+        read_initial(f"timm:{tmp_path}", VISION)
 
 
 def test_a_run_begins_from_a_folder_of_transformers(dataset: Path, tmp_path: Path) -> None:
@@ -216,6 +252,24 @@ def test_a_run_begins_from_another_run_of_other_sizes(dataset: Path, tmp_path: P
     weights, saved = trainer.objective.encoder.state_dict(), encoder_of(first)
     assert torch.equal(weights["blocks.1.proj.weight"], saved["encoder.blocks.1.proj.weight"])
     trainer.close()
+    average = checkpoint.latest(first / "checkpoints").encoder("ema")
+    found = read_initial(f"run:{first},which=ema", absolute).weights
+    torch.testing.assert_close(found.tensors, average, rtol=0, atol=0)
+    assert found.sources["norm.weight"] == "target_encoder.encoder.norm.weight"
+    assert not torch.equal(average["norm.weight"], saved["encoder.norm.weight"])
+
+
+def test_a_run_without_a_moving_average_has_none_to_begin_from(
+    dataset: Path, tmp_path: Path
+) -> None:
+    cfg = config(dataset, "")
+    terms = METHODS["supervised"].terms
+    cfg = replace(cfg, objective=replace(cfg.objective, terms=terms))
+    Trainer(cfg, tmp_path / "run").train()
+    with pytest.raises(ValueError, match=r"no term of that run reads a moving average; leave ,wh"):
+        read_initial(f"run:{tmp_path / 'run'},which=ema", VISION)
+    with pytest.raises(ValueError, match="init: which: expected trained or ema, got 'best'"):
+        replace(cfg, init="run:runs/first,which=best")
 
 
 def test_an_internimage_begins_from_a_run_of_its_config_alone(
@@ -269,7 +323,8 @@ def test_the_verb_prints_where_each_weight_is_from(
     assert main(["train", "--config", str(path), "--init", "nowhere:model"]) == 2
     said = " ".join(capsys.readouterr().err.split())
     known = "timm:FILE_OR_FOLDER, dinov2:FILE, dinov3:FILE, open_clip:FILE_OR_FOLDER, hf:FOLDER"
-    assert f"init: expected one of {known}, internimage:FILE, run:DIR, got 'nowhere:model'" in said
+    known += ", internimage:FILE, run:DIR[,which=ema]"
+    assert f"init: expected one of {known}, got 'nowhere:model'" in said
     other = ["--vision.dim", "64", "--out", str(tmp_path / "other")]
     assert main(["train", "--config", str(path), *other]) == 2
     said = " ".join(capsys.readouterr().err.split())

@@ -263,6 +263,8 @@ def test_files_that_hold_no_weights_are_refused(tmp_path: Path) -> None:
         ("vit_small_patch16_rope_ape_224", "rope_ape"),
         ("vit_small_patch16_rope_224", "neither a pos_embed nor a register_tokens"),
         ("vit_pe_core_tiny_patch16_384", "PE-Core"),
+        ("vit_pe_spatial_tiny_patch16_512", "PE-Spatial"),
+        ("eva02_tiny_patch14_224", "EVA-02"),
     ],
 )
 def test_models_that_turn_otherwise_than_dinov3_are_refused(name: str, message: str) -> None:

@@ -380,7 +380,7 @@ LOSSES: dict[LossKey, Loss] = {
         over_ranks=True,
     ),
     ("prototypes", "boltzmann", "joint_sinkhorn"): Loss(
-        formula="-sum_k p_k log softmax(z_hat / tau)_k, p = Sinkhorn-Knopp(z / 0.05) over the rows "
+        formula="-sum_k p_k log softmax(z_hat / tau)_k, p = Sinkhorn-Knopp(z / 0.04) over the rows "
         "of all target views",
         build=f"{_BUILDERS}:joint_sinkhorn",
         flops=_teacher_and_student,

@@ -102,7 +102,7 @@ class Term(Checked):
     """Temperature of softmaxes over embeddings or prototypes; category and caption learn theirs."""
     target_temperature: float | None = None
     """Temperature of the softmax over prototypes that gives the target; none: its paper's, 0.04 of
-    centring, 0.05 of sinkhorn and joint_sinkhorn, a quarter of `temperature` of mean_entropy."""
+    centring and joint_sinkhorn, 0.05 of sinkhorn, a quarter of `temperature` of mean_entropy."""
     target_warmup_steps: Annotated[int, NUMBERS] = 0
     """Steps in which the target's temperature goes from its paper's to `target_temperature`, in
     equal parts (DINO: 0.04 to 0.07 in the first 30 epochs)."""
@@ -309,7 +309,8 @@ class ObjectiveConfig(Checked):
     """Width of the hidden layer of the heads of annotations; 0: one linear layer without bias
     in the place of two, as CLIP."""
     teacher: str | None = None
-    """Frozen encoder: a run directory, timm:NAME or timm:NAME:FILE."""
+    """Frozen encoder: a run directory, RUN,which=ema for the moving average of a run's encoder,
+    timm:NAME or timm:NAME:FILE."""
     teacher_cache: str | None = None
     """Folder that keeps what frozen encoders say of every picture, so that they run once a picture
     and not at each step: filled before the first step, by all ranks, and read by later runs too. It

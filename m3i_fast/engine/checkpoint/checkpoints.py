@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from m3i_fast.config.run_encoder import PREFIXES, Which
 from m3i_fast.durable_files import digest
 from m3i_fast.engine.checkpoint.layout import (
     STATE_SHAPE,
@@ -129,6 +130,20 @@ class Checkpoint:
         shards, targets = self.shards("model"), model.state_dict()
         _expect_same(self.path, "model and checkpoint", targets, shards.sizes)
         shards.read_into(targets)
+
+    def encoder(self, which: Which = "trained") -> dict[str, Tensor]:
+        """Return the whole weights of the image encoder, by its own names, on the CPU.
+
+        Raises ValueError where the run has no moving average and it is asked for.
+        """
+        prefix = PREFIXES[which]
+        found = self.shards("model").read(prefix)
+        if not found:
+            raise ValueError(
+                f"{self.path}: expected weights {prefix}*, got none: no term of that run reads a "
+                "moving average; leave ,which=ema out"
+            )
+        return {name.removeprefix(prefix): value for name, value in found.items()}
 
     def load_optimizer(self, model: nn.Module, optimizer: Optimizers) -> None:
         """Load the optimiser state of every trainable parameter, by name."""

@@ -39,12 +39,17 @@ def lr_scales(model: nn.Module, *, layer_decay: float, dcn_lr_scale: float) -> d
     """Return the scale of the learning rate of a trained image encoder's parameters, by their ids.
 
     It is layer_decay^(layers above), times dcn_lr_scale for the projections to the offsets, masks
-    and gates of a deformable convolution.
+    and gates of a deformable convolution. The token that the encoder is given for hidden cells is
+    of its lowest layer.
     """
     scales: dict[int, float] = {}
+    mask_token = getattr(model, "mask_token", None)
     if layer_decay != 1.0:
         for encoder in trained_encoders(model):
-            for name, parameter in encoder.named_parameters():
+            named = [*encoder.named_parameters()]
+            if mask_token is not None:
+                named.append(("mask_token", mask_token))
+            for name, parameter in named:
                 scales[id(parameter)] = layer_decay ** encoder.layers_above(name)
     if dcn_lr_scale != 1.0:
         for parameter in _steering(model):

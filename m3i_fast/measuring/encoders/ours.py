@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from m3i_fast.config import TrainConfig
+from m3i_fast.config.run_encoder import Which
 from m3i_fast.engine.evaluator import build_untrained
 from m3i_fast.engine.run.data_record import read_record
-from m3i_fast.inference.loading import Which, find_weights, load
+from m3i_fast.inference.loading import find_weights, load
 from m3i_fast.inference.model import Model
 from m3i_fast.inference.transform import normalise
 from m3i_fast.measuring.encoders.encoder import (

@@ -38,6 +38,7 @@ from m3i_fast.objectives.losses.stateful import (
     Centred,
     DenseQueued,
     Group,
+    JointlyBalanced,
     MeanEntropy,
     Queued,
     UniGrad,
@@ -191,7 +192,7 @@ def sinkhorn(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFu
 
 def joint_sinkhorn(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
     """Build DINOv2's loss with Sinkhorn-Knopp over all target views."""
-    return Balanced(term.temperature, group, together=True, **_of_targets(term))
+    return JointlyBalanced(term.temperature, group, **_of_targets(term))
 
 
 def mean_entropy(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:

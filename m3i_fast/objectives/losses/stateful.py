@@ -265,31 +265,30 @@ class Centred(Prototypes):
 
 
 class Balanced(Prototypes):
-    """Spread rows evenly over prototypes by Sinkhorn-Knopp: those of each view by themselves.
+    """Spread the rows of each view evenly over prototypes by Sinkhorn-Knopp.
 
-    SwAV, arXiv 2006.09882. together: those of all views at once, as DINOv2, arXiv 2304.07193.
-    of_targets: as of `Prototypes`.
+    SwAV, arXiv 2006.09882.
     """
 
     SHARP = 0.05
 
-    def __init__(
-        self, temperature: float, group: Group, *, together: bool = False, **of_targets: Any
-    ) -> None:
-        super().__init__(temperature, group, **of_targets)
-        self.together = together
-
     def targets(self, features: Sequence[Tensor], prototypes: Tensor) -> list[SoftTargets]:
         scale = self.target_scale(prototypes)
-        calls = [_stacked(features)] if self.together else features
-        assigned = [
-            SoftTargets.sinkhorn(rows, prototypes, scale, process_group=self.group)
-            for rows in calls
+        return [
+            SoftTargets.sinkhorn(view, prototypes, scale, process_group=self.group)
+            for view in features
         ]
-        if not self.together:
-            return assigned
-        parts = assigned[0].z_hat.split([len(view) for view in features])
-        return [replace(assigned[0], z_hat=part) for part in parts]
+
+
+class JointlyBalanced(Balanced):
+    """Spread the rows of all views at once. DINOv2, arXiv 2304.07193, and DINOv3, 2508.10104."""
+
+    SHARP = 0.04
+
+    def targets(self, features: Sequence[Tensor], prototypes: Tensor) -> list[SoftTargets]:
+        (assigned,) = super().targets([_stacked(features)], prototypes)
+        parts = assigned.z_hat.split([len(view) for view in features])
+        return [replace(assigned, z_hat=part) for part in parts]
 
 
 class MeanEntropy(Prototypes):

@@ -10,13 +10,17 @@ import torch
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
+from m3i_fast.config.models.text import TextConfig
 from m3i_fast.config.models.vit import vit_demo
+from m3i_fast.config.objective.objective import ObjectiveConfig
 from m3i_fast.config.optim import OptimConfig
 from m3i_fast.engine.optim.ema import update_ema
 from m3i_fast.engine.optim.optimizers import Optimizers, build_optimizer, set_schedules
 from m3i_fast.engine.optim.param_groups import freeze_patch_embed
 from m3i_fast.models.internimage.model import InternImage
 from m3i_fast.models.transformer.vit import ViT
+from m3i_fast.objectives.methods import METHODS
+from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.objectives.targets import MomentumEncoder
 from tests.shared.official_internimage import TINY_H
 
@@ -56,6 +60,16 @@ def test_layer_decay_is_timms() -> None:
     assert found["head.weight"] == expected["head.weight"] == 1.0
     # Of stem, blocks and heads what decays and what does not: no group a parameter.
     assert len(optimizer.param_groups) == 2 * (depth + 2)
+
+
+def test_the_mask_token_learns_as_the_positions_do() -> None:
+    cfg = METHODS["ibot"]
+    objective = ObjectiveConfig(terms=cfg.terms, mixing=cfg.mixing)
+    model = MutualInformation(
+        objective, vision=vit_demo(depth=2), text=TextConfig(depth=1), num_classes=2
+    )
+    found = lr_scales(build_optimizer(OptimConfig(layer_decay=0.7), model), model)
+    assert found["mask_token"] == found["encoder.pos_embed"] == pytest.approx(0.7**3)
 
 
 def official_ratio(name: str, decay: float) -> float:

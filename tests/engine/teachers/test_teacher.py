@@ -75,6 +75,10 @@ def test_a_runs_encoder_is_that_of_its_newest_checkpoint(
         assert _frozen(teacher) and teacher.dim == tokens.shape[-1]
         assert torch.equal(teacher.encode_cells(images), tokens)
         assert torch.equal(teacher.summarise(tokens), expected.summarise(tokens))
+        average = load_objective(tmp_path, cfg).target_encoder.encoder.encode_cells(images)
+        assert not torch.equal(average, tokens)
+        of_average = load_teacher(f"{tmp_path},which=ema", cfg.vision)
+        assert _frozen(of_average) and torch.equal(of_average.encode_cells(images), average)
 
 
 def test_a_run_teaches_views_of_another_size_with_its_patches(run: Path) -> None:
@@ -94,7 +98,7 @@ def test_a_run_of_another_grid_is_refused(run: Path, tmp_path: Path) -> None:
 
 def test_a_run_that_is_not_there_or_not_whole_is_refused(run: Path, tmp_path: Path) -> None:
     vision = TrainConfig.load(run / "config.json").vision
-    with pytest.raises(FileNotFoundError, match=r"expected a run directory, timm:NAME .*absent"):
+    with pytest.raises(FileNotFoundError, match=r"expected RUN, .*, timm:NAME .*absent"):
         load_teacher(str(tmp_path / "absent"), vision)
     (tmp_path / "config.json").write_bytes((run / "config.json").read_bytes())
     with pytest.raises(FileNotFoundError, match="no checkpoint in"):

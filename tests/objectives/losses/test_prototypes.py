@@ -6,7 +6,6 @@ Legend: N rows, E features, K prototypes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 import pytest
@@ -15,7 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from m3i_fast.models.transformer.layers import reset
-from m3i_fast.objectives.losses.stateful import Balanced, Centred, MeanEntropy, Prototypes
+from m3i_fast.objectives.losses.stateful import (
+    Balanced,
+    Centred,
+    JointlyBalanced,
+    MeanEntropy,
+    Prototypes,
+)
 from m3i_fast.objectives.terms.views import log_assignment
 from m3i_fast.ops import boltzmann_rows
 from tests.objectives.losses.oracles import draw
@@ -30,7 +35,6 @@ def unit(*shape: int, seed: int) -> Tensor:
 
 
 Build = Callable[..., Prototypes]
-TOGETHER = partial(Balanced, together=True)
 
 
 def build(kind: Build) -> Prototypes:
@@ -51,14 +55,14 @@ def by_torch(loss: Prototypes, views: list[Tensor], teacher: Tensor) -> list[Ten
     logits = [view @ teacher.T for view in views]
     if isinstance(loss, Centred):
         return [((each - loss.centre) / 0.04).softmax(1) for each in logits]
-    if isinstance(loss, Balanced) and loss.together:
-        return list(sinkhorn(torch.cat(logits) / 0.05).chunk(2))
+    if isinstance(loss, JointlyBalanced):
+        return list(sinkhorn(torch.cat(logits) / 0.04).chunk(2))
     if isinstance(loss, Balanced):
         return [sinkhorn(each / 0.05) for each in logits]
     return [sinkhorn((each / 0.025).log_softmax(1)) for each in logits]
 
 
-@pytest.mark.parametrize("kind", [Centred, Balanced, TOGETHER, MeanEntropy])
+@pytest.mark.parametrize("kind", [Centred, Balanced, JointlyBalanced, MeanEntropy])
 def test_values_and_gradients_are_those_of_all_logits(kind: Build) -> None:
     """Two target views, of unequal numbers of predictions, as a method with local views has."""
     loss, teacher = build(kind), unit(K, E, seed=1)
@@ -85,13 +89,14 @@ def test_values_and_gradients_are_those_of_all_logits(kind: Build) -> None:
         torch.testing.assert_close(loss.centre, 0.9 * before + 0.1 * mean, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("kind", [Centred, Balanced, MeanEntropy])
+@pytest.mark.parametrize("kind", [Centred, Balanced, JointlyBalanced, MeanEntropy])
 def test_the_temperature_of_targets_moves_as_dinos(kind: type[Prototypes]) -> None:
     """numpy's linspace over the warm-up, as DINO's code; evaluation neither counts nor moves it."""
     options = {"target_temperature": 0.07, "target_warmup_steps": 5}
     args = (K,) if kind is Centred else ()
     loss, fixed = kind(TEMPERATURE, None, *args, **options), kind(TEMPERATURE, None, *args)
-    start = {Centred: 0.04, Balanced: 0.05, MeanEntropy: 0.025}[kind]
+    starts = {Centred: 0.04, Balanced: 0.05, JointlyBalanced: 0.04, MeanEntropy: 0.025}
+    start = starts[kind]
     teacher, view = unit(K, E, seed=1), unit(N, E, seed=2)
     expected = [*np.linspace(start, 0.07, 5), 0.07, 0.07]
     found = []
@@ -113,14 +118,14 @@ def test_views_that_are_centred_alike_are_one_call(monkeypatch: pytest.MonkeyPat
         boltzmann_rows.RowSoftmax, "apply", lambda *a: calls.append(len(a[0])) or rows(*a)
     )
     teacher, views = unit(K, E, seed=1), [unit(N, E, seed=seed) for seed in (2, 3)]
-    for kind, expected in ((Centred, [2 * N]), (Balanced, [N, N]), (TOGETHER, [2 * N])):
+    for kind, expected in ((Centred, [2 * N]), (Balanced, [N, N]), (JointlyBalanced, [2 * N])):
         calls.clear()
         loss = build(kind)
         loss(views, loss.targets(views, teacher), teacher)
         assert calls == expected
 
 
-@pytest.mark.parametrize("kind", [Centred, Balanced, MeanEntropy])
+@pytest.mark.parametrize("kind", [Centred, Balanced, JointlyBalanced, MeanEntropy])
 def test_no_array_of_rows_and_prototypes(
     kind: type[Prototypes], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -452,7 +452,7 @@ def _balanced(
     students: Sequence[Tensor], teachers: Sequence[Tensor], pairs: Iterable[tuple[int, int]]
 ) -> Tensor:
     """The mean cross-entropy of pairs, all teacher's views balanced together by lightly's SwAV."""
-    balanced = swav_loss.sinkhorn(torch.cat(list(teachers)).double(), epsilon=0.05)
+    balanced = swav_loss.sinkhorn(torch.cat(list(teachers)).double(), epsilon=0.04)
     targets = balanced.split([len(logits) for logits in teachers])
     values = [
         -(targets[of] * F.log_softmax(students[number].double() / 0.1, -1)).sum(-1).mean()
