@@ -107,14 +107,12 @@ def main(argv: list[str] | None = None) -> None:
 
 def _measure(command: NodeCommand) -> None:
     schedule = command.schedule
-    try:
-        result = measure_node(command.config, schedule, make_data=command.synthetic_data)
-        if result.is_main:
-            figures = {"recipe": command.recipe, **result.figures}
-            _keep(command, figures, result)
-            show(make_console(), figures)
-    finally:
-        leave_world()
+    result = measure_node(command.config, schedule, make_data=command.synthetic_data)
+    if result.is_main:
+        figures = {"recipe": command.recipe, **result.figures}
+        _keep(command, figures, result)
+        show(make_console(), figures)
+    leave_world()
 
 
 def _sweep(command: NodeCommand) -> None:

@@ -14,13 +14,17 @@ from m3i_fast.benchmarks.node.main import measure_node
 from m3i_fast.config import TrainConfig
 from m3i_fast.durable_files import write_atomically
 from m3i_fast.engine.parallel.ranks import leave_world
+from m3i_fast.engine.parallel.watchdog import end_at_once, in_a_world
 
 # Of errors that are no torch.OutOfMemoryError: a CPU's allocator, cuBLAS's workspace, CUDA's own.
 _NO_MEMORY = ("can't allocate memory", "cublas_status_alloc_failed", "out of memory")
 
 
 def main() -> None:
-    """Measure one point and write its outcome: measured, refused, or out of memory."""
+    """Measure one point and write its outcome: measured, refused, or out of memory.
+
+    What is refused or lacks memory on one rank ends it at once: others may wait for it.
+    """
     config, schedule, result = sys.argv[1:]
     try:
         measured = measure_node(
@@ -35,8 +39,9 @@ def main() -> None:
     else:
         if measured.is_main:
             _write(result, status="measured", figures=measured.figures)
-    finally:
         leave_world()
+    if in_a_world():
+        end_at_once(0)
 
 
 def is_out_of_memory(error: Exception) -> bool:

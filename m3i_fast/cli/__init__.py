@@ -6,13 +6,14 @@ import importlib
 import logging
 import os
 import sys
+import traceback
 
 from rich.logging import RichHandler
 from rich.text import Text
 
 import m3i_fast
 from m3i_fast.did_you_mean import nearest
-from m3i_fast.engine.parallel.watchdog import EXIT_CODE, MissingRanks
+from m3i_fast.engine.parallel.watchdog import EXIT_CODE, MissingRanks, end_at_once, in_a_world
 from m3i_fast.terminal import make_console
 
 VERBS = {
@@ -64,8 +65,16 @@ def main(argv: list[str] | None = None) -> int:
         format="%(message)s",
         handlers=[RichHandler(console=console, show_path=False)],
     )
+    code = _run(verb, rest)
+    if code and in_a_world():
+        end_at_once(code)
+    return code
+
+
+def _run(verb: str, arguments: list[str]) -> int:
+    """Run a verb and return the exit code, with its errors printed."""
     try:
-        return importlib.import_module(f"m3i_fast.cli.{verb}").main(rest)
+        return importlib.import_module(f"m3i_fast.cli.{verb}").main(arguments)
     except (ValueError, FileNotFoundError, FileExistsError, ImportError) as error:
         return refuse(str(error))
     except MissingRanks as error:
@@ -76,6 +85,11 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except (FloatingPointError, OSError, RuntimeError) as error:
         return refuse(str(error), code=1)
+    except Exception:
+        if not in_a_world():
+            raise
+        traceback.print_exc()
+        return 1
 
 
 def refuse(message: str, code: int = 2) -> int:

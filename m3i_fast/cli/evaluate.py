@@ -220,7 +220,7 @@ def _on_pictures(command: EvaluateCommand, data: Path) -> int:
     if command.held_out_data is not None:
         raise ValueError("--held-out-data: expected without --data, which names the pictures")
     settings = _settings(command, data)
-    from m3i_fast.engine.parallel.ranks import join_world, leave_world, patient
+    from m3i_fast.engine.parallel.ranks import join_world, leave_world
     from m3i_fast.engine.precision.arithmetic import resolve_device
     from m3i_fast.measuring.evaluate import default_out, evaluate, no_bar, plan
     from m3i_fast.measuring.results import expect_replaceable
@@ -231,23 +231,20 @@ def _on_pictures(command: EvaluateCommand, data: Path) -> int:
     expect_local(out, "--out")
     expect_replaceable(out, model=settings.model, data=settings.source.path)
     world = join_world(resolve_device(command.pictures.device))
-    try:
-        world = patient(world)
-        if not world.is_main:  # what a source needs to be read in any order, the first rank writes
-            world.wait_for_all()
-        planned = plan(settings)
-        if world.is_main:
-            print_plan(planned, console)
-            world.wait_for_all()
-        results = evaluate(
-            settings,
-            planned,
-            world,
-            tell=lambda text: console.print(text, soft_wrap=True, highlight=False),
-            bar=(lambda title, total: bar(console, title, total, 0)) if world.is_main else no_bar,
-        )
-    finally:
-        leave_world()
+    if not world.is_main:  # what a source needs to be read in any order, the first rank writes
+        world.wait_for_all()
+    planned = plan(settings)
+    if world.is_main:
+        print_plan(planned, console)
+        world.wait_for_all()
+    results = evaluate(
+        settings,
+        planned,
+        world,
+        tell=lambda text: console.print(text, soft_wrap=True, highlight=False),
+        bar=(lambda title, total: bar(console, title, total, 0)) if world.is_main else no_bar,
+    )
+    leave_world()
     if results is None:
         return 0
     results.save(out)

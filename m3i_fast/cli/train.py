@@ -123,21 +123,19 @@ def main(argv: list[str]) -> int:
     config = take_data_fields(command.config, typed)
     from m3i_fast.engine.parallel.ranks import leave_world
 
-    try:
-        outcome = run(
-            config,
-            command.out,
-            recipe=name,
-            resume="auto" if command.auto_resume else command.resume,
-            new_num_steps="--num-steps" in typed,
-            new_batch_size=bool(_OF_A_STEP & typed),
-            stop_on_collapse=command.stop_on_collapse,
-            max_hours=command.max_hours,
-            init_minutes=command.init_minutes,
-            watchdog_minutes=command.watchdog_minutes,
-        )
-    finally:
-        leave_world()
+    outcome = run(
+        config,
+        command.out,
+        recipe=name,
+        resume="auto" if command.auto_resume else command.resume,
+        new_num_steps="--num-steps" in typed,
+        new_batch_size=bool(_OF_A_STEP & typed),
+        stop_on_collapse=command.stop_on_collapse,
+        max_hours=command.max_hours,
+        init_minutes=command.init_minutes,
+        watchdog_minutes=command.watchdog_minutes,
+    )
+    leave_world()
     if outcome.signal is not None:
         how = "start it again" if command.auto_resume else "add --resume"
         console.print(

@@ -97,6 +97,8 @@ class Unit:
     gathers: int
     """Times that a step gathers the weights: before every pass, and again before its backward
     pass."""
+    weight_bytes: int
+    """Bytes of an element as it is gathered."""
 
 
 def total(collectives: Sequence[Collective]) -> Traffic:
@@ -110,7 +112,7 @@ def ddp(nodes: Nodes, *, num_parameters: int) -> list[Collective]:
 
 
 def fsdp(
-    nodes: Nodes, units: Sequence[Unit], *, num_shards: int, num_scalars: int, weight_bytes: int
+    nodes: Nodes, units: Sequence[Unit], *, num_shards: int, num_scalars: int
 ) -> list[Collective]:
     """List what FSDP2 sends: weights gathered, gradients in fp32 scattered, and scalars.
 
@@ -123,7 +125,7 @@ def fsdp(
     across = Nodes(groups, max(nodes.ranks_per_node // num_shards, 1))
     found = []
     for unit in units:
-        size = weight_bytes * unit.gathered
+        size = unit.weight_bytes * unit.gathered
         found.append(Collective(call="all_gather", size=size, nodes=within, count=unit.gathers))
         if unit.reduced:
             size = 4 * unit.reduced

@@ -115,7 +115,7 @@ def cache_teachers(
 
     To be called by every rank, before the first batch: each writes every `world.size`th file, into
     a folder that all ranks see. teachers: by `Term.target_encoder`. on_progress: called with each
-    batch that was encoded.
+    batch that was encoded, and every second while other ranks are waited for.
     """
     assert cfg.objective.teacher_cache is not None
     root, found = Path(cfg.objective.teacher_cache), {}
@@ -125,7 +125,7 @@ def cache_teachers(
         products = fast_cpu_products(world.device, arithmetic.compute_dtype)
         with forward_context(arithmetic, world.device), products:
             _fill(found[name], teacher, loader, world, name, on_progress)
-        world.wait_for_all()
+        world.wait_for_all(on_progress)
         for number in range(found[name].num_files):
             if not found[name].path(number).is_file():
                 raise FileNotFoundError(

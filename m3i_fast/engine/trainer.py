@@ -80,22 +80,22 @@ def train(
 
     There is no limit of time and no watchdog: a run that hangs hangs, and what a GPU's errors mean
     is not told. `m3i-fast train`, or `Trainer` for the former, has them. Raises as
-    `take_data_fields` and `Trainer`.
+    `take_data_fields` and `Trainer`; an error of one rank has to end its process, since the others
+    wait for it.
     """
     had_joined = dist.is_initialized()
-    try:
-        trainer = Trainer(
-            take_data_fields(cfg),
-            Path(out),
-            resume=resume,
-            new_num_steps=new_num_steps,
-            new_batch_size=new_batch_size,
-            stop_on_collapse=stop_on_collapse,
-        )
-        return trainer.train(progress)
-    finally:
-        if not had_joined:
-            leave_world()
+    trainer = Trainer(
+        take_data_fields(cfg),
+        Path(out),
+        resume=resume,
+        new_num_steps=new_num_steps,
+        new_batch_size=new_batch_size,
+        stop_on_collapse=stop_on_collapse,
+    )
+    outcome = trainer.train(progress)
+    if not had_joined:
+        leave_world()
+    return outcome
 
 
 class Trainer:

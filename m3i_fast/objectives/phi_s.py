@@ -132,20 +132,21 @@ class PhiStandardise(nn.Module):
     def renew(self) -> None:
         """Let the map follow the statistics so far; waits for the device.
 
-        The eigenvectors are computed on the CPU, alike on all ranks.
+        The eigenvectors are computed on the CPU, and all ranks take those of the first: another
+        kind of CPU may turn close ones otherwise. All ranks have to call it.
         """
         if self.known is None and float(self.count) > 0:
             self._follow(self.mean, self.covariance)
 
     def _follow(self, mean: Tensor, covariance: Tensor) -> None:
         values, vectors = torch.linalg.eigh(covariance.cpu().double())
-        largest = vectors.gather(0, vectors.abs().argmax(0)[None])
-        vectors = (
-            vectors * largest.sign()
-        )  # of either sign: the one whose largest entry is positive
+        # Of either sign: the one whose largest entry is positive.
+        vectors = vectors * vectors.gather(0, vectors.abs().argmax(0)[None]).sign()
         scale = values.clamp_min(0).mean().clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
         self.centre.copy_(mean)
         self.rotation.copy_(scale * hadamard(len(mean)) @ vectors.T)
+        if self.process_group is not None:
+            dist.broadcast(self.rotation, group=self.process_group, group_src=0)
 
 
 # ---- Statistics in a file ------------------------------------------------------------------------

@@ -97,6 +97,17 @@ def sum_over_ranks(partial: Tensor, process_group: dist.ProcessGroup | None) -> 
     return _SumOverRanks.apply(partial, process_group)
 
 
+def ratio_over_ranks(
+    part: Tensor,  # [], a floating type
+    whole: Tensor,  # [], as a count
+    process_group: dist.ProcessGroup | None,
+) -> Tensor:  # []
+    """Divide the sums of two numbers over ranks, of which some may have none; NaN for 0 / 0."""
+    sums = torch.stack([part, whole.to(part.dtype)])
+    above, below = sum_over_ranks(sums, process_group).unbind()
+    return above / below
+
+
 def num_rows(rows: Tensor, process_group: dist.ProcessGroup | None) -> Tensor:  # [N, ...] -> []
     """Count the rows of all ranks, in the dtype and on the device of `rows`."""
     return sum_over_ranks(rows.new_full((), rows.shape[0]), process_group)

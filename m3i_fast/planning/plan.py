@@ -336,8 +336,9 @@ def _sharded(
     }
     blocks = block_sizes(objective)
     rest, gathered = trained(count_parameters(objective)) - sum(blocks), largest_block(objective)
+    of_rest = 4.0 if weight_bytes == 4 else 4.0 + weight_bytes  # and what autocast makes of it
     return parts | {
-        GATHERED: weight_bytes * (rest + 2.0 * gathered),
+        GATHERED: of_rest * rest + weight_bytes * 2.0 * gathered,
         REDUCED: 4.0 * max(blocks, default=0),
     }
 
@@ -371,10 +372,9 @@ def collectives_of(
     if num_shards > 1:
         of_weights = traffic.fsdp(
             nodes,
-            units_of(objective, gathers, num_shards=num_shards),
+            units_of(objective, gathers, num_shards=num_shards, weight_bytes=weight_bytes),
             num_shards=num_shards,
             num_scalars=count_scalars(objective),
-            weight_bytes=weight_bytes,
         )
         collectives = {"weights and gradients": of_weights}
     else:

@@ -48,14 +48,22 @@ class GatherCounter:
             self.gathers[name] += 1
 
 
-def units_of(objective: nn.Module, gathers: Mapping[str, int], *, num_shards: int) -> list[Unit]:
-    """Return what FSDP2 gathers together, blocks first; all that is in no block stays gathered."""
+def units_of(
+    objective: nn.Module, gathers: Mapping[str, int], *, num_shards: int, weight_bytes: int
+) -> list[Unit]:
+    """Return what FSDP2 gathers together, blocks first; all that is in no block stays gathered.
+
+    weight_bytes: of an element of a block's weights; the rest is in fp32.
+    """
     blocks = {id(block) for block in blocks_of(objective)}
     named = [(name, module) for name, module in objective.named_modules() if id(module) in blocks]
     in_blocks = {id(p) for _, block in named for p in block.parameters()}
-    units = [_unit(block.parameters(), gathers.get(name, 0), num_shards) for name, block in named]
+    units = [
+        _unit(block.parameters(), gathers.get(name, 0), num_shards, weight_bytes)
+        for name, block in named
+    ]
     rest = [p for p in objective.parameters() if id(p) not in in_blocks and p.ndim]
-    return [*units, _unit(rest, 1, num_shards)]
+    return [*units, _unit(rest, 1, num_shards, weight_bytes=4)]
 
 
 def count_scalars(objective: nn.Module) -> int:
@@ -63,11 +71,13 @@ def count_scalars(objective: nn.Module) -> int:
     return sum(p.requires_grad for p in objective.parameters() if not p.ndim)
 
 
-def _unit(parameters: Iterable[nn.Parameter], gathers: int, num_shards: int) -> Unit:
+def _unit(
+    parameters: Iterable[nn.Parameter], gathers: int, num_shards: int, weight_bytes: int
+) -> Unit:
     gathered = reduced = 0
     for parameter in parameters:
         rows = len(parameter)
         size = -(-rows // num_shards) * (parameter.numel() // rows)
         gathered += size
         reduced += size * parameter.requires_grad
-    return Unit(gathered=gathered, reduced=reduced, gathers=gathers)
+    return Unit(gathered=gathered, reduced=reduced, gathers=gathers, weight_bytes=weight_bytes)

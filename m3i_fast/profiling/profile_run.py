@@ -119,14 +119,12 @@ def measure(run: ProfileRun, control: ProfilerControl) -> None:
     """Take the steps of a run that is thrown away, and leave windows.json in the folder."""
     cfg = replace(run.config, checkpoint_every=run.config.num_steps)
     with tempfile.TemporaryDirectory(prefix="m3i-profile-") as folder:
+        trainer = Trainer(cfg, Path(folder) / "run")
         try:
-            trainer = Trainer(cfg, Path(folder) / "run")
-            try:
-                measured = profile_steps(trainer, control, run.windows)
-            finally:
-                trainer.close()
+            measured = profile_steps(trainer, control, run.windows)
         finally:
-            leave_world()
+            trainer.close()
+        leave_world()
     if not isinstance(control, NoProfiler):
         _write_json(
             run.out / "windows.json",

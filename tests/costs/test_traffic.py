@@ -19,8 +19,11 @@ ONE, NODE, TWO_NODES = Nodes(1, 8), Nodes(8, 8), Nodes(16, 8)
 RANKS, ROWS, DIM = 3, 5, 8
 
 
-UNITS = [Unit(gathered=60, reduced=60, gathers=4), Unit(gathered=30, reduced=0, gathers=1)]
-SHARDED = {"num_scalars": 2, "weight_bytes": 2}
+UNITS = [
+    Unit(gathered=60, reduced=60, gathers=4, weight_bytes=2),
+    Unit(gathered=30, reduced=0, gathers=1, weight_bytes=2),
+]
+SHARDED = {"num_scalars": 2}
 
 
 def test_one_rank_sends_nothing() -> None:

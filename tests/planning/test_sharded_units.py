@@ -53,12 +53,14 @@ def test_shards_are_padded_to_the_largest(num_shards: int) -> None:
     of_block = sum(
         -(-len(p) // num_shards) * (p.numel() // len(p)) for p in model.trained.parameters()
     )
+    own = 27 // num_shards  # 3 x 8 and 3
     expected = [
-        Unit(gathered=of_block, reduced=of_block, gathers=2),
-        Unit(gathered=of_block, reduced=0, gathers=1),
-        Unit(gathered=(27 // num_shards), reduced=(27 // num_shards), gathers=1),  # 3 x 8 and 3
+        Unit(gathered=of_block, reduced=of_block, gathers=2, weight_bytes=2),
+        Unit(gathered=of_block, reduced=0, gathers=1, weight_bytes=2),
+        Unit(gathered=own, reduced=own, gathers=1, weight_bytes=4),
     ]
-    assert units_of(model, {"trained": 2, "average": 1}, num_shards=num_shards) == expected
+    gathers = {"trained": 2, "average": 1}
+    assert units_of(model, gathers, num_shards=num_shards, weight_bytes=2) == expected
     assert count_scalars(model) == 1
 
 

@@ -26,6 +26,7 @@ from m3i_fast.durable_files import remove_directory, sync, write_atomically
 from m3i_fast.engine.checkpoint.checkpoints import POINTER, Checkpoint, checkpoints, tensors_of
 from m3i_fast.engine.checkpoint.shard_files import Content, write_shards
 from m3i_fast.engine.optim.optimizers import Optimizers
+from m3i_fast.engine.parallel.ranks import PATIENCE
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class Saver:
         self._host = HostCopy() if background else None
         # A process group of its own: the thread's messages must not mix with the training step's.
         distributed = dist.is_available() and dist.is_initialized()
-        self.group = dist.new_group(backend="gloo") if distributed else None
+        self.group = dist.new_group(backend="gloo", timeout=PATIENCE) if distributed else None
         self.is_first = self.group is None or dist.get_rank(self.group) == 0
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None

@@ -7,9 +7,10 @@ rank's gradient is the mean over ranks, and every rank sees the loss of the whol
 from __future__ import annotations
 
 import os
+import time
 import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -26,6 +28,10 @@ from m3i_fast.engine.parallel.local_shards import is_sharded
 from m3i_fast.engine.parallel.meta_init import initialise, is_on_meta
 from m3i_fast.engine.parallel.rendezvous import join_store
 from m3i_fast.engine.parallel.watchdog import INIT_MINUTES
+
+PATIENCE = timedelta(days=1)
+"""How long ranks wait for each other. It is the `Watchdog` that ends a run that hangs, at its
+limits, which torch's own ten minutes over NCCL and thirty over gloo would come before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +77,17 @@ class World:
         dist.gather_object(value, values, dst=0, group=self.control)
         return values or []
 
-    def wait_for_all(self) -> None:
-        """Wait until every rank has reached this call."""
-        if self.control is not None:
-            dist.barrier(group=self.control)
+    def wait_for_all(self, meanwhile: Callable[[], None] | None = None) -> None:
+        """Wait until every rank has reached this call; `meanwhile` is called every second."""
+        if self.control is None:
+            return
+        arrived = dist.barrier(group=self.control, async_op=True)
+        assert arrived is not None
+        if meanwhile is not None:
+            while not arrived.is_completed():
+                meanwhile()
+                time.sleep(1)
+        arrived.wait()
 
     def shards_weights(self, cfg: ParallelConfig) -> bool:
         """Return whether weights are sharded, so that no rank holds all of them."""
@@ -94,14 +107,18 @@ class World:
         if shard == 1:
             return None
         sizes = (self.size // shard, shard)
-        return init_device_mesh(self.device.type, sizes, mesh_dim_names=("replicate", "shard"))
+        mesh = init_device_mesh(self.device.type, sizes, mesh_dim_names=("replicate", "shard"))
+        for group in mesh.get_all_groups():  # made with torch's own ten minutes
+            _set_pg_timeout(PATIENCE, group)
+        return mesh
 
 
 def join_world(device: torch.device, *, seconds: float = 60 * INIT_MINUTES) -> World:
     """Join the world that torchrun's environment variables describe; without them, one process.
 
     Initialises torch.distributed if that has not been done: NCCL on GPUs, one process a GPU, and
-    gloo on CPUs. Raises MissingRanks where a rank has not reached this call within `seconds`.
+    gloo on CPUs. Once joined, ranks wait for each other for PATIENCE. Raises MissingRanks where a
+    rank has not reached this call within `seconds`.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not dist.is_initialized():
         return World(device)
@@ -116,25 +133,21 @@ def join_world(device: torch.device, *, seconds: float = 60 * INIT_MINUTES) -> W
             rank=int(os.environ["RANK"]),
             world_size=int(os.environ["WORLD_SIZE"]),
             device_id=device if device.type == "cuda" else None,
+            timeout=PATIENCE,
         )
     group = dist.group.WORLD
     assert group is not None
-    control = dist.new_group(backend="gloo") if device.type == "cuda" else group
+    on_gpu = device.type == "cuda"
+    control = dist.new_group(backend="gloo", timeout=PATIENCE) if on_gpu else group
     return World(device, dist.get_rank(), dist.get_world_size(), group, control)
 
 
-def patient(world: World) -> World:
-    """Return the world with a day for what host values are waited for, in place of half an hour.
-
-    For work that one rank does while the others wait. All ranks have to call it.
-    """
-    if world.group is None:
-        return world
-    return replace(world, control=dist.new_group(backend="gloo", timeout=timedelta(days=1)))
-
-
 def leave_world() -> None:
-    """Destroy the process groups of `join_world`, so that the process ends without a warning."""
+    """Destroy the process groups of `join_world`, so that the process ends without a warning.
+
+    NCCL waits there for all ranks: after an error of one, its process ends without this
+    (`end_at_once`).
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -150,9 +163,11 @@ def distribute(
 ) -> nn.Module:
     """Return `model` under DDP, FSDP2 or HSDP; its forward is what gradients are reduced for.
 
-    stacks: blocks that run one after another, each gathered by itself where weights are sharded. A
-    model on the meta device is initialised here; `copies` are then the modules that it fills from
-    others. FSDP2 does not shard scalars: they stay replicated, and `average_replicated` reduces
+    stacks: blocks that run one after another, each gathered by itself where weights are sharded, in
+    compute_dtype. What is in no block is gathered in its own dtype, as DDP has it: positions,
+    tokens and prototypes are summed and scaled in fp32, and so is the residual stream. A model on
+    the meta device is initialised here; `copies` are then the modules that it fills from others.
+    FSDP2 does not shard scalars: they stay replicated, and `average_replicated` reduces
     their gradients.
     """
     if world.group is None:
@@ -188,7 +203,8 @@ def distribute(
     for stack in stacks:
         prefetch(stack, cfg.prefetch)
     scalars = {p for p in model.parameters() if p.ndim == 0}
-    shard(model, ignored_params=scalars)  # in place
+    rest = MixedPrecisionPolicy(cast_forward_inputs=False)
+    shard(model, mp_policy=rest, ignored_params=scalars)  # in place
     return model
 
 

@@ -8,9 +8,11 @@ library alone.
 from __future__ import annotations
 
 import faulthandler
+import logging
 import math
 import os
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -18,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
+from typing import NoReturn
 
 EXIT_CODE = 76
 INIT_MINUTES = 5.0  # nodes that read Python's packages from a cold file system differ by one or two
@@ -28,6 +31,24 @@ GRACE = 5  # number of limits that a start, a first step, a save or an evaluatio
 
 class MissingRanks(TimeoutError):
     """Error for ranks that did not join within the time limit; its exit code is EXIT_CODE."""
+
+
+def end_at_once(code: int) -> NoReturn:
+    """End this process of a world after an error that has been told.
+
+    Leaving the world, which the interpreter's end does too, would wait over NCCL for ranks that
+    wait for this one. What started the ranks sees the exit code and ends them.
+    """
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
+
+
+def in_a_world() -> bool:
+    """Return whether this process has joined others; imports nothing."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and bool(distributed.is_initialized())
 
 
 class Watchdog:

@@ -193,9 +193,14 @@ class RunLog:
         }
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Write a row to all sinks; raise ValueError where keep_best names no logged metric."""
+        """Write a row to all sinks; raise ValueError where keep_best names no logged metric.
+
+        Of the metrics that the first rank alone has, as of its GPU, the others keep no best one.
+        """
         for sink in (*self._sinks, *self._live):
             sink.log(step, values)
+        if not self._world.is_main:
+            return
         name = self._cfg.keep_best.removeprefix("+")
         if name in values:
             self._best = values[name]

@@ -126,5 +126,6 @@ class CaptionTokens(TextTokens):
         value = self.compare(step, hidden, targets, members)
         if monitor is not None:
             rows, wanted = hidden.detach().flatten(0, 1), targets.flatten()
-            monitor(f"{self.term.name}_accuracy", accuracy(rows, self.vocabulary, wanted))
+            hit = accuracy(rows, self.vocabulary, wanted, self.process_group)
+            monitor(f"{self.term.name}_accuracy", hit)
         return value, members.sum()

@@ -12,7 +12,7 @@ from torch import Tensor
 from m3i_fast.config.columns import NO_LABELS
 from m3i_fast.config.objective.objective import ObjectiveConfig, Term
 from m3i_fast.objectives.heads import GlobalHead
-from m3i_fast.objectives.row_statistics import wide
+from m3i_fast.objectives.row_statistics import ratio_over_ranks, wide
 from m3i_fast.objectives.step_context import Monitor, StepContext
 from m3i_fast.objectives.terms.base import Sizes, weighted
 from m3i_fast.objectives.terms.labels import Annotation
@@ -48,7 +48,8 @@ class Labels(Annotation):
         if monitor is not None:
             best = z.gather(1, logits.detach().argmax(1, keepdim=True))[:, 0]
             some = z.any(1)
-            monitor(f"{self.term.name}_hit", best.sum() / some.sum().clamp_min(1))
+            hit = ratio_over_ranks(best.sum(), some.sum(), self.process_group)
+            monitor(f"{self.term.name}_hit", hit.nan_to_num(0.0))
         return sum(values[1:], start=values[0]), members.sum()
 
 
@@ -98,6 +99,8 @@ class Numbers(Annotation):
             for weight, rows in step.weighted_rows()
         ]
         if monitor is not None:
-            error = (z_hat.detach() - z).square()
-            monitor(f"{self.term.name}_r2", 1 - error.nanmean())
+            error = (z_hat - z).detach().square()
+            count = (~error.isnan()).sum()
+            mean = ratio_over_ranks(error.nansum(), count, self.process_group)
+            monitor(f"{self.term.name}_r2", 1 - mean)
         return sum(losses[1:], start=losses[0]), members.sum()

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from m3i_fast.config.objective.objective import MAX_SCALE, ObjectiveConfig, Term
@@ -14,6 +15,7 @@ from m3i_fast.objectives.heads import GlobalHead
 from m3i_fast.objectives.mixing import drop_tokens
 from m3i_fast.objectives.row_statistics import (
     full_precision,
+    ratio_over_ranks,
     sum_over_ranks,
     unit_rows,
     wide,
@@ -160,20 +162,27 @@ class Category(Label):
             for weight, rows in step.weighted_rows()
         ]
         if monitor is not None and self.reversal is not None:
-            monitor(f"{self.term.name}_accuracy", accuracy(z_hat.detach(), z.detach(), targets))
+            hit = accuracy(z_hat.detach(), z.detach(), targets, self.process_group)
+            monitor(f"{self.term.name}_accuracy", hit)
         return sum(values[1:], start=values[0]), members.sum()
 
 
 @torch.no_grad()
-def accuracy(rows: Tensor, classes: Tensor, targets: Tensor) -> Tensor:
-    """Return the share of rows whose target's logit is the largest: [N, D], [K, D], [N] -> [].
+def accuracy(
+    rows: Tensor,  # [N, D]
+    classes: Tensor,  # [K, D]
+    targets: Tensor,  # [N] int64
+    process_group: dist.ProcessGroup | None = None,
+) -> Tensor:  # []
+    """Return the share of the rows of all ranks whose target's logit is the largest.
 
-    targets: int64; those of -1 are ignored, and it is 0 where all are. The logits of some rows at
-    a time are in memory.
+    Targets of -1 are ignored, and it is 0 where all are. The logits of some rows at a time are in
+    memory.
     """
     at_once = max(LOGITS_AT_ONCE // len(classes), 1)
     best = torch.cat([(part @ classes.T).argmax(1) for part in rows.split(at_once)])
-    return (best == targets).sum() / (targets != IGNORED).sum().clamp_min(1)
+    hits, some = (best == targets).sum().float(), (targets != IGNORED).sum()
+    return ratio_over_ranks(hits, some, process_group).nan_to_num(0.0)
 
 
 @full_precision

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from m3i_fast.config.columns import REGION_TOKENS, REGION_UNIT, REGION_WIDTH
 from m3i_fast.config.objective.objective import ObjectiveConfig, Term
+from m3i_fast.objectives.row_statistics import ratio_over_ranks
 from m3i_fast.objectives.step_context import Monitor, StepContext
 from m3i_fast.objectives.terms.base import Sizes
 from m3i_fast.objectives.terms.caption_tokens import TextTokens
@@ -79,18 +80,17 @@ class RegionTokens(TextTokens):
         value = self.compare(step, hidden, targets, members)
         if monitor is not None:
             rows = hidden.detach()
-            name = self.term.name
-            monitor(
-                f"{name}_accuracy",
-                accuracy(rows.flatten(0, 2), self.vocabulary, targets.flatten()),
-            )
-            monitor(f"{name}_iou", self.mean_iou(rows, regions, start))
+            wanted, group = targets.flatten(), self.process_group
+            hit = accuracy(rows.flatten(0, 2), self.vocabulary, wanted, group)
+            monitor(f"{self.term.name}_accuracy", hit)
+            monitor(f"{self.term.name}_iou", self.mean_iou(rows, regions, start))
         return value, members.sum()
 
     @torch.no_grad()
     def mean_iou(self, hidden: Tensor, regions: Tensor, start: Tensor) -> Tensor:
         """Return the mean IoU of boxes with the likeliest ones, of each coordinate after true ones.
 
+        Of the boxes of all ranks.
         hidden: [I, R, 35, D]; regions: [I, R, 36] int32; start: [I, R, 1] -> [].
         """
         place = start - 1 + torch.arange(BOX, device=start.device)  # row t is of token t + 1
@@ -99,7 +99,8 @@ class RegionTokens(TextTokens):
         found = (likeliest.double() + 0.5) / self.num_bins
         true = regions[..., :BOX].double() / REGION_UNIT
         there = regions[..., BOX] >= 0
-        return (box_iou(found, true) * there).sum() / there.sum().clamp_min(1)
+        overlap = (box_iou(found, true) * there).sum()
+        return ratio_over_ranks(overlap, there.sum(), self.process_group).nan_to_num(0.0)
 
 
 class GroundedCaption(RegionTokens):

@@ -16,12 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from m3i_fast.benchmarks.core.random_batch import draw_batch
 from m3i_fast.config import TrainConfig
+from m3i_fast.config.models.text import TextConfig
 from m3i_fast.config.parallel import ParallelConfig
 from m3i_fast.engine.build import build_objective, stacks_of
 from m3i_fast.engine.parallel.local_shards import gradient_norm
 from m3i_fast.engine.parallel.ranks import World, distribute
 from m3i_fast.engine.train_step import ForwardPass
 from m3i_fast.models.transformer.blocks import Block
+from m3i_fast.models.transformer.text_encoder import TextEncoder
 from m3i_fast.objectives.mixing import draw_mix
 from tests.shared.engine.two_ranks import NUM_RANKS, full
 
@@ -138,10 +140,32 @@ def reduced(world: World) -> dict[str, dict[str, Tensor]]:
         norm = gradient_norm([*(p.grad for p in spread.parameters()), torch.ones(3)])  # type: ignore[list-item]
     assert norm.each.shape == (len(list(spread.parameters())) + 1,)
     return {
+        "stream": _streams(world),
         "norm": {"total": norm.total, "indexed": torch.tensor(ops.num_indexed)},
         "spread": {n: full(p.grad) for n, p in spread.named_parameters() if p.grad is not None},
         "own": {n: p.grad for n, p in whole.named_parameters() if p.grad is not None},
     }
+
+
+def _streams(world: World) -> dict[str, Tensor]:
+    """A text encoder in bf16: what its first block is given, by how its weights are kept."""
+    found = {}
+    for name, shard in (("whole", 1), ("spread", -1)):
+        torch.manual_seed(0)
+        encoder = TextEncoder(TextConfig(dim=32, depth=1, num_heads=2, vocab_size=50))
+        given: list[Tensor] = []
+        encoder.blocks[0].register_forward_pre_hook(lambda _, x, seen=given: seen.append(x[0][0]))
+        model = distribute(
+            encoder,
+            [list(encoder.blocks)],
+            ParallelConfig(shard=shard),
+            world,
+            compute_dtype=torch.bfloat16,
+        )
+        with torch.autocast("cpu", torch.bfloat16):
+            model(torch.arange(12).view(2, 6), torch.tensor([6, 4]))
+        found[name] = given[0].detach()
+    return found
 
 
 def with_prefetch(cfg: TrainConfig, count: int, *, chunk: int = 0) -> TrainConfig:

@@ -23,7 +23,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from m3i_fast import cli
+from m3i_fast.cli import train as train_verb
 from m3i_fast.config import TrainConfig
+from m3i_fast.config.parallel import ParallelConfig
 from m3i_fast.engine.parallel import rendezvous, watchdog
 from m3i_fast.engine.parallel.ranks import join_world, leave_world
 from m3i_fast.engine.parallel.rendezvous import join_store, missing_ranks
@@ -272,3 +274,70 @@ def test_a_rank_that_never_comes_ends_a_launch(dataset: Path, tmp_path: Path) ->
     )
     assert done.returncode == EXIT_CODE, done.stderr
     assert "missing after 0.05 minutes: rank 1 (of 0 to 1);" in done.stderr
+
+
+# ---- After the first step ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), ZeroDivisionError("a bug")])
+def test_an_error_of_one_rank_is_told_and_ends_it_while_others_wait(
+    error: Exception, port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over NCCL, leaving the world waits for all ranks: so here, where gloo would not."""
+
+    def verb(arguments: list[str]) -> int:
+        world = join_world(torch.device("cpu"))
+        if world.rank == 1:
+            raise error
+        world.wait_for_all()
+        return 0
+
+    def leave() -> None:
+        time.sleep(600)
+
+    monkeypatch.setattr(train_verb, "main", verb)
+    monkeypatch.setattr(dist, "destroy_process_group", leave)
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+    def work() -> int:
+        code = cli.main(["train"])
+        sys.stderr.write("left")  # and Python would go on to its own end
+        return code
+
+    code, said = _run([0, 1], 2, place, tmp_path, work, until=1)[1]
+    assert code == 1 and str(error) in said and "left" not in said
+    assert ("Traceback" in said) == isinstance(error, ZeroDivisionError)
+
+
+def test_ranks_wait_for_each_other_for_a_day(port: int, tmp_path: Path) -> None:
+    """Torch's ten minutes over NCCL, and thirty over gloo, would end a run before its watchdog."""
+
+    def work() -> int:
+        world = join_world(torch.device("cpu"))
+        mesh = world.mesh(ParallelConfig(shard=2))
+        assert mesh is not None
+        for group in (world.group, world.control, *mesh.get_all_groups()):
+            backend = group._get_backend(torch.device("cpu"))
+            assert backend.options._timeout == timedelta(days=1)
+        leave_world()
+        return 0
+
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    found = _run([0, 1], 2, place, tmp_path, work)
+    assert [code for code, _ in found.values()] == [0, 0], found
+
+
+def test_a_rank_that_waits_for_others_is_busy_meanwhile(port: int, tmp_path: Path) -> None:
+    def work() -> int:
+        world = join_world(torch.device("cpu"))
+        seen: list[float] = []
+        if world.rank == 1:
+            time.sleep(3)
+        world.wait_for_all(lambda: seen.append(time.monotonic()))
+        assert (len(seen) > 1) == (world.rank == 0), seen
+        leave_world()
+        return 0
+
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    found = _run([0, 1], 2, place, tmp_path, work)
+    assert [code for code, _ in found.values()] == [0, 0], found

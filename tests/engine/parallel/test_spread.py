@@ -86,6 +86,14 @@ def test_bf16_gradients_are_averaged_in_fp32(ranks: Path) -> None:
     assert differ
 
 
+def test_the_residual_stream_is_in_fp32_as_where_weights_are_whole(ranks: Path) -> None:
+    """Positions and tokens are not rounded to bf16, though their blocks are gathered so."""
+    for rank in range(NUM_RANKS):
+        found = torch.load(ranks / f"bf16-{rank}.pt", weights_only=True)["stream"]
+        assert found["spread"].dtype == torch.float32
+        assert torch.equal(found["spread"], found["whole"])
+
+
 def test_the_norm_of_spread_and_whole_gradients_waits_for_no_index(ranks: Path) -> None:
     for rank in range(NUM_RANKS):
         found = torch.load(ranks / f"bf16-{rank}.pt", weights_only=True)

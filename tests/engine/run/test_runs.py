@@ -27,7 +27,10 @@ from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.checkpoint.checkpoints import Checkpoint
 from m3i_fast.engine.checkpoint.layout import STATE_SHAPE
 from m3i_fast.engine.checkpoint.saver import Saver
+from m3i_fast.engine.parallel.ranks import World
+from m3i_fast.engine.precision.arithmetic import Arithmetic
 from m3i_fast.engine.run.directory import Run
+from m3i_fast.engine.run.log import RunLog
 from m3i_fast.engine.run.random_state import random_state, set_random_state
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.observe import collapse
@@ -137,6 +140,18 @@ def test_an_unknown_metric_has_no_best(dataset: Path, tmp_path: Path) -> None:
     cfg = small_run(dataset, num_steps=2, log_every=1, keep_best="loss/totl")
     with pytest.raises(ValueError, match=r"keep_best: expected one of .*loss/total.* 'loss/totl'"):
         _train(cfg, tmp_path / "run")
+
+
+def test_a_best_by_what_the_first_rank_alone_measures_is_its_own(
+    dataset: Path, tmp_path: Path
+) -> None:
+    cfg = small_run(dataset, log_every=1, keep_best="+efficiency/mfu")
+    bf16 = Arithmetic(recipe="bf16", backend="torch", compute_dtype=torch.bfloat16)
+    cpu = torch.device("cpu")
+    first, second = (RunLog(cfg, tmp_path, World(cpu, rank, 2), bf16) for rank in range(2))
+    first.write(1, {"loss/total": 2.0, "efficiency/mfu": 0.4})
+    second.write(1, {"loss/total": 2.0})
+    assert (first.score, second.score) == (-0.4, None)
 
 
 def test_a_run_of_before_there_were_manifests_goes_on(dataset: Path, tmp_path: Path) -> None:

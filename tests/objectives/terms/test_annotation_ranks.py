@@ -45,7 +45,7 @@ def whole_batch() -> Batch:
 def found(
     batch: Batch, mean: str, parallel: float, reversal: float, group: dist.ProcessGroup | None
 ) -> dict[str, Tensor]:
-    """The losses, and the gradients of everything."""
+    """The losses, what is right of all rows, and the gradients of everything."""
     cfg = objective(parallel=parallel, mean=mean)
     reverses = ("genus", "sizes", "tags")
     terms = (replace(t, reversal=reversal) if t.name in reverses else t for t in cfg.terms)
@@ -64,10 +64,12 @@ def found(
         num_steps=1,
     )
     encoded = Encoded((cells[batch.sample_id],))
-    total, metrics = model(encoded, NO_TARGETS, batch, mix)
+    total, metrics = model(encoded, NO_TARGETS, batch, mix, monitor=True)
     total.backward()
-    losses = {name: value for name, value in metrics.items() if name.startswith("loss/")}
-    return losses | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    whole = "loss/", "_accuracy", "_hit", "_r2", "_iou"
+    values = {name: v for name, v in metrics.items() if any(of in name for of in whole)}
+    assert {name.rpartition("_")[2] for name in values} > {"accuracy", "hit", "r2", "iou"}
+    return values | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
 def _work(rank: int, folder: Path) -> None:
