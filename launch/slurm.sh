@@ -40,7 +40,7 @@ srun --kill-on-bad-exit=0 --wait="${SLURM_WAIT:-120}" \
     --rdzv-backend c10d \
     --rdzv-endpoint "$first_node:$port" \
     --rdzv-id "$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" \
-    -m m3i_fast.cli train "$@" --auto-resume || code=$?
+    train "$@" --auto-resume || code=$?
 
 # A job that requeues itself while it is being preempted would be requeued again when it ends.
 preempted() {

@@ -17,4 +17,4 @@ else
     options+=(--nnodes "$NNODES" --rdzv-backend c10d)
     options+=(--rdzv-endpoint "$RENDEZVOUS" --rdzv-id "${RUN_ID:-m3i-fast}")
 fi
-exec m3i-fast launch "${options[@]}" -m m3i_fast.cli train "$@" --auto-resume
+exec m3i-fast launch "${options[@]}" train "$@" --auto-resume

@@ -2,7 +2,7 @@
 
     m3i-fast bench node RECIPE [--windows 5] [--window-seconds 5] [--synthetic-data]
                                [--field value ...] [--sweep batch precision=bf16,fp32 ...]
-    m3i-fast launch --nproc-per-node 8 -m m3i_fast.cli bench node RECIPE ...
+    m3i-fast launch --nproc-per-node 8 bench node RECIPE ...
 
 Three things take turns in one process a GPU: the loader alone, training on batches that lie in
 memory, and both together, by the trainer's own steps; with several ranks also training that does

@@ -120,7 +120,7 @@ class EvaluateCommand:
     its data, beside the untrained encoder, pixels and chance (evaluation.json). With --data DIR the
     field's protocols: kNN, few labels, zero-shot and retrieval on a labelled or captioned folder,
     and by --measures linear, attentive, fine-tuning and correspondence, beside any --baseline
-    (evaluation/page.html and results.json). torchrun -m m3i_fast.cli evaluate ... computes the
+    (evaluation/page.html and results.json). m3i-fast launch evaluate ... computes the
     latter's features on all ranks.
     """
 

@@ -9,13 +9,14 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
-from m3i_fast.cli import console
+from m3i_fast.cli import VERBS, console
 from m3i_fast.engine.parallel.watchdog import MissingRanks
 
 USAGE = """\
-usage: m3i-fast launch [--retry-code N] [options of torchrun] -m m3i_fast.cli train RECIPE ...
+usage: m3i-fast launch [--retry-code N] [options of torchrun] train RECIPE ...
 
-Takes torchrun's arguments (torchrun --help) and differs from it in three things. SIGINT, SIGTERM
+Takes torchrun's arguments (torchrun --help), with a verb of m3i-fast in the place of a script, or a
+script as torchrun does. It differs from torchrun in three things. SIGINT, SIGTERM
 and SIGUSR1 go to the ranks, which save for as long as the scheduler lets them; torchrun kills them
 after 30 s. When the first node has ended, the ranks of the others have a minute to end by
 themselves; torchrun kills them at once. The exit code is that of the rank which failed first, 75
@@ -69,7 +70,7 @@ def run_torchrun(arguments: list[str], forward: Forwarder) -> int:
 
     from m3i_fast.engine.parallel import agents
 
-    args = torchrun.parse_args(arguments)
+    args = parse(arguments)
     args.signals_to_handle = _LEFT_TO_TORCHRUN
     if args.rdzv_backend == "c10d":
         agents.register()
@@ -91,6 +92,17 @@ def run_torchrun(arguments: list[str], forward: Forwarder) -> int:
     except SystemExit as stopped:  # of the handler, while the nodes waited for each other
         return int(stopped.code or 0)
     return 0
+
+
+def parse(arguments: list[str]) -> Namespace:
+    """Parse torchrun's arguments, in which a verb of m3i-fast may stand for a script."""
+    from torch.distributed import run as torchrun
+
+    args = torchrun.parse_args(arguments)
+    if args.training_script in VERBS and not (args.module or args.no_python):
+        args.training_script_args.insert(0, args.training_script)
+        args.training_script, args.module = "m3i_fast.cli", True
+    return args
 
 
 def retry_code(argv: list[str]) -> tuple[int, list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import signal
@@ -21,15 +22,18 @@ from m3i_fast.durable_files import expect_local
 from m3i_fast.engine.parallel.watchdog import INIT_MINUTES, WATCHDOG_MINUTES, Watchdog
 from m3i_fast.flags import help_text, read_flags, typed_flags
 from m3i_fast.recipes import find_recipe
+from m3i_fast.recipes.catalogue import RECIPES, whole_batch
 from m3i_fast.terminal import make_console
 
 if TYPE_CHECKING:  # torch takes seconds: what is wrong is told, and help given, before
     from m3i_fast.engine.initial_weights import InitialWeights
     from m3i_fast.engine.run.directory import Resume
-    from m3i_fast.engine.trainer import Outcome
+    from m3i_fast.engine.trainer import Outcome, Trainer
+
+logger = logging.getLogger(__name__)
 
 USAGE = """\
-usage: m3i-fast launch --nproc-per-node N -m m3i_fast.cli train RECIPE ...
+usage: m3i-fast launch --nproc-per-node N train RECIPE ...
        m3i-fast train RECIPE [--out DIR] [--resume | --auto-resume] [--stop-on-collapse]
                              [--init SCHEME:PATH] [--field value ...]
        m3i-fast train --config FILE [...]
@@ -176,6 +180,40 @@ def print_initial_weights(initial: InitialWeights) -> None:
     console.print(table)
 
 
+def tell_whole_batch(recipe: str, cfg: TrainConfig, trainer: Trainer) -> None:
+    """Log the pictures of a step and the epochs of a run, of views of one shape.
+
+    A new run in another batch than the recipe's steps and learning rate are for is warned of.
+    """
+    from m3i_fast.pipelines.loader import Loader
+
+    if not isinstance(trainer.loader, Loader):
+        return
+    size, accumulate = trainer.world.size, cfg.parallel.accumulate
+    pictures = trainer.loader.num_rows
+    a_step = size * accumulate * cfg.data.batch_size
+    logger.info(
+        "a step takes %s pictures (%d %s x %d%s); %s steps are %.3g epochs of %s pictures",
+        *(f"{a_step:,}", size, "rank" if size == 1 else "ranks", cfg.data.batch_size),
+        *(f" x {accumulate}" if accumulate > 1 else "", f"{cfg.num_steps:,}"),
+        *(cfg.num_steps * a_step / pictures, f"{pictures:,}"),
+    )
+    meant = whole_batch(RECIPES[recipe]) if recipe in RECIPES and trainer.step == 0 else None
+    if meant is None or meant == a_step:
+        return
+    made, advice = RECIPES[recipe](), list[str]()
+    if cfg.num_steps == made.num_steps:
+        advice.append(f"--num-steps {round(made.num_steps * meant / a_step)} for as many epochs")
+    if cfg.optim.lr == made.optim.lr:
+        linear, root = (made.optim.lr * (a_step / meant) ** power for power in (1, 0.5))
+        advice.append(f"--optim.lr {linear:.3g} (linear in the batch) or {root:.3g} (in its root)")
+    if advice:
+        logger.warning(
+            "recipe %s is for %s pictures a step, not %s: add %s",
+            *(recipe, f"{meant:,}", f"{a_step:,}", ", and ".join(advice)),
+        )
+
+
 def run(
     config: TrainConfig,
     out: Path,
@@ -209,6 +247,8 @@ def run(
             on_progress=starting.renew,
         )
     quiet = not trainer.world.is_main  # the ranks share a terminal
+    if not quiet:
+        tell_whole_batch(recipe, config, trainer)
     if trainer.initial is not None and not quiet:
         print_initial_weights(trainer.initial)
     bar = TrainingBar(

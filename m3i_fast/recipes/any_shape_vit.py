@@ -64,7 +64,7 @@ def any_shape_vit_b() -> TrainConfig:
 def any_shape_m3i_vit_b() -> TrainConfig:
     """Pre-train ViT-B/16 with M3I on pictures of any aspect, 64 to 256 patches each.
 
-    Needs: pictures with classes and captions; cards of 80 GB; 131,072 tokens a card.
+    Needs: pictures with classes and captions; 8 cards of 80 GB; 131,072 tokens a card.
     """
     cfg = m3i_vit_b()
     views = replace(

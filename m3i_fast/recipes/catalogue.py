@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -88,6 +89,18 @@ def needs_of(make: Make) -> str:
     """Return what a recipe of `RECIPES` needs: data, cards, memory."""
     [needs] = [line for line in _lines(make) if line.startswith("Needs: ")]
     return needs.removeprefix("Needs: ").removesuffix(".")
+
+
+def whole_batch(make: Make) -> int | None:
+    """Return the pictures a step, of all its cards, that a recipe's rate and steps are for.
+
+    None where it does not say how many cards: its views are of any shape.
+    """
+    cards = re.search(r"(a|[\d,]+) (?:[AH]100 )?cards? of", needs_of(make))
+    if cards is None or "pictures a card" not in needs_of(make):
+        return None
+    number = 1 if cards[1] == "a" else int(cards[1].replace(",", ""))
+    return number * make().data.batch_size
 
 
 def _lines(make: Make) -> list[str]:

@@ -23,7 +23,8 @@ from m3i_fast.config.optim import EmaConfig, OptimConfig
 from m3i_fast.config.train import TrainConfig
 from m3i_fast.objectives.methods import METHODS
 
-NUM_CARDS, PICTURES_A_CARD, EPOCH = 32, 64, 1250  # [DINOv2]
+NUM_CARDS, PICTURES_A_CARD = 32, 64  # [DINOv2]
+EPOCH = 1250  # [DINOv2] steps, which are two passes over ImageNet
 
 
 def dinov2_vit_s() -> TrainConfig:
@@ -53,7 +54,7 @@ def dinov2_vit_l() -> TrainConfig:
 def for_imagenet(
     vision: ViTConfig, terms: tuple[Term, ...] = METHODS["dinov2"].terms
 ) -> TrainConfig:
-    """Make the 100 epochs that DINOv2's and DINOv3's configurations for ImageNet-1k share."""
+    """Make the 125,000 steps that DINOv2's and DINOv3's configurations for ImageNet-1k share."""
     views = ViewConfig(
         scale=(0.32, 1.0),  # [DINOv2]
         blur_probability=0.5,  # [DINOv2] 1.0 and 0.1 on its two views

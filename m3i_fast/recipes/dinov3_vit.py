@@ -25,7 +25,7 @@ GRAM_EPOCHS = 20
 
 
 def dinov3_vit_s() -> TrainConfig:
-    """Pre-train ViT-S/16 with DINOv3 for 100 epochs of ImageNet, without Gram anchoring.
+    """Pre-train ViT-S/16 with DINOv3 in 125,000 steps of ImageNet, without Gram anchoring.
 
     Needs: pictures; 32 cards of 24 GB; 64 pictures a card.
     """
@@ -33,7 +33,7 @@ def dinov3_vit_s() -> TrainConfig:
 
 
 def dinov3_vit_b() -> TrainConfig:
-    """Pre-train ViT-B/16 with DINOv3 for 100 epochs of ImageNet, without Gram anchoring.
+    """Pre-train ViT-B/16 with DINOv3 in 125,000 steps of ImageNet, without Gram anchoring.
 
     Needs: pictures; 32 cards of 40 GB; 64 pictures a card.
     """
@@ -41,7 +41,7 @@ def dinov3_vit_b() -> TrainConfig:
 
 
 def dinov3_vit_l() -> TrainConfig:
-    """Pre-train ViT-L/16 with DINOv3 for 100 epochs of ImageNet, without Gram anchoring.
+    """Pre-train ViT-L/16 with DINOv3 in 125,000 steps of ImageNet, without Gram anchoring.
 
     Needs: pictures; 32 cards of 80 GB; 64 pictures a card.
     """

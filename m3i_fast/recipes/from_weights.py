@@ -21,7 +21,7 @@ from m3i_fast.recipes.production import production
 def dinov2_s() -> TrainConfig:
     """Train DINOv2's ViT-S/14 on with M3I, from its weights (--init dinov2:FILE).
 
-    Needs: pictures packed by `m3i-fast data` (--data.path); cards of 80 GB; 512 pictures a card.
+    Needs: pictures packed by `m3i-fast data` (--data.path); a card of 80 GB; 512 pictures a card.
     """
     return _from_weights(vit.dinov2_s(), 512)
 
@@ -29,7 +29,7 @@ def dinov2_s() -> TrainConfig:
 def dinov2_b() -> TrainConfig:
     """Train DINOv2's ViT-B/14 on with M3I, from its weights (--init dinov2:FILE).
 
-    Needs: pictures packed by `m3i-fast data` (--data.path); cards of 80 GB; 256 pictures a card.
+    Needs: pictures packed by `m3i-fast data` (--data.path); a card of 80 GB; 256 pictures a card.
     """
     return _from_weights(vit.dinov2_b(), 256)
 
@@ -37,7 +37,7 @@ def dinov2_b() -> TrainConfig:
 def dinov2_l() -> TrainConfig:
     """Train DINOv2's ViT-L/14 on with M3I, from its weights (--init dinov2:FILE).
 
-    Needs: pictures packed by `m3i-fast data` (--data.path); cards of 80 GB; 128 pictures a card.
+    Needs: pictures packed by `m3i-fast data` (--data.path); a card of 80 GB; 128 pictures a card.
     """
     return _from_weights(vit.dinov2_l(), 128)
 
@@ -45,7 +45,7 @@ def dinov2_l() -> TrainConfig:
 def dinov3_s() -> TrainConfig:
     """Train DINOv3's ViT-S/16 on with M3I, from its weights (--init dinov3:FILE).
 
-    Needs: pictures packed by `m3i-fast data` (--data.path); cards of 80 GB; 512 pictures a card.
+    Needs: pictures packed by `m3i-fast data` (--data.path); a card of 80 GB; 512 pictures a card.
     """
     return _from_weights(vit.dinov3_s(), 512)
 
@@ -53,7 +53,7 @@ def dinov3_s() -> TrainConfig:
 def dinov3_b() -> TrainConfig:
     """Train DINOv3's ViT-B/16 on with M3I, from its weights (--init dinov3:FILE).
 
-    Needs: pictures packed by `m3i-fast data` (--data.path); cards of 80 GB; 256 pictures a card.
+    Needs: pictures packed by `m3i-fast data` (--data.path); a card of 80 GB; 256 pictures a card.
     """
     return _from_weights(vit.dinov3_b(), 256)
 
@@ -61,7 +61,7 @@ def dinov3_b() -> TrainConfig:
 def dinov3_l() -> TrainConfig:
     """Train DINOv3's ViT-L/16 on with M3I, from its weights (--init dinov3:FILE).
 
-    Needs: pictures packed by `m3i-fast data` (--data.path); cards of 80 GB; 128 pictures a card.
+    Needs: pictures packed by `m3i-fast data` (--data.path); a card of 80 GB; 128 pictures a card.
     """
     return _from_weights(vit.dinov3_l(), 128)
 

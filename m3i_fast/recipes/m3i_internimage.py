@@ -29,7 +29,7 @@ ENCODER: dict[str, Any] = {
 def m3i_internimage_t() -> TrainConfig:
     """Pre-train InternImage-T, 30 M parameters, with M3I for 400 epochs of ImageNet.
 
-    Needs: pictures with classes and captions; cards of 80 GB; 768 pictures a card.
+    Needs: pictures with classes and captions; 8 cards of 80 GB; 768 pictures a card.
     """
     vision = internimage_t(**ENCODER, drop_path_rate=0.1)
     return for_400_epochs(vision, 768)
@@ -38,7 +38,7 @@ def m3i_internimage_t() -> TrainConfig:
 def m3i_internimage_s() -> TrainConfig:
     """Pre-train InternImage-S, 50 M parameters, with M3I for 400 epochs of ImageNet.
 
-    Needs: pictures with classes and captions; cards of 80 GB; 512 pictures a card.
+    Needs: pictures with classes and captions; 8 cards of 80 GB; 512 pictures a card.
     """
     vision = internimage_s(**ENCODER, drop_path_rate=0.1)
     return for_400_epochs(vision, 512)
@@ -47,7 +47,7 @@ def m3i_internimage_s() -> TrainConfig:
 def m3i_internimage_b() -> TrainConfig:
     """Pre-train InternImage-B, 97 M parameters, with M3I for 400 epochs of ImageNet.
 
-    Needs: pictures with classes and captions; cards of 80 GB; 384 pictures a card.
+    Needs: pictures with classes and captions; 8 cards of 80 GB; 384 pictures a card.
     """
     vision = internimage_b(**ENCODER, drop_path_rate=0.1)
     return for_400_epochs(vision, 384)
@@ -56,7 +56,7 @@ def m3i_internimage_b() -> TrainConfig:
 def m3i_internimage_l() -> TrainConfig:
     """Pre-train InternImage-L, 223 M parameters, with M3I for 400 epochs of ImageNet.
 
-    Needs: pictures with classes and captions; cards of 80 GB; 192 pictures a card.
+    Needs: pictures with classes and captions; 8 cards of 80 GB; 192 pictures a card.
     """
     vision = internimage_l(**ENCODER, drop_path_rate=0.1)
     return for_400_epochs(vision, 192)
@@ -65,7 +65,7 @@ def m3i_internimage_l() -> TrainConfig:
 def m3i_internimage_xl() -> TrainConfig:
     """Pre-train InternImage-XL, 335 M parameters, with M3I for 400 epochs of ImageNet.
 
-    Needs: pictures with classes and captions; cards of 80 GB; 128 pictures a card.
+    Needs: pictures with classes and captions; 8 cards of 80 GB; 128 pictures a card.
     """
     vision = internimage_xl(**ENCODER, drop_path_rate=0.1)
     return for_400_epochs(vision, 128)
@@ -74,7 +74,7 @@ def m3i_internimage_xl() -> TrainConfig:
 def m3i_internimage_h() -> TrainConfig:
     """Pre-train InternImage-H, 1.09 B parameters, with M3I for 400 epochs of ImageNet.
 
-    Needs: pictures with classes and captions; cards of 80 GB; 64 pictures a card.
+    Needs: pictures with classes and captions; 8 cards of 80 GB; 64 pictures a card.
     """
     vision = internimage_h(**ENCODER, drop_path_rate=0.2, activation_checkpointing="full")
     return for_400_epochs(vision, 64)
@@ -83,7 +83,7 @@ def m3i_internimage_h() -> TrainConfig:
 def m3i_internimage_g() -> TrainConfig:
     """Pre-train InternImage-G, 3.08 B parameters, with M3I for 400 epochs of ImageNet.
 
-    Needs: pictures with classes and captions; cards of 80 GB; 16 pictures a card.
+    Needs: pictures with classes and captions; 8 cards of 80 GB; 16 pictures a card.
     """
     vision = internimage_g(**ENCODER, drop_path_rate=0.4, activation_checkpointing="full")
     return for_400_epochs(vision, 16)

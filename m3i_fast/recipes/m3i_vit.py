@@ -1,6 +1,7 @@
 """M3I with a Vision Transformer, for data sets of ImageNet's size.
 
-Batch sizes are those of one card, chosen to fit 80 GB in bf16, and not yet measured.
+Batch sizes are those of one card, chosen to fit 80 GB in bf16, and not yet measured. Steps and
+learning rate are those of a node of eight.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from m3i_fast.recipes.production import for_400_epochs
 def m3i_vit_s() -> TrainConfig:
     """Pre-train ViT-S/16 with M3I for 400 epochs of ImageNet, uncompiled.
 
-    Needs: pictures with classes and captions; cards of 80 GB; 1024 pictures a card.
+    Needs: pictures with classes and captions; 8 cards of 80 GB; 1024 pictures a card.
     """
     return for_400_epochs(vit_s(), 1024)
 
@@ -21,7 +22,7 @@ def m3i_vit_s() -> TrainConfig:
 def m3i_vit_s_a100() -> TrainConfig:
     """Pre-train ViT-S/16 with M3I for 400 epochs of ImageNet, compiled for A100.
 
-    Needs: pictures with classes and captions; A100 cards of 80 GB; 1024 pictures a card.
+    Needs: pictures with classes and captions; 8 A100 cards of 80 GB; 1024 pictures a card.
     """
     return for_400_epochs(vit_s(), 1024, compile=True)
 
@@ -29,7 +30,7 @@ def m3i_vit_s_a100() -> TrainConfig:
 def m3i_vit_s_h100() -> TrainConfig:
     """Pre-train ViT-S/16 with M3I for 400 epochs of ImageNet, compiled for H100.
 
-    Needs: pictures with classes and captions; H100 cards of 80 GB; 1024 pictures a card.
+    Needs: pictures with classes and captions; 8 H100 cards of 80 GB; 1024 pictures a card.
     """
     return for_400_epochs(vit_s(), 1024, compile=True)
 
@@ -37,7 +38,7 @@ def m3i_vit_s_h100() -> TrainConfig:
 def m3i_vit_b() -> TrainConfig:
     """Pre-train ViT-B/16 with M3I for 400 epochs of ImageNet, uncompiled.
 
-    Needs: pictures with classes and captions; cards of 80 GB; 512 pictures a card.
+    Needs: pictures with classes and captions; 8 cards of 80 GB; 512 pictures a card.
     """
     return for_400_epochs(vit_b(), 512)
 
@@ -45,7 +46,7 @@ def m3i_vit_b() -> TrainConfig:
 def m3i_vit_b_a100() -> TrainConfig:
     """Pre-train ViT-B/16 with M3I for 400 epochs of ImageNet, compiled for A100.
 
-    Needs: pictures with classes and captions; A100 cards of 80 GB; 512 pictures a card.
+    Needs: pictures with classes and captions; 8 A100 cards of 80 GB; 512 pictures a card.
     """
     return for_400_epochs(vit_b(), 512, compile=True)
 
@@ -53,7 +54,7 @@ def m3i_vit_b_a100() -> TrainConfig:
 def m3i_vit_b_h100() -> TrainConfig:
     """Pre-train ViT-B/16 with M3I for 400 epochs of ImageNet, compiled for H100.
 
-    Needs: pictures with classes and captions; H100 cards of 80 GB; 768 pictures a card.
+    Needs: pictures with classes and captions; 8 H100 cards of 80 GB; 768 pictures a card.
     """
     return for_400_epochs(vit_b(), 768, compile=True)
 
@@ -61,7 +62,7 @@ def m3i_vit_b_h100() -> TrainConfig:
 def m3i_vit_l() -> TrainConfig:
     """Pre-train ViT-L/16 with M3I for 400 epochs of ImageNet, uncompiled.
 
-    Needs: pictures with classes and captions; cards of 80 GB; 256 pictures a card.
+    Needs: pictures with classes and captions; 8 cards of 80 GB; 256 pictures a card.
     """
     return for_400_epochs(vit_l(), 256)
 
@@ -69,7 +70,7 @@ def m3i_vit_l() -> TrainConfig:
 def m3i_vit_l_a100() -> TrainConfig:
     """Pre-train ViT-L/16 with M3I for 400 epochs of ImageNet, compiled for A100.
 
-    Needs: pictures with classes and captions; A100 cards of 80 GB; 256 pictures a card.
+    Needs: pictures with classes and captions; 8 A100 cards of 80 GB; 256 pictures a card.
     """
     return for_400_epochs(vit_l(), 256, compile=True)
 
@@ -77,7 +78,7 @@ def m3i_vit_l_a100() -> TrainConfig:
 def m3i_vit_l_h100() -> TrainConfig:
     """Pre-train ViT-L/16 with M3I for 400 epochs of ImageNet, compiled for H100.
 
-    Needs: pictures with classes and captions; H100 cards of 80 GB; 320 pictures a card.
+    Needs: pictures with classes and captions; 8 H100 cards of 80 GB; 320 pictures a card.
     """
     return for_400_epochs(vit_l(), 320, compile=True)
 
@@ -85,7 +86,7 @@ def m3i_vit_l_h100() -> TrainConfig:
 def m3i_vit_h() -> TrainConfig:
     """Pre-train ViT-H/14 with M3I for 400 epochs of ImageNet, uncompiled.
 
-    Needs: pictures with classes and captions; cards of 80 GB; 96 pictures a card.
+    Needs: pictures with classes and captions; 8 cards of 80 GB; 96 pictures a card.
     """
     return for_400_epochs(vit_h(drop_path_rate=0.1, activation_checkpointing="full"), 96)
 
@@ -93,7 +94,7 @@ def m3i_vit_h() -> TrainConfig:
 def m3i_vit_h_a100() -> TrainConfig:
     """Pre-train ViT-H/14 with M3I for 400 epochs of ImageNet, compiled for A100.
 
-    Needs: pictures with classes and captions; A100 cards of 80 GB; 96 pictures a card.
+    Needs: pictures with classes and captions; 8 A100 cards of 80 GB; 96 pictures a card.
     """
     return for_400_epochs(
         vit_h(drop_path_rate=0.1, activation_checkpointing="full"), 96, compile=True
@@ -103,7 +104,7 @@ def m3i_vit_h_a100() -> TrainConfig:
 def m3i_vit_h_h100() -> TrainConfig:
     """Pre-train ViT-H/14 with M3I for 400 epochs of ImageNet, compiled for H100.
 
-    Needs: pictures with classes and captions; H100 cards of 80 GB; 128 pictures a card.
+    Needs: pictures with classes and captions; 8 H100 cards of 80 GB; 128 pictures a card.
     """
     return for_400_epochs(
         vit_h(drop_path_rate=0.1, activation_checkpointing="full"), 128, compile=True

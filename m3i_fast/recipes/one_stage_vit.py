@@ -67,13 +67,12 @@ def one_stage_supervised_vit_b() -> TrainConfig:
 
 
 def _m3i(vision: VisionConfig) -> TrainConfig:
-    whole_batch = NUM_CARDS * PICTURES_A_CARD
-    cfg = production(
+    return production(
         vision,
-        batch_size=whole_batch,  # of which the learning rate is
-        num_steps=NUM_EPOCHS * IMAGENET_PICTURES // whole_batch,
+        batch_size=PICTURES_A_CARD,
+        num_steps=NUM_EPOCHS * IMAGENET_PICTURES // (NUM_CARDS * PICTURES_A_CARD),
+        num_cards=NUM_CARDS,
     )
-    return replace(cfg, data=replace(cfg.data, batch_size=PICTURES_A_CARD))
 
 
 def _method(name: str, vision: VisionConfig) -> TrainConfig:

@@ -17,14 +17,23 @@ from m3i_fast.config.objective.objective import ObjectiveConfig
 from m3i_fast.config.optim import EmaConfig, OptimConfig
 from m3i_fast.config.train import TrainConfig
 
+NODE = 8  # cards whose pictures a step M3I's recipes are for
 MIN_CONTRAST = 8  # of 255 levels: less is blank paper, sky, or JPEG's noise in either
 IMAGENET_PICTURES = 1_281_167
 
 
 def production(
-    vision: VisionConfig, *, batch_size: int, num_steps: int, compile: bool = False
+    vision: VisionConfig,
+    *,
+    batch_size: int,
+    num_steps: int,
+    num_cards: int = 1,
+    compile: bool = False,
 ) -> TrainConfig:
-    """Make M3I on a captioned and labelled data set; values chosen where no source is marked."""
+    """Make M3I on a captioned and labelled data set; values chosen where no source is marked.
+
+    batch_size: pictures a card; the learning rate is that of `num_cards` of them.
+    """
     colours = ViewConfig(
         size=vision.image_size,
         scale=(0.08, 1.0),  # [SiameseIM]
@@ -50,7 +59,8 @@ def production(
             decoder=DecoderConfig(dim=max(512, vision.dim), depth=4, num_heads=16),
         ),
         optim=OptimConfig(
-            lr=6.25e-5 * 16 * batch_size / 4096,  # [SiameseIM] 1e-3 at 4096, linear in the batch
+            # [SiameseIM] 1e-3 at 4096, linear in the batch
+            lr=6.25e-5 * 16 * num_cards * batch_size / 4096,
             weight_decay=0.05,  # [SiameseIM]
             betas=(0.9, 0.95),  # [SiameseIM]
             clip_grad_norm=1.0,  # [SiameseIM]
@@ -63,6 +73,11 @@ def production(
 
 
 def for_400_epochs(vision: VisionConfig, batch_size: int, *, compile: bool = False) -> TrainConfig:
-    """Make M3I for 400 epochs of 1.28 M images [paper, ablations on ImageNet-1k]."""
-    num_steps = 400 * IMAGENET_PICTURES // batch_size
-    return production(vision, batch_size=batch_size, num_steps=num_steps, compile=compile)
+    """Make M3I for 400 epochs of 1.28 M images [paper, ablations on ImageNet-1k] on a node."""
+    return production(
+        vision,
+        batch_size=batch_size,
+        num_steps=400 * IMAGENET_PICTURES // (NODE * batch_size),
+        num_cards=NODE,
+        compile=compile,
+    )

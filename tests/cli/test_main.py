@@ -2,12 +2,22 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
+import torch
 
 from m3i_fast.cli import VERBS, main
+from m3i_fast.cli.train import tell_whole_batch
+from m3i_fast.config import TrainConfig
+from m3i_fast.engine.parallel.ranks import World
+from m3i_fast.engine.trainer import Trainer
+from m3i_fast.pipelines.loader import Loader
+from m3i_fast.recipes import RECIPES
 
 
 def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,3 +69,34 @@ def test_a_wrong_request_names_the_flag_and_writes_nothing(
     assert main(argv) == 2
     assert said in " ".join(capsys.readouterr().err.split())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_in_another_batch_than_the_recipes_says_what_to_add(
+    dataset: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = RECIPES["vit_ti"]()  # for 384 pictures a step
+    loader = Loader(replace(recipe.data, path=dataset, batch_size=16))
+    eight = SimpleNamespace(loader=loader, world=World(torch.device("cpu"), 0, 8), step=0)
+
+    def told(cfg: TrainConfig, step: int = 0) -> list[str]:
+        caplog.clear()
+        eight.step = step
+        with caplog.at_level("INFO"):
+            tell_whole_batch("vit_ti", cfg, cast(Trainer, eight))
+        return [record.getMessage() for record in caplog.records]
+
+    cfg = replace(recipe, data=replace(recipe.data, batch_size=16))
+    epochs = 50_000 * 128 / loader.num_rows
+    pace, advice = told(cfg)
+    assert pace.startswith("a step takes 128 pictures (8 ranks x 16); 50,000 steps are ")
+    assert float(pace.split(" steps are ")[1].split(" epochs")[0]) == pytest.approx(epochs, 1e-2)
+    assert advice == (
+        "recipe vit_ti is for 384 pictures a step, not 128: add --num-steps 150000 for as many "
+        "epochs, and --optim.lr 3.13e-05 (linear in the batch) or 5.41e-05 (in its root)"
+    )
+    assert len(told(cfg, step=1)) == 1  # it goes on
+    chosen = replace(cfg, num_steps=10, optim=replace(cfg.optim, lr=1e-4))
+    assert len(told(chosen)) == 1
+    whole = replace(recipe, data=replace(recipe.data, batch_size=48))
+    assert len(told(whole)) == 1
+    loader.close()

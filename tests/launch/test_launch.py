@@ -18,7 +18,6 @@ import pytest
 import yaml
 from kubeflow.training import models as kubeflow
 from kubeflow_trainer_api.models import IoK8sApiCoreV1PodTemplateSpec, JobsetV1alpha2JobSet
-from torch.distributed import run as torchrun
 
 from m3i_fast.cli import launch, main, train
 from m3i_fast.config import TrainConfig
@@ -66,7 +65,7 @@ def _expect_command(arguments: list[str]) -> Any:
     """Parse it as it will be, by torchrun and train; what torchrun was asked for."""
     assert arguments[0] == "launch"
     _, rest = launch.retry_code(arguments[1:])
-    asked = torchrun.parse_args(rest)
+    asked = launch.parse(rest)
     assert asked.module and asked.training_script == "m3i_fast.cli"
     verb, *of_train = asked.training_script_args
     assert verb == "train"
@@ -332,6 +331,23 @@ def test_a_node_that_never_comes_is_a_76(
     said = capfd.readouterr().err
     assert f"expected 2 to meet at 127.0.0.1:{port}" in said and f"{limit}=SECONDS" in said
     assert "Traceback" not in said
+
+
+def test_a_verb_stands_for_a_script() -> None:
+    node = ["--nproc-per-node", "8"]
+    asked = launch.parse([*node, "train", "demo", "--out", "runs/a"])
+    assert (asked.module, asked.training_script, asked.nproc_per_node) == (
+        True,
+        "m3i_fast.cli",
+        "8",
+    )
+    assert asked.training_script_args == ["train", "demo", "--out", "runs/a"]
+    before = launch.parse([*node, "-m", "m3i_fast.cli", "train", "demo", "--out", "runs/a"])
+    assert vars(before) == vars(asked)
+    own = launch.parse([*node, "train.py", "demo"])
+    assert (own.module, own.training_script) == (False, "train.py")
+    module = launch.parse([*node, "-m", "train", "demo"])
+    assert (module.module, module.training_script) == (True, "train")
 
 
 def test_what_launch_makes_of_exit_codes() -> None:

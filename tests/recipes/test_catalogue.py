@@ -10,6 +10,7 @@ import pytest
 from m3i_fast.cli import main
 from m3i_fast.objectives.methods import METHODS
 from m3i_fast.recipes import GROUPS, RECIPES, needs_of, recipes, sentence_of
+from m3i_fast.recipes.catalogue import whole_batch
 
 SOURCES = Path(__file__).resolve().parents[2] / "m3i_fast" / "recipes"
 
@@ -35,6 +36,18 @@ def test_a_recipe_says_what_it_is_and_needs(name: str) -> None:
         assert int(tokens[1].replace(",", "")) == RECIPES[name]().data.max_tokens_per_batch
         return
     assert name.startswith("demo")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_epochs_that_a_recipe_promises_are_of_all_its_cards(name: str) -> None:
+    cfg, batch = RECIPES[name](), whole_batch(RECIPES[name])
+    promised = re.search(r"for (\d+) epochs of ImageNet", sentence_of(RECIPES[name]))
+    if promised is not None:
+        assert batch is not None
+        assert cfg.num_steps * batch / 1_281_167 == pytest.approx(int(promised[1]), rel=2e-3)
+    if name.startswith(("m3i_", "one_stage_")):
+        assert batch is not None
+        assert cfg.optim.lr == pytest.approx(1e-3 * batch / 4096)
 
 
 def test_the_verb_lists_every_recipe_once(capsys: pytest.CaptureFixture[str]) -> None:
