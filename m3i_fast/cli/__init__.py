@@ -6,7 +6,9 @@ import importlib
 import logging
 import os
 import sys
+import textwrap
 import traceback
+from collections.abc import Mapping
 
 from rich.logging import RichHandler
 from rich.text import Text
@@ -48,10 +50,8 @@ def main(argv: list[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("-h", "--help"):
-        console.print("usage: m3i-fast VERB ...   (m3i-fast VERB --help tells more)\n")
-        for verb, description in VERBS.items():
-            console.print(f"  {verb:<12}{description}", highlight=False)
-        return 0 if arguments else 2
+        usage = "usage: m3i-fast VERB ...   (m3i-fast VERB --help tells more)"
+        return show_usage(f"{usage}\n\n{listed(VERBS)}", asked=bool(arguments))
     if arguments[0] == "--version":
         make_console().print(f"m3i-fast {m3i_fast.__version__}", highlight=False)
         return 0
@@ -90,6 +90,22 @@ def _run(verb: str, arguments: list[str]) -> int:
             raise
         traceback.print_exc()
         return 1
+
+
+def show_usage(text: str, *, asked: bool) -> int:
+    """Print a usage and return the exit code: 0 where it was asked for, on standard output."""
+    make_console(stderr=not asked).print(text, highlight=False, soft_wrap=True)
+    return 0 if asked else 2
+
+
+def listed(descriptions: Mapping[str, str]) -> str:
+    """Return names with what each does, in lines as wide as the terminal."""
+    margin = 4 + max(map(len, descriptions))
+    width = max(make_console().width, margin + 30)
+    return "\n".join(
+        textwrap.fill(f"  {name:<{margin - 2}}{description}", width, subsequent_indent=" " * margin)
+        for name, description in descriptions.items()
+    )
 
 
 def refuse(message: str, code: int = 2) -> int:

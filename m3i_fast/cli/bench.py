@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from m3i_fast.benchmarks.subjects import SUBJECTS, load
-from m3i_fast.cli import console, refuse
+from m3i_fast.cli import listed, refuse, show_usage
 from m3i_fast.did_you_mean import nearest
 
 
 def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
-        console.print("usage: m3i-fast bench NAME ...   (NAME --help tells more)\n")
-        for name, (_, description) in SUBJECTS.items():
-            console.print(f"  {name:<16}{description}", highlight=False)
-        return 0 if argv else 2
+        usage = "usage: m3i-fast bench NAME ...   (NAME --help tells more)"
+        descriptions = {name: description for name, (_, description) in SUBJECTS.items()}
+        return show_usage(f"{usage}\n\n{listed(descriptions)}", asked=bool(argv))
     name, rest = argv[0], argv[1:]
     if name not in SUBJECTS:
         known = ", ".join(SUBJECTS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from rich import box
@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # torch takes seconds, and help does without
 console = make_console()
 
 
-def ls(run: tyro.conf.Positional[Path], /) -> int:
+def ls(run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]], /) -> int:
     """List a run's checkpoints, without reading what is in them.
 
     Args:
@@ -72,7 +72,11 @@ def verify(path: tyro.conf.Positional[Path], /) -> int:
     return int(any(reasons))
 
 
-def consolidate(checkpoint: tyro.conf.Positional[Path], out: tyro.conf.Positional[Path], /) -> int:
+def consolidate(
+    checkpoint: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="CHECKPOINT")]],
+    out: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]],
+    /,
+) -> int:
     """Write the model of a checkpoint, whole, into one file of safetensors.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -28,9 +28,9 @@ Layout = Literal["classification", "detection", "huggingface"]
 class ExportCommand:
     """Write what a run has learnt for other libraries, or small for `m3i_fast.load`."""
 
-    run: tyro.conf.Positional[Path]
+    run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
     """Run directory, whose newest good checkpoint is taken, or one checkpoint in it."""
-    out: tyro.conf.Positional[Path]
+    out: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]]
     """Folder to write, or file for internimage; it must not exist."""
     to: Target
     """What reads it. timm: timm.create_model("local-dir:OUT", pretrained=True), of a ViT with

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
-from m3i_fast.cli import VERBS, console
+from m3i_fast.cli import VERBS, show_usage
 from m3i_fast.engine.parallel.watchdog import MissingRanks
 
 USAGE = """\
@@ -48,8 +48,7 @@ class Forwarder:
 
 def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
-        console.print(USAGE, highlight=False)
-        return 0 if argv else 2
+        return show_usage(USAGE, asked=bool(argv))
     retry, arguments = retry_code(argv)
     forward = Forwarder()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):

@@ -13,7 +13,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from m3i_fast.cli import console as messages
+from m3i_fast.cli import show_usage
 from m3i_fast.config import TrainConfig
 from m3i_fast.costs.gpus import CARDS, UTILISATION, Card
 from m3i_fast.costs.loader_cost import ENGINES, READING, THREADS, VIEWS
@@ -70,8 +70,7 @@ class PlanCommand:
 
 def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
-        messages.print(f"{USAGE}\nm3i-fast recipes lists the recipes", highlight=False)
-        return 0 if argv else 2
+        return show_usage(f"{USAGE}\nm3i-fast recipes lists the recipes", asked=bool(argv))
     name, config, rest = find_recipe(argv)
     command = read_flags(
         PlanCommand,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from m3i_fast.cli import console
+from m3i_fast.cli import console, show_usage
 from m3i_fast.config import TrainConfig
 from m3i_fast.durable_files import expect_local
 from m3i_fast.flags import read_flags, typed_flags
@@ -50,8 +50,7 @@ def main(argv: list[str]) -> int:
     if argv[:1] == ["diff"]:
         return diff(argv[1:])
     if not argv or argv[0] in ("-h", "--help"):
-        console.print(f"{USAGE}\nm3i-fast recipes lists the recipes", highlight=False)
-        return 0 if argv else 2
+        return show_usage(f"{USAGE}\nm3i-fast recipes lists the recipes", asked=bool(argv))
     name, command, typed = parse(argv)
     expect_local(command.out, "--out")
     if not command.inside_nsys and (command.out / "summary.json").exists():
@@ -111,8 +110,7 @@ def resolve(
 def diff(argv: list[str]) -> int:
     """Print what makes one of two profiles slower than the other."""
     if len(argv) != 2 or argv[0] in ("-h", "--help"):
-        console.print(USAGE, highlight=False)
-        return 0 if argv[:1] in (["-h"], ["--help"]) else 2
+        return show_usage(USAGE, asked=argv[:1] in (["-h"], ["--help"]))
     from m3i_fast.profiling.diff import compare_profiles, markdown
     from m3i_fast.profiling.summary import read_summary
 

@@ -29,7 +29,7 @@ class ReportCommand(Checked):
     A run that is going on is not disturbed.
     """
 
-    run: tyro.conf.Positional[Path]
+    run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
     """Run directory that `m3i-fast train` wrote."""
     out: Path | None = None
     """Page to write; none: report.html in the run directory."""

@@ -30,7 +30,7 @@ class SearchCommand:
     By words, by a picture, and by a patch of one; with class guesses. Ctrl-C ends it.
     """
 
-    model: tyro.conf.Positional[Path]
+    model: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
     """Run directory, one of its checkpoints, or a folder that `m3i-fast export RUN OUT --to
     safetensors` wrote."""
     data: Path

@@ -15,7 +15,7 @@ import tyro
 from rich.table import Column, Table
 from rich.text import Text
 
-from m3i_fast.cli import console
+from m3i_fast.cli import console, show_usage
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.fields import Checked, Conflict, unmet
 from m3i_fast.durable_files import expect_local
@@ -110,8 +110,7 @@ class TrainCommand(Checked):
 
 def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
-        console.print(USAGE, highlight=False)
-        return 0 if argv else 2
+        return show_usage(USAGE, asked=bool(argv))
     name, config, rest = find_recipe(argv)
     if {"-h", "--help"} & set(rest):
         print_short_help(argv[0], TrainCommand(config=config, out=Path("runs") / name))

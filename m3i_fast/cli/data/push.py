@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -19,9 +20,9 @@ class Push:
     the files that are there. Credentials, region and endpoint come from AWS_* or GOOGLE_*.
     """
 
-    path: tyro.conf.Positional[Path]
+    path: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="DATASET")]]
     """Dataset directory."""
-    url: tyro.conf.Positional[str]
+    url: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="URL")]]
     """Where to, as s3://bucket/folder."""
 
     def run(self) -> None:

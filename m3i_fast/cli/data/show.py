@@ -22,7 +22,7 @@ class Show:
     duplicates, and what packing refused.
     """
 
-    path: tyro.conf.Positional[Path]
+    path: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="DATASET")]]
     """Dataset directory, or its URL in object storage."""
     num: Annotated[int, tyro.conf.arg(metavar="N")] = 64
     """Pictures shown, in the order of a run's first epoch over a folder, also of a bucket."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from rich.table import Table
@@ -28,7 +28,7 @@ class Verify:
     bucket the shards are read one after the other, and at most 80 MiB of them are in memory.
     """
 
-    path: tyro.conf.Positional[Path]
+    path: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="DATASET")]]
     """Dataset directory, or its URL in object storage."""
     decode: bool = False
     """Decode every picture; without this their headers alone are looked at."""
