@@ -13,7 +13,7 @@ from m3i_fast.line_files import read_lines
 def test_lines_are_read_with_and_without_a_byte_order_mark(tmp_path: Path, encoding: str) -> None:
     file = tmp_path / "names.txt"
     file.write_bytes("puree \u00e9t\u00e9\r\nhot dog\n".encode(encoding))
-    assert read_lines(file, "--classes") == ("puree \u00e9t\u00e9", "hot dog")
+    assert read_lines(file, "--class-names") == ("puree \u00e9t\u00e9", "hot dog")
 
 
 @pytest.mark.parametrize(

@@ -351,7 +351,7 @@ def index_command(path: Path, manifest: Manifest, tars: str) -> str:
         for name in ("caption", "label", "group"):
             value = columns.get(name)
             if name != "group" or value is not None:
-                command += f" --{name} {shlex.quote(str(value or 'none'))}"
+                command += f" --{name}-column {shlex.quote(str(value or 'none'))}"
         command += " --decode" if columns.get("decode") else ""
         command += "".join(f" --column {shlex.quote(flag)}" for flag in columns.get("column", ()))
     return command

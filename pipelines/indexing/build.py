@@ -298,8 +298,8 @@ def _check_groups(indices: Sequence[TarIndex], split_of: dict[str, str]) -> None
         groups = np.unique(np.concatenate(parts))
         if len(np.setdiff1d(np.intersect1d(groups, seen), [NO_GROUP])):
             raise ValueError(
-                f"--group: expected each group in one split, got samples of one in {split} and in "
-                "another: put them into one by --split"
+                "--group-column: expected each group in one split, got samples of one in "
+                f"{split} and in another: put them into one by --split"
             )
         seen = np.union1d(seen, groups)
 

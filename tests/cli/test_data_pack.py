@@ -77,7 +77,10 @@ def test_folders_of_classes_are_packed_trained_on_and_evaluated(
         (["--max-pixels", "-1"], "--max-pixels: expected at least 1, got -1"),
         (["--limit", "0"], "--limit: expected at least 1, got 0"),
         (["--samples-per-shard", "0"], "--samples-per-shard: expected at least 1, got 0"),
-        (["--classes", "none.txt"], "--classes: expected a text file in UTF-8, got 'No such file"),
+        (
+            ["--class-names", "none.txt"],
+            "--class-names: expected a text file in UTF-8, got 'No such file",
+        ),
         (["--context-length", "2"], "context_length: expected at least 3"),
         (["--kind", "torchvision", "--torchvision-class", "No"], "a class of torchvision.datasets"),
     ],

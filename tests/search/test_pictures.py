@@ -193,7 +193,10 @@ def test_captions_stored_as_text_are_read(member: str, tmp_path: Path) -> None:
                 entry.size = len(content)
                 tar.addfile(entry, io.BytesIO(content))
     of = "txt" if member == "txt" else "json:caption"
-    assert main(["data", "index", str(tmp_path), "--caption", of, "--label", "none"]) == 0
+    assert (
+        main(["data", "index", str(tmp_path), "--caption-column", of, "--label-column", "none"])
+        == 0
+    )
     with open_pictures(tmp_path, None, tmp_path) as found:
         assert [found.about(row).captions for row in range(3)] == [("a cat",), (), ("two dogs",)]
         assert found.label.tolist() == [-1] * 3 and found.class_names == ()

@@ -48,11 +48,11 @@ class Index:
     split: str | None = None
     """Split of all tars. None: that in the name of each tar or its folder (train, test,
     heldout, which val is too), train where there is none."""
-    caption: Guessed = "auto"
+    caption_column: Guessed = "auto"
     """Where captions are: txt, json:FIELD, or none; auto: what the first samples have."""
-    label: Guessed = "auto"
+    label_column: Guessed = "auto"
     """Where labels are: cls, json:FIELD, or none; numbers, or names of classes."""
-    group: str | None = None
+    group_column: str | None = None
     """json:FIELD of what near-duplicates share, which are positives of each other; None: no
     groups."""
     column: Annotated[tuple[str, ...], Several] = ()
@@ -72,7 +72,7 @@ class Index:
     """Most tokens of a caption; longer ones are cut."""
     name: str | None = None
     """Name of the data set; None: the folder's."""
-    licence: str = "not stated"
+    license: str = "not stated"
     """Licence of the pictures, for the manifest."""
     attribution: str = "not stated"
     """Whom the pictures are by, for the manifest."""
@@ -141,7 +141,7 @@ class Index:
 
         info = IndexInfo(
             name=self.name or (url.rpartition("/")[2] if url else self.path.resolve().name),
-            licence=self.licence,
+            licence=self.license,
             attribution=self.attribution,
         )
         is_beside = url is not None and self.out is None
@@ -180,9 +180,9 @@ class Index:
         if self.class_names is not None:
             class_names = read_lines(self.class_names, "--class-names")
         return Columns(
-            caption=chosen.get(self.caption, self.caption),
-            label=labels.get(self.label, self.label),
-            group=self.group,
+            caption=chosen.get(self.caption_column, self.caption_column),
+            label=labels.get(self.label_column, self.label_column),
+            group=self.group_column,
             class_names=class_names,
             max_pixels=self.max_pixels,
             decode=self.decode,
@@ -199,8 +199,9 @@ class Index:
     def _say_guesses(self, splits: dict[str, str], columns: Columns) -> None:
         tars = ", ".join(f"{n} of {split}" for split, n in Counter(splits.values()).items())
         console.print(
-            f"tars: {tars} (--split); captions: {columns.caption or 'none'} (--caption); labels: "
-            f"{columns.label or 'none'} (--label); groups: {columns.group or 'none'} (--group); "
+            f"tars: {tars} (--split); captions: {columns.caption or 'none'} (--caption-column); "
+            f"labels: {columns.label or 'none'} (--label-column); groups: "
+            f"{columns.group or 'none'} (--group-column); "
             f"named columns: {', '.join(columns.named) or 'none'} (--column)",
             highlight=False,
             soft_wrap=True,

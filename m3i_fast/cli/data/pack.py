@@ -56,7 +56,7 @@ class Pack:
     """Column (of tars: field of json) of the class, by name or index. '' for none."""
     label_as: Literal["auto", "name", "index"] = "auto"
     """What labels are; auto: indices where all are whole numbers."""
-    classes: Path | None = None
+    class_names: Path | None = None
     """Text file with the name of each class on a line of its own, by index."""
     column: Annotated[tuple[str, ...], Several] = ()
     """Named column beside class and captions, as NAME:KIND or NAME:KIND=COLUMN; may be given
@@ -117,7 +117,7 @@ class Pack:
     """Most tokens of a caption; None: that of a packed SOURCE, else 77."""
     name: str | None = None
     """Name of the data set; None: that of DIR."""
-    licence: str = ""
+    license: str = ""
     """Licence of the pictures, for the manifest; none: that of a packed SOURCE, else not stated."""
     attribution: str = ""
     """Whom to credit, for the manifest; none: as for the licence."""
@@ -167,6 +167,7 @@ class Pack:
                 num_merges = of_source.tokenizer.num_merges
             if context_length is None:
                 context_length = of_source.tokenizer.context_length
+        names = read_lines(self.class_names, "--class-names") if self.class_names else ()
         check_at_least(self, for_gpu=1, max_pixels=1, workers=1)
         return PackSettings(
             source=SourceOptions(
@@ -180,7 +181,7 @@ class Pack:
                 json_captions=self.json_caption,
                 image_root=self.image_root,
                 delimiter=self.delimiter,
-                class_names=read_lines(self.classes, "--classes") if self.classes else (),
+                class_names=names,
                 label_as=self.label_as,
                 columns=self.column,
                 merge_rows=self.merge_rows,
@@ -203,7 +204,7 @@ class Pack:
                 for_gpu=self.for_gpu,
             ),
             name=self.name or self.out.absolute().name,
-            licence=self.licence or licence,
+            licence=self.license or licence,
             attribution=self.attribution or attribution,
         )
 

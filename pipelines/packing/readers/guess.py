@@ -67,7 +67,7 @@ def _asked_of_files(options: SourceOptions) -> list[str]:
         "--caption-column": options.caption_columns,
         "--json-caption": options.json_captions,
         "--label-column": options.label_column,
-        "--classes": options.class_names,
+        "--class-names": options.class_names,
         "--column": options.columns,
         "--group-column": options.group_column,
         "--split-column": options.split_column,

@@ -194,14 +194,16 @@ def test_groups_and_named_classes(tmp_path: Path) -> None:
     manifest = index(root, label="json:k", class_names=("dog", "bird", "cat"))
     assert rows(root)["label"].tolist() == [0, 2, -1, 2, -1]
     (root / "1.tar").rename(root / "val.tar")
-    with pytest.raises(ValueError, match="--group: expected each group in one split"):
+    with pytest.raises(ValueError, match="--group-column: expected each group in one split"):
         index(root, label=None, group="json:of")
 
 
 def test_the_command_guesses_and_says_so(tars: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "index", str(tars), "--num-merges", "10", "--workers", "1"]) == 0
     said = capsys.readouterr().err
-    assert "tars: 3 of train (--split); captions: txt (--caption); labels: json:label" in said
+    assert (
+        "tars: 3 of train (--split); captions: txt (--caption-column); labels: json:label" in said
+    )
     assert "11 pictures in 3 tars, 0 that do not decode, 11 with a caption, 11 with a label" in said
     assert read_manifest(tars).tokenizer.num_merges == 10
     write_tar(tars / "00003.tar", [("a.jpg", b"<html>"), ("b.jpg", JPEG), ("c.txt", b"x")])

@@ -57,7 +57,16 @@ def tars(tmp_path: Path) -> Path:
 
 
 def indexed(tars: Path, *flags: str) -> list[str]:
-    return ["data", "index", str(tars), "--caption", "none", "--label", "none", *flags]
+    return [
+        "data",
+        "index",
+        str(tars),
+        "--caption-column",
+        "none",
+        "--label-column",
+        "none",
+        *flags,
+    ]
 
 
 def with_flags(columns: tuple[str, ...]) -> list[str]:

@@ -121,7 +121,7 @@ def test_labels_with_a_point_are_told_by_the_classes_that_are_known(
     table = put(tmp_path, "t.csv", b"file,label\n0.png,2.0\n1.png,1.0\n")
     names = {"name": "1.0\n2.0\n", "float": "a\nb\nc\n"}[kind]
     classes = put(tmp_path, "names.txt", names.encode())
-    pack_with(table, tmp_path / "out", classes=classes)
+    pack_with(table, tmp_path / "out", class_names=classes)
     assert labels_of(tmp_path / "out") == {"name": ["2.0", "1.0"], "float": ["c", "b"]}[kind]
 
 

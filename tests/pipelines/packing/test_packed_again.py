@@ -74,7 +74,7 @@ def test_all_that_is_known_is_kept(
     assert before.tokenizer.num_merges == SMALL["num_merges"]
     wide = pack_with(packed, tmp_path / "wide", num_merges=120, context_length=None).manifest
     assert (wide.tokenizer.num_merges, wide.tokenizer.context_length) == (120, 16)
-    some = pack_with(packed, tmp_path / "some", limit=3, licence="mine")
+    some = pack_with(packed, tmp_path / "some", limit=3, license="mine")
     kept = told(tmp_path / "some", some.manifest)
     assert len(kept) == 3 and some.manifest.licence == "mine"
     whole = told(packed, before)
@@ -89,7 +89,14 @@ def test_an_index_is_packed_by_what_it_says(tmp_path: Path) -> None:
             for name, content in (("png", picture(i)), ("json", json.dumps(facts).encode())):
                 file = put(tmp_path, f"files/{i}.{name}", content)
                 tar.add(file, f"{i}.{name}")
-    flags = ["--caption", "json:alt", "--label", "json:kind", "--column", "age:numbers"]
+    flags = [
+        "--caption-column",
+        "json:alt",
+        "--label-column",
+        "json:kind",
+        "--column",
+        "age:numbers",
+    ]
     assert main(["data", "index", str(tmp_path / "tars"), *flags]) == 0
     manifest = pack_with(tmp_path / "tars", tmp_path / "out").manifest
     found = told(tmp_path / "out", manifest)

@@ -192,7 +192,7 @@ def test_rows_of_a_table_are_refused_by_line(tmp_path: Path) -> None:
     put(tmp_path, "outside.png", GOOD)
     table = put(tmp_path / "source", "t.csv", TABLE % (b"x" * 501))
     classes = put(tmp_path, "classes.txt", b"cat\ndog\nox\n")
-    packed = pack_with(table, tmp_path / "out", classes=classes, label_as="index")
+    packed = pack_with(table, tmp_path / "out", class_names=classes, label_as="index")
     found = refused_of(packed)
     assert {name: reason.split(":")[0].split(",")[0] for name, reason in found.items()} == {
         "t.csv:3": "caption",

@@ -296,7 +296,7 @@ def test_own_shards_are_a_source_too(tmp_path: Path) -> None:
     first = tmp_path / "first"
     pack_with(tmp_path / "source", first)
     (first / "classes.txt").write_text("a\nb\n")
-    pack_with(first / "train-000000.tar", tmp_path / "second", classes=first / "classes.txt")
+    pack_with(first / "train-000000.tar", tmp_path / "second", class_names=first / "classes.txt")
     assert sorted(row.pixels.tobytes() for row in rows_of(tmp_path / "second")) == sorted(
         row.pixels.tobytes() for row in rows_of(first)
     )
