@@ -51,7 +51,7 @@ class Columns:
             kind, _, of_json = (value or "").partition(":")
             if value is not None and value not in files and not (kind == "json" and of_json):
                 expected = " or ".join([*files, "json:FIELD"])
-                raise ValueError(f"--{name}: expected {expected}, got {value!r}")
+                raise ValueError(f"--{name}-column: expected {expected}, got {value!r}")
 
     @cached_property
     def specs(self) -> list[Spec]:
