@@ -33,7 +33,7 @@ def packed(tmp_path: Path) -> Path:
     asked: dict[str, Any] = {
         "caption_column": ("caption", "caption_2"), "group_column": "group",
         "split_column": "split", "label_column": "class", "column": ("age:numbers",),
-        "licence": "CC0", "attribution": "nobody",
+        "license": "CC0", "attribution": "nobody",
     }  # fmt: skip
     pack_with(tmp_path / "source/t.csv", out, **asked)
     return out
