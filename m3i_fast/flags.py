@@ -135,6 +135,7 @@ def read_flags(kind: type[T], argv: Sequence[str], *, prog: str, default: T) -> 
     Raises ValueError for every flag, choice or number that is wrong, or else for every conflict of
     fields, a line each; SystemExit for --help.
     """
+    argv = numbered(argv, default)
     is_tyros = argv[:1] and argv[0].startswith("--tyro-")  # completion of a shell
     if not is_tyros and not {"-h", "--help"} & set(argv):
         check_flags(argv, flags_of(default))
@@ -148,6 +149,35 @@ def read_flags(kind: type[T], argv: Sequence[str], *, prog: str, default: T) -> 
         )
     _refuse(f"{flag_of(path)}: {told}" for path, told in all_conflicts(command))
     return command
+
+
+def numbered(argv: Sequence[str], command: Any) -> list[str]:
+    """Put numbers into the places of names: --objective.terms.category.weight, if it is term 2.
+
+    A config in a tuple is told by its place or, where it has one, its `name`.
+    """
+    places = dict(_places(command))
+    return [_numbered(word, places) if word.startswith("--") else word for word in argv]
+
+
+def _places(command: Any, prefix: str = "--") -> Iterator[tuple[str, dict[str, int]]]:
+    """Yield what the flags of named configs in a tuple begin with, and their numbers by name."""
+    for field in fields(command):
+        value = getattr(command, field.name)
+        own = "" if isinstance(value, TrainConfig) else f"{field.name.replace('_', '-')}."
+        if is_dataclass(value):
+            yield from _places(value, f"{prefix}{own}")
+        elif isinstance(value, tuple) and all(hasattr(each, "name") for each in value):
+            yield f"{prefix}{own}", {each.name: place for place, each in enumerate(value)}
+
+
+def _numbered(word: str, places: Mapping[str, Mapping[str, int]]) -> str:
+    for prefix, by_name in places.items():
+        if word.startswith(prefix):
+            name, dot, rest = word.removeprefix(prefix).partition(".")
+            place = by_name.get(name.replace("-", "_"))
+            return word if place is None else f"{prefix}{place}{dot}{rest}"
+    return word
 
 
 def flag_of(path: str) -> str:

@@ -64,6 +64,20 @@ def test_what_may_be_typed_is_taken(argv: list[str]) -> None:
     check_flags(argv, flags_of(command()))
 
 
+def test_a_term_is_told_by_its_name() -> None:
+    names = [term.name for term in demo().objective.terms]
+    asked = ["--objective.terms.category.weight", "0", "--objective.terms.caption.weight=3"]
+    terms = train.parse(["demo", *asked]).config.objective.terms
+    weights = {term.name: term.weight for term in terms}
+    assert [*weights] == names and (weights["category"], weights["caption"]) == (0, 3)
+    by_place = f"--objective.terms.{names.index('caption')}.weight"
+    assert train.parse(["demo", *asked[:2], by_place, "3"]).config.objective.terms == terms
+    siglip2 = train.parse(["demo_siglip2", "--objective.terms.caption-tokens.weight", "2"])
+    assert siglip2.config.objective.terms[1].weight == 2
+    with pytest.raises(ValueError, match=r"unknown flag --objective.terms.captions.weight"):
+        train.parse(["demo", "--objective.terms.captions.weight", "2"])
+
+
 def test_flags_reach_the_config() -> None:
     asked = ["--optim.lr", "0.5", "--optim.betas", "0.5", "0.6", "--no-async-checkpoint"]
     found = train.parse(["demo", *asked, "data.local-views:none", "--num_steps", "7"])

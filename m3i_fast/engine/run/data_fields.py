@@ -128,12 +128,13 @@ def _column(column: ColumnInfo, of_splits: Sequence[ColumnsInfo]) -> ColumnConfi
 def _expect_columns(cfg: TrainConfig, columns: Sequence[ColumnConfig], file: str) -> None:
     """Raise ValueError for a term that names a column which the data do not have."""
     there = {column.name: column.kind for column in columns}
-    for index, term in enumerate(cfg.objective.terms):
+    for term in cfg.objective.terms:
         if term.weight > 0 and term.column and there.get(term.column) != term.kind.column:
             raise ValueError(
                 f"term {term.name!r}: expected a column {term.column!r} of {term.kind.column}, got "
-                f"{_names(columns)} in {file}: name another by --objective.terms.{index}.column, "
-                f"or pack one by m3i-fast data pack --column NAME:{term.kind.column}"
+                f"{_names(columns)} in {file}: name another by "
+                f"--objective.terms.{term.name}.column, or pack one by m3i-fast data pack "
+                f"--column NAME:{term.kind.column}"
             )
 
 
@@ -157,11 +158,11 @@ def _differences(cfg: TrainConfig, manifest: Described) -> dict[str, tuple[int, 
 def _expect_classes(cfg: TrainConfig, manifest: Described, file: str) -> None:
     if manifest.class_names:
         return
-    for index, term in enumerate(cfg.objective.terms):
+    for term in cfg.objective.terms:
         if term.weight > 0 and term.target == "category" and not term.column:
             raise ValueError(
                 f"term {term.name!r}: expected data with classes, got none in {file}: leave the "
-                f"term out by --objective.terms.{index}.weight 0, or pack the data with classes"
+                f"term out by --objective.terms.{term.name}.weight 0, or pack the data with classes"
             )
 
 
@@ -169,14 +170,12 @@ def _warn_of_captions(cfg: TrainConfig, manifest: Described, file: str) -> None:
     """Say which term has nothing to learn from: its text encoder stays as it began."""
     if num_captioned(cfg, manifest):
         return
-    for index, term in enumerate(cfg.objective.terms):
+    for term in cfg.objective.terms:
         if term.weight > 0 and term.target == "caption" and not term.column:
             logger.warning(
                 "term %r: no picture has a caption in %s: the term learns nothing, and the model "
-                "will have no text encoder; leave it out by --objective.terms.%d.weight 0",
-                term.name,
-                file,
-                index,
+                "will have no text encoder; leave it out by --objective.terms.%s.weight 0",
+                *(term.name, file, term.name),
             )
 
 

@@ -121,8 +121,8 @@ def test_data_without_classes_refuse_a_term_that_needs_them(
     assert _train(path, out) == 2
     said = capsys.readouterr().err
     assert "term 'category': expected data with classes, got none in" in said
-    assert f"{path}/manifest.json" in said and "--objective.terms.2.weight 0" in said
-    assert _train(path, out, "--objective.terms.2.weight=0") == 0
+    assert f"{path}/manifest.json" in said and "--objective.terms.category.weight 0" in said
+    assert _train(path, out, "--objective.terms.category.weight=0") == 0
     assert json.loads((out / "config.json").read_text())["num_classes"] == 0
 
 
@@ -133,10 +133,10 @@ def test_data_without_captions_say_which_term_learns_nothing(
     path = write_dataset(tmp_path / "bare", {"train": samples}, info(), seed=0, samples_per_shard=8)
     assert _train(path, tmp_path / "run") == 0
     assert f"'caption': no picture has a caption in {path}/manifest.json" in caplog.text
-    assert "--objective.terms.3.weight 0" in caplog.text
+    assert "--objective.terms.caption.weight 0" in caplog.text
     assert json.loads((tmp_path / "run" / "data.json").read_text())["num_captioned"] == 0
     caplog.clear()
-    assert _train(path, tmp_path / "image", "--objective.terms.3.weight=0") == 0
+    assert _train(path, tmp_path / "image", "--objective.terms.caption.weight=0") == 0
     assert "no picture has a caption" not in caplog.text
 
 

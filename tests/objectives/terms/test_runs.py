@@ -108,7 +108,7 @@ def test_a_run_trains_on_columns_and_goes_on(path: Path, tmp_path: Path) -> None
 def test_what_the_data_do_not_have_is_refused(path: Path, tmp_path: Path) -> None:
     plain = packed(tmp_path / "plain", ())
     told = r"term 'tags': expected a column 'tags' of labels, got no columns in .*plain/manifest"
-    with pytest.raises(ValueError, match=told + r".*--objective.terms.1.column"):
+    with pytest.raises(ValueError, match=told + r".*--objective.terms.tags.column"):
         take_data_fields(config(plain))
     cfg = config(path)
     terms = tuple(
