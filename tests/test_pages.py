@@ -100,6 +100,11 @@ from m3i_fast.recipes import recipes
 (term,) = recipes()["demo_simdino"]().objective.terms
 assert term.regulariser == "coding_rate"
 """,
+    "extend/loader.md": """
+assert first.shape == second.shape == (8, 3, 64, 64) and first.dtype == torch.uint8
+assert loss.isfinite() and loader.steps_per_epoch > 0
+assert changed.shape == first.shape and not torch.equal(changed, first)
+""",
     "extend/new_source.md": """
 from m3i_fast.pipelines.dataset.verification.verify import verify
 found = verify(Path("data/discs"), decode=True)

@@ -19,7 +19,9 @@ CONTENTS = {
         *("planning", "profile", "performance", "roofline", "launches", "comparing"),
         *("evaluate", "results", "one_stage", "first_h100s", "methods", "faults"),
     ),
-    "extend": ("new_method", "new_op", "machine_code", "new_source", "ops", "emulator"),
+    "extend": (
+        *("new_method", "new_op", "machine_code", "new_source", "loader", "ops", "emulator"),
+    ),
     "reference": (
         *("config", "commands", "dataset_format", "glossary"),
         *("architecture", "contributing", "releasing", "changelog"),
