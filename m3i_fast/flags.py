@@ -297,6 +297,20 @@ def suggested(name: str, flags: Mapping[str, Flag]) -> str:
 # ---- Telling -------------------------------------------------------------------------------------
 
 
+def own_help(verb: str, recipe: str, command: Any) -> str:
+    """Return the help of a verb of a recipe: its own flags, and where the recipe's are told.
+
+    A field that is the verb's alone has a help of its own; those without one are not told.
+    """
+    told = help_of(type(command))
+    own = [f.name for f in fields(command) if f.name not in ("config", "recipe") and f.name in told]
+    return (
+        f"usage: m3i-fast {verb} RECIPE [--flag value ...]\n\n"
+        f"{help_text(command, {'flags': own})}\n\n"
+        f"Beside these, all of the recipe's: m3i-fast train {recipe} --help-all"
+    )
+
+
 def help_text(command: Any, groups: Mapping[str, Sequence[str]]) -> str:
     """Return the lines that tell a group of flags each: how it is typed, its default, its help.
 

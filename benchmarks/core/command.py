@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import fields
 from typing import TYPE_CHECKING, TypeVar
 
 from m3i_fast.terminal import make_console
@@ -44,21 +43,14 @@ def read_recipe_command(
     arguments name none. Raises as `find_recipe` and `read_command`; --help tells the benchmark's
     own flags, and where those of the recipe are told.
     """
-    from m3i_fast.flags import help_text, read_flags
+    from m3i_fast.flags import own_help, read_flags
     from m3i_fast.recipes import find_recipe
 
     recipe_name, config, rest = find_recipe(argv, recipe)
     default = make(recipe_name, config)
     if {"-h", "--help"} & set(rest):
-        names = [field.name for field in fields(default)]  # type: ignore[arg-type]
-        own = [name for name in names if name not in ("config", "recipe")]
-        make_console().print(
-            f"usage: m3i-fast bench {subject} RECIPE [--flag value ...]\n\n"
-            f"{help_text(default, {'flags': own})}\n\n"
-            f"Beside these, all of the recipe's: m3i-fast train {recipe_name} --help-all",
-            highlight=False,
-            soft_wrap=True,
-        )
+        told = own_help(f"bench {subject}", recipe_name, default)
+        make_console().print(told, highlight=False, soft_wrap=True)
         raise SystemExit(0)
     prog = f"m3i-fast bench {subject} {recipe_name}"
     return read_flags(type(default), rest, prog=prog, default=default)

@@ -97,7 +97,8 @@ class NodeCommand:
 def main(argv: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("-h", "--help"):
-        make_console().print(f"{USAGE}\nrecipes: {', '.join(recipes())}", highlight=False)
+        told = f"{USAGE}\nrecipes: {', '.join(recipes())}"
+        make_console().print(told, highlight=False, soft_wrap=True)
         return
     command = read_recipe_command(
         SUBJECT, arguments, lambda name, config: NodeCommand(config=config, recipe=name)

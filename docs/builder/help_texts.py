@@ -39,7 +39,7 @@ def complete_help(*words: str) -> str:
     text = help_of(*words)
     if f"m3i-fast {' '.join(words)} RECIPE" in text:
         with_recipe = help_of(*words, RECIPE)
-        if "--help-all" in with_recipe:
+        if f"m3i-fast {' '.join(words)} {RECIPE} --help-all" in with_recipe:
             with_recipe = help_of(*words, RECIPE, flag="--help-all")
         usage = text.partition("\nrecipes: ")[0].rstrip()
         text = f"{usage}\n\n{with_recipe}"

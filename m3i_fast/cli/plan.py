@@ -20,7 +20,7 @@ from m3i_fast.costs.loader_cost import ENGINES, READING, THREADS, VIEWS
 from m3i_fast.costs.traffic import Nodes
 from m3i_fast.costs.view_cost import PICTURE
 from m3i_fast.did_you_mean import nearest
-from m3i_fast.flags import read_flags
+from m3i_fast.flags import own_help, read_flags
 from m3i_fast.recipes import find_recipe
 from m3i_fast.terminal import make_console
 
@@ -49,7 +49,7 @@ class PlanCommand:
     gpus: int = 1
     """Ranks, one GPU each."""
     card: str = "h100"
-    """a100, h100, h200, b200 (SXM), or cpu."""
+    """a100, h100, h200, b200 (SXM), a100_40gb, a100_pcie, h100_pcie, h100_nvl, h200_nvl, or cpu."""
     gpus_per_node: int = 8
     """GPUs that NVLink connects."""
     global_batch: int | None = None
@@ -72,11 +72,14 @@ def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         return show_usage(f"{USAGE}\nm3i-fast recipes lists the recipes", asked=bool(argv))
     name, config, rest = find_recipe(argv)
+    default = PlanCommand(config=config)
+    if {"-h", "--help"} & set(rest):
+        return show_usage(own_help("plan", argv[0], default), asked=True)
     command = read_flags(
         PlanCommand,
         rest,
         prog=f"m3i-fast plan {argv[0]}",
-        default=PlanCommand(config=config),
+        default=default,
     )
     config, card, nodes = _sized(command), _card(command.card), _nodes(command)
     _expect_positive(command)

@@ -12,7 +12,7 @@ import tyro
 from m3i_fast.cli import console, show_usage
 from m3i_fast.config import TrainConfig
 from m3i_fast.durable_files import expect_local
-from m3i_fast.flags import read_flags, typed_flags
+from m3i_fast.flags import own_help, read_flags, typed_flags
 from m3i_fast.recipes import find_recipe
 
 if TYPE_CHECKING:  # torch takes seconds: help and refusals come before it
@@ -42,8 +42,7 @@ class ProfileCommand:
     """Steps before anything is measured: compilation, allocation, the loader's queue."""
     steps: int = 5
     """Steps that are profiled; as many before and after them are only timed."""
-    inside_nsys: bool = False
-    """Set by this command where it runs itself again under nsys."""
+    inside_nsys: bool = False  # set by this command where it runs itself again under nsys
 
 
 def main(argv: list[str]) -> int:
@@ -51,6 +50,10 @@ def main(argv: list[str]) -> int:
         return diff(argv[1:])
     if not argv or argv[0] in ("-h", "--help"):
         return show_usage(f"{USAGE}\nm3i-fast recipes lists the recipes", asked=bool(argv))
+    if {"-h", "--help"} & set(argv):
+        recipe, config, _ = find_recipe(argv)
+        default = ProfileCommand(config=config, out=Path("runs") / f"profile-{recipe}")
+        return show_usage(own_help("profile", argv[0], default), asked=True)
     name, command, typed = parse(argv)
     expect_local(command.out, "--out")
     if not command.inside_nsys and (command.out / "summary.json").exists():
