@@ -302,7 +302,8 @@ def own_help(verb: str, recipe: str, command: Any) -> str:
 
     A field that is the verb's alone has a help of its own; those without one are not told.
     """
-    told = help_of(type(command))
+    of: type = type(command)
+    told = help_of(of)
     own = [f.name for f in fields(command) if f.name not in ("config", "recipe") and f.name in told]
     return (
         f"usage: m3i-fast {verb} RECIPE [--flag value ...]\n\n"

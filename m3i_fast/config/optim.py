@@ -34,6 +34,12 @@ class OptimConfig(Checked):
     warmup_fraction: float = 0.025
     """Share of the steps in which the learning rate rises linearly (SiameseIM: 40 of 1600
     epochs)."""
+    lr_decay: Literal["cosine", "linear", "sqrt"] = "cosine"
+    """How the learning rate falls to final_lr: by half a cosine, a line, or 1 - sqrt of the share
+    of the fall that is over (arXiv 2405.18392)."""
+    lr_decay_fraction: float | None = None
+    """Share of the steps, the last ones, in which it falls; before it is constant (WSD: 0.1 or
+    0.2). none: all after the warm-up; 0: it does not fall."""
     weight_decay: float = 0.05
     """Decoupled weight decay (lamb and lars: within the scaled step); none on parameters of one
     dimension or less."""
@@ -75,6 +81,11 @@ class OptimConfig(Checked):
             weight_decay=(self.weight_decay >= 0, ">= 0"),
             final_weight_decay=(self.final_weight_decay >= 0, ">= 0"),
             warmup_fraction=(0 <= self.warmup_fraction <= 1, "0 to 1"),
+            lr_decay_fraction=(
+                self.lr_decay_fraction is None
+                or 0 <= self.lr_decay_fraction <= 1 - self.warmup_fraction,
+                "none, or 0 to 1 - optim.warmup_fraction",
+            ),
             clip_grad_norm=(self.clip_grad_norm >= 0, ">= 0"),
             betas=(all(0 <= beta < 1 for beta in self.betas), "0 <= beta < 1"),
             eps=(self.eps is None or self.eps > 0, "> 0 or none"),
@@ -110,6 +121,13 @@ class OptimConfig(Checked):
     def warmup_steps(self, num_steps: int) -> int:
         """Return how many of a run's steps warm up."""
         return round(self.warmup_fraction * num_steps)
+
+    def decay_steps(self, num_steps: int) -> int:
+        """Return in how many of a run's steps the learning rate falls."""
+        after = num_steps - self.warmup_steps(num_steps)
+        if self.lr_decay_fraction is None:
+            return after
+        return min(round(self.lr_decay_fraction * num_steps), after)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

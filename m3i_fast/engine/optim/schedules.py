@@ -8,9 +8,15 @@ from m3i_fast.config.optim import EmaConfig, OptimConfig
 
 
 def lr_schedule(cfg: OptimConfig, num_steps: int) -> np.ndarray:  # [num_steps] fp64
-    """Return the learning rate of every step: a linear warm-up, then half a cosine."""
-    warmup_steps = cfg.warmup_steps(num_steps)
-    return warmup_cosine(cfg.lr, num_steps=num_steps, warmup_steps=warmup_steps, final=cfg.final_lr)
+    """Return the learning rate of every step: a linear warm-up, a constant part, and the fall."""
+    warmup_steps, decay_steps = cfg.warmup_steps(num_steps), cfg.decay_steps(num_steps)
+    return np.concatenate(
+        [
+            warmup(cfg.lr, num_steps=warmup_steps),
+            np.full(num_steps - warmup_steps - decay_steps, cfg.lr),
+            _FALLS[cfg.lr_decay](cfg.lr, cfg.final_lr, num_steps=decay_steps),
+        ]
+    )
 
 
 def weight_decay_schedule(cfg: OptimConfig, num_steps: int) -> np.ndarray:  # [num_steps] fp64
@@ -23,20 +29,28 @@ def momentum_schedule(cfg: EmaConfig, num_steps: int) -> np.ndarray:  # [num_ste
     return cosine(cfg.momentum, cfg.final_momentum, num_steps=num_steps)
 
 
-def warmup_cosine(
-    peak: float, *, num_steps: int, warmup_steps: int, final: float = 0.0
-) -> np.ndarray:  # [num_steps] fp64
-    """Return a linear ramp from peak / warmup_steps to `peak`, then half a cosine to `final`.
-
-    Raises ValueError when the warm-up is longer than the run.
-    """
-    if not 0 <= warmup_steps <= num_steps:
-        raise ValueError(f"warmup_steps: expected 0 to num_steps = {num_steps}, got {warmup_steps}")
-    warmup = peak * np.arange(1, warmup_steps + 1) / max(warmup_steps, 1)
-    return np.concatenate([warmup, cosine(peak, final, num_steps=num_steps - warmup_steps)])
+def warmup(peak: float, *, num_steps: int) -> np.ndarray:  # [num_steps] fp64
+    """Return a line from peak / num_steps to `peak`."""
+    return peak * np.arange(1, num_steps + 1) / max(num_steps, 1)
 
 
 def cosine(start: float, final: float, *, num_steps: int) -> np.ndarray:  # [num_steps] fp64
     """Return half a cosine from `start` at the first step to `final` at the last."""
-    progress = np.arange(num_steps) / max(num_steps - 1, 1)
-    return final + 0.5 * (start - final) * (1 + np.cos(np.pi * progress))
+    return final + 0.5 * (start - final) * (1 + np.cos(np.pi * _progress(num_steps)))
+
+
+def linear(start: float, final: float, *, num_steps: int) -> np.ndarray:  # [num_steps] fp64
+    """Return a line from `start` at the first step to `final` at the last."""
+    return final + (start - final) * (1 - _progress(num_steps))
+
+
+def one_minus_sqrt(start: float, final: float, *, num_steps: int) -> np.ndarray:  # [num_steps]
+    """Return 1 - sqrt of the share of steps that are over, from `start` to `final`."""
+    return final + (start - final) * (1 - np.sqrt(_progress(num_steps)))
+
+
+def _progress(num_steps: int) -> np.ndarray:  # [num_steps] fp64
+    return np.arange(num_steps) / max(num_steps - 1, 1)
+
+
+_FALLS = {"cosine": cosine, "linear": linear, "sqrt": one_minus_sqrt}

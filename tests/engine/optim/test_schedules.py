@@ -8,18 +8,20 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from transformers import get_wsd_schedule
 
 from m3i_fast.config.models.vit import vit_demo
 from m3i_fast.config.optim import EmaConfig, OptimConfig
 from m3i_fast.engine.optim.ema import update_ema
 from m3i_fast.engine.optim.optimizers import build_optimizer, set_schedules
-from m3i_fast.engine.optim.schedules import cosine, warmup_cosine
+from m3i_fast.engine.optim.schedules import cosine, lr_schedule
 from m3i_fast.models.transformer.vit import ViT
 from tests.shared.engine.optimiser_runs import set_gradients
 
 
-def test_warmup_cosine_equals_torchs_schedulers() -> None:
+def test_warmup_and_cosine_equal_torchs_schedulers() -> None:
     num_steps, warmup_steps, peak = 50, 8, 2e-3
+    cfg = OptimConfig(lr=peak, final_lr=1e-5, warmup_fraction=warmup_steps / num_steps)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=peak)
     warmup = LinearLR(optimizer, start_factor=1 / warmup_steps, total_iters=warmup_steps - 1)
     decay = CosineAnnealingLR(optimizer, T_max=num_steps - warmup_steps - 1, eta_min=1e-5)
@@ -29,8 +31,48 @@ def test_warmup_cosine_equals_torchs_schedulers() -> None:
         expected.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         schedule.step()
-    ours = warmup_cosine(peak, num_steps=num_steps, warmup_steps=warmup_steps, final=1e-5)
+    np.testing.assert_allclose(lr_schedule(cfg, num_steps), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("decay", ["cosine", "linear", "sqrt"])
+@pytest.mark.parametrize("fraction", [0.0, 0.2, 1.0])
+def test_a_constant_part_and_the_fall_equal_transformers(decay: str, fraction: float) -> None:
+    """Theirs reaches the lowest rate a step after its fall, ours at the last step."""
+    num_steps, peak, final = 40, 2e-3, 1e-5
+    cfg = OptimConfig(
+        lr=peak,
+        final_lr=final,
+        warmup_fraction=0.0,
+        lr_decay=decay,  # type: ignore[arg-type]
+        lr_decay_fraction=fraction,
+    )
+    falling = round(fraction * num_steps)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=peak)
+    theirs = get_wsd_schedule(
+        optimizer,
+        num_warmup_steps=0,
+        num_stable_steps=num_steps - falling if falling else num_steps + 1,
+        num_decay_steps=falling - 1,
+        decay_type={"sqrt": "1-sqrt"}.get(decay, decay),
+        min_lr_ratio=final / peak,
+    )
+    expected = []
+    for _ in range(num_steps):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        theirs.step()
+    ours = lr_schedule(cfg, num_steps)
     np.testing.assert_allclose(ours, expected, rtol=1e-9)
+    assert ours[-1] == pytest.approx(final if fraction else peak)
+
+
+def test_what_is_constant_so_far_is_the_same_in_a_longer_run() -> None:
+    """So that one run gives several, each with its own fall."""
+    cfg = OptimConfig(warmup_fraction=0.0, lr_decay_fraction=0.1)
+    assert np.array_equal(lr_schedule(cfg, 100)[:90], lr_schedule(cfg, 200)[:90])
+    assert np.array_equal(lr_schedule(OptimConfig(lr_decay_fraction=0.5), 3), [1e-3, 1e-3, 0])
+    everything = OptimConfig(lr_decay_fraction=1 - OptimConfig().warmup_fraction)
+    assert np.array_equal(lr_schedule(OptimConfig(), 400), lr_schedule(everything, 400))
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 7])
@@ -39,8 +81,6 @@ def test_cosine_ends(num_steps: int) -> None:
     assert len(values) == num_steps and values[0] == pytest.approx(0.9)
     if num_steps > 1:
         assert values[-1] == pytest.approx(1.0)
-    with pytest.raises(ValueError, match="warmup_steps"):
-        warmup_cosine(1.0, num_steps=num_steps, warmup_steps=num_steps + 1)
 
 
 def test_ema_equals_torchs() -> None:
@@ -118,6 +158,8 @@ def test_muon_takes_the_matrices_of_blocks_and_follows_the_schedule() -> None:
         (lambda: OptimConfig(muon_lr=0.0), "optim.muon_lr"),
         (lambda: OptimConfig(warmup_fraction=1.5), "optim.warmup_fraction"),
         (lambda: OptimConfig(clip_grad_norm=-1.0), "optim.clip_grad_norm"),
+        (lambda: OptimConfig(lr_decay_fraction=0.99), "optim.lr_decay_fraction: expected none, or"),
+        (lambda: OptimConfig(lr_decay_fraction=-0.1), "optim.lr_decay_fraction"),
         (lambda: EmaConfig(momentum=0.9, final_momentum=0.8), "ema.momentum"),
     ],
 )
