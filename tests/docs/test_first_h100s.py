@@ -44,7 +44,7 @@ def commands(start: str) -> list[list[str]]:
 
 
 PACK, RUNS = commands("m3i-fast data"), commands("launch/torchrun.sh")
-EVALUATIONS = commands("m3i-fast launch --nproc-per-node 8 -m m3i_fast.cli evaluate")
+EVALUATIONS = commands("m3i-fast launch --nproc-per-node 8 evaluate")
 
 
 def train(words: list[str]) -> int:

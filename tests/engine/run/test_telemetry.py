@@ -68,6 +68,7 @@ def node(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorded]:
 
 
 def test_a_row_of_two_gpus(node: Recorded) -> None:
+    before = set(threading.enumerate())
     cfg = replace(recipes()["m3i_vit_b"](), telemetry=TelemetryConfig(hz=10))
     told = RunTelemetry(cfg, World(GPU, size=2), choice(cfg))
     told.start()
@@ -90,7 +91,8 @@ def test_a_row_of_two_gpus(node: Recorded) -> None:
     assert row["host/rss_gib"] > 0.05 and 0 <= row["host/cpu_percent"] <= 100
     assert {name for name in ROW if name.startswith("gpu/")} <= row.keys()  # the dashboard's
     assert all(isinstance(value, float | int) for value in row.values())
-    assert node.num_open == 0 and "telemetry" not in [t.name for t in threading.enumerate()]
+    left = set(threading.enumerate()) - before
+    assert node.num_open == 0 and "telemetry" not in [thread.name for thread in left]
 
 
 def test_energy_and_rates_are_those_of_the_steps_alone(node: Recorded) -> None:
