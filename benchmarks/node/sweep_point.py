@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,9 @@ def main() -> None:
         _write(result, status="refused", reason=str(error))
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
+            if in_a_world():
+                traceback.print_exc()
+                end_at_once(1)
             raise
         _write(result, status="out of memory", reason=str(error).splitlines()[0])
     else:

@@ -51,8 +51,7 @@ def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         return show_usage(f"{USAGE}\nm3i-fast recipes lists the recipes", asked=bool(argv))
     if {"-h", "--help"} & set(argv):
-        recipe, config, _ = find_recipe(argv)
-        default = ProfileCommand(config=config, out=Path("runs") / f"profile-{recipe}")
+        _, default, _ = _default(argv)
         return show_usage(own_help("profile", argv[0], default), asked=True)
     name, command, typed = parse(argv)
     expect_local(command.out, "--out")
@@ -78,14 +77,15 @@ def parse(argv: list[str]) -> tuple[str, ProfileCommand, frozenset[str]]:
 
     Raises as `find_recipe` and `read_flags`.
     """
-    name, config, rest = find_recipe(argv)
-    command = read_flags(
-        ProfileCommand,
-        rest,
-        prog=f"m3i-fast profile {argv[0]}",
-        default=ProfileCommand(config=config, out=Path("runs") / f"profile-{name}"),
-    )
+    name, default, rest = _default(argv)
+    command = read_flags(ProfileCommand, rest, prog=f"m3i-fast profile {argv[0]}", default=default)
     return name, command, typed_flags(rest)
+
+
+def _default(argv: list[str]) -> tuple[str, ProfileCommand, list[str]]:
+    """Return the recipe's name, its command without flags, and the other arguments."""
+    name, config, rest = find_recipe(argv)
+    return name, ProfileCommand(config=config, out=Path("runs") / f"profile-{name}"), rest
 
 
 def resolve(
