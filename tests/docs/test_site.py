@@ -112,7 +112,7 @@ def test_every_command_is_shown_with_its_help(site: Path) -> None:
         assert f"m3i-fast {command}" in shown, command
         assert f"usage: m3i-fast {command}" in shown, command
     # Of commands that take a recipe their own flags, and not the config's, which have a page.
-    assert all(flag in shown for flag in ("--watchdog-minutes", "--utilisation FLOAT", "--warmup"))
+    assert all(flag in shown for flag in ("--watchdog-minutes", "--utilisation X", "--warmup"))
     assert "--objective.decoder.dim" not in shown
 
 
