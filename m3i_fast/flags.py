@@ -2,7 +2,8 @@
 
 tyro makes the flags of a dataclass's fields and reads them. What is wrong is found here before: a
 flag or choice that does not exist, with the nearest one, and everything that does not fit together
-in the config, at once.
+in the config, at once. A config that may be none is there once a flag of it is typed, as
+`--data.local-views.count 6`, and is not with `--data.local-views none`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
@@ -81,6 +82,10 @@ def flags_of(command: Any, prefix: str = "--") -> dict[str, Flag]:
         value, kind = getattr(command, field.name), _plain(hints[field.name])
         name = f"{prefix}{field.name.replace('_', '-')}"
         inner = _inner(value, kind)
+        if _optional(kind):
+            told = help_of(of).get(field.name, "")
+            shown = "none" if value is None else "as below"
+            flags[name] = Flag(name=name, kind=Literal["none"], default=shown, help=told)
         if isinstance(value, TrainConfig):
             flags |= flags_of(value, prefix)
         elif inner or _are_configs(kind):  # of none of them there is a flag
@@ -100,10 +105,17 @@ def _inner(value: Any, kind: Any) -> dict[str, Any]:
     """Return the configs in a field; of one that may be there and is not, its defaults."""
     if isinstance(value, tuple):
         return {f".{i}": each for i, each in enumerate(value) if is_dataclass(each)}
-    if value is None:
-        configs = [option for option in options(kind) if is_dataclass(option)]
-        return {"": configs[0]()} if configs else {}  # type: ignore[operator]
+    optional = _optional(kind)
+    if value is None and optional:
+        return {"": optional()}
     return {"": value} if is_dataclass(value) else {}
+
+
+def _optional(kind: Any) -> type[Any] | None:
+    """Return the class of a config that may be none; None for every other field."""
+    kinds = options(kind)
+    configs = [each for each in kinds if isinstance(each, type) and is_dataclass(each)]
+    return configs[0] if configs and NoneType in kinds else None
 
 
 def _are_configs(kind: Any) -> bool:
@@ -143,12 +155,49 @@ def read_flags(kind: type[T], argv: Sequence[str], *, prog: str, default: T) -> 
         command = tyro.cli(
             kind,
             prog=prog,
-            default=default,
+            default=_with_optional(default, argv),
             args=argv,
-            config=(tyro.conf.CascadeSubcommandArgs,),  # --field may follow data.local-views:...
+            config=(tyro.conf.AvoidSubcommands,),
         )
     _refuse(f"{flag_of(path)}: {told}" for path, told in all_conflicts(command))
     return command
+
+
+def _with_optional(command: T, argv: list[str], prefix: str = "--") -> T:
+    """Return the command with the optional configs that are asked for, without those that are not.
+
+    Takes the flags that ask for none out of the arguments. Raises ValueError where flags of a
+    config stand beside it.
+    """
+    changed: dict[str, Any] = {}
+    hints = get_type_hints(type(command), include_extras=True)
+    for field in fields(command):  # type: ignore[arg-type]
+        value = asked = getattr(command, field.name)
+        name = f"{prefix}{field.name.replace('_', '-')}"
+        if optional := _optional(_plain(hints[field.name])):
+            inner = sorted(flag for flag in typed_flags(argv) if flag.startswith(f"{name}."))
+            if _take_none(argv, name):
+                _refuse(f"{flag}: expected without {name} none" for flag in inner)
+                asked = None
+            elif value is None and inner:
+                asked = optional()
+        if is_dataclass(asked):
+            inside = prefix if isinstance(asked, TrainConfig) else f"{name}."
+            asked = _with_optional(asked, argv, inside)
+        if asked is not value:
+            changed[field.name] = asked
+    return replace(command, **changed) if changed else command  # type: ignore[type-var]
+
+
+def _take_none(argv: list[str], name: str) -> bool:
+    """Take a flag and its only value, none, out of the arguments; return whether it was there."""
+    for place, word in enumerate(argv):
+        typed, has_value, _ = word.partition("=")
+        if typed.replace("_", "-") == name:
+            del argv[place : place + (1 if has_value else 2)]
+            _take_none(argv, name)
+            return True
+    return False
 
 
 def numbered(argv: Sequence[str], command: Any) -> list[str]:
@@ -212,8 +261,7 @@ def _wrong_flags(argv: Sequence[str], flags: Mapping[str, Flag]) -> Iterator[str
     while rest:
         word = rest.pop(0)
         if not word.startswith("--"):
-            if ":" not in word:  # data.local-views:none is tyro's way to say which
-                yield f"unexpected argument {word!r}: a value stands after its --flag"
+            yield f"unexpected argument {word!r}: a value stands after its --flag"
             continue
         typed, has_value, value = word.partition("=")
         name = typed.replace("_", "-")
@@ -221,8 +269,6 @@ def _wrong_flags(argv: Sequence[str], flags: Mapping[str, Flag]) -> Iterator[str
         values = [value] if has_value else []
         if flag is None or not flag.is_switch:
             while not has_value and rest and not rest[0].startswith("--"):
-                if ":" in rest[0] and (flag is None or values):  # a path may hold one as well
-                    break
                 values.append(rest.pop(0))
                 if flag is not None and not _takes_more(flag, len(values)):
                     break
@@ -298,18 +344,49 @@ def suggested(name: str, flags: Mapping[str, Flag]) -> str:
 
 
 def own_help(verb: str, recipe: str, command: Any) -> str:
-    """Return the help of a verb of a recipe: its own flags, and where the recipe's are told.
-
-    A field that is the verb's alone has a help of its own; those without one are not told.
-    """
-    of: type = type(command)
-    told = help_of(of)
-    own = [f.name for f in fields(command) if f.name not in ("config", "recipe") and f.name in told]
+    """Return the help of a verb of a recipe: its own flags, and where the recipe's are told."""
     return (
         f"usage: m3i-fast {verb} RECIPE [--flag value ...]\n\n"
-        f"{help_text(command, {'flags': own})}\n\n"
+        f"{help_text(command, {'flags': _own(command)})}\n\n"
         f"Beside these, all of the recipe's: m3i-fast train {recipe} --help-all"
     )
+
+
+def whole_help(verb: str, recipe: str, command: Any) -> str:
+    """Return the help of a verb of a recipe with all flags, the verb's first, and all of each."""
+    own = {flag_of(name) for name in _own(command)}
+    sections: dict[str, list[Flag]] = {verb: []}
+    for flag in _by_name(command):
+        section = flag.name.removeprefix("--").rpartition(".")[0] or "run"
+        sections.setdefault(verb if flag.name in own else section, []).append(flag)
+    lines = [f"usage: m3i-fast {verb} {recipe} [--flag value ...]"]
+    for title, flags in sections.items():
+        lines += ["", f"{title}:"]
+        for flag in flags:
+            lines += _told(flag, flag.help)
+    return "\n".join(lines)
+
+
+def _by_name(command: Any) -> Iterator[Flag]:
+    """Yield all flags, those of a named config in a tuple by its name: `numbered` backwards."""
+    names = {
+        f"{prefix}{place}.": f"{prefix}{name.replace('_', '-')}."
+        for prefix, places in _places(command)
+        for name, place in places.items()
+    }
+    for flag in flags_of(command).values():
+        found = [numbers for numbers in names if flag.name.startswith(numbers)]
+        for numbers in found:
+            flag = replace(flag, name=flag.name.replace(numbers, names[numbers], 1))
+        yield flag
+
+
+def _own(command: Any) -> list[str]:
+    """Return the fields that are a verb's alone: with a help of their own, and no config."""
+    of: type = type(command)
+    told = help_of(of)
+    names = [field.name for field in fields(command)]
+    return [name for name in names if name in told and name not in ("config", "recipe")]
 
 
 def help_text(command: Any, groups: Mapping[str, Sequence[str]]) -> str:
@@ -323,10 +400,14 @@ def help_text(command: Any, groups: Mapping[str, Sequence[str]]) -> str:
         lines += ["", f"{title}:"]
         for path in paths:
             flag = flags[flag_of(path)]
-            lines.append(f"  {flag.name} {flag.value}".rstrip() + f"  (default {_shown(flag)})")
-            told = _first_sentence(flag.help)
-            lines += textwrap.wrap(told, 96, initial_indent=" " * 6, subsequent_indent=" " * 6)
+            lines += _told(flag, _first_sentence(flag.help))
     return "\n".join(lines[1:])
+
+
+def _told(flag: Flag, text: str) -> list[str]:
+    """Return the lines of a flag: how it is typed, its default, and below it the text."""
+    typed = f"  {flag.name} {flag.value}".rstrip() + f"  (default {_shown(flag)})"
+    return [typed, *textwrap.wrap(text, 96, initial_indent=" " * 6, subsequent_indent=" " * 6)]
 
 
 def _shown(flag: Flag) -> str:

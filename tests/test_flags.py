@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from m3i_fast.cli import main, train
-from m3i_fast.config import LoaderConfig, OptimConfig
-from m3i_fast.flags import check_flags, flag_of, flags_of, help_of, help_text
+from m3i_fast.config import LoaderConfig, OptimConfig, ViewConfig
+from m3i_fast.flags import check_flags, flag_of, flags_of, help_of, help_text, numbered
 from m3i_fast.recipes import demo, recipes
 
 
@@ -53,8 +53,8 @@ def test_a_wrong_flag_is_told_in_a_line(argv: list[str], told: str) -> None:
         ["--compile", "--no-deterministic", "--resume", "--cuda-graphs", "step"],
         ["--optim.betas", "0.9", "0.99", "--optim.eps", "None"],
         ["--objective.terms.0.weight", "2", "--objective.teacher", "none"],
-        ["data.local-views:none"],
-        ["data.local-views:view-config", "--data.local-views.size", "32", "--optim.lr", "1"],
+        ["--data.local-views", "none"],
+        ["--data.local-views.size", "32", "--optim.lr", "1"],
         ["--data.path", "some/where", "--keep-best", "loss/total"],
         ["--data.path", "some:where", "--objective.teacher", "timm:vit_small", "--seed", "1"],
     ],
@@ -80,7 +80,7 @@ def test_a_term_is_told_by_its_name() -> None:
 
 def test_flags_reach_the_config() -> None:
     asked = ["--optim.lr", "0.5", "--optim.betas", "0.5", "0.6", "--no-async-checkpoint"]
-    found = train.parse(["demo", *asked, "data.local-views:none", "--num_steps", "7"])
+    found = train.parse(["demo", *asked, "--data.local-views", "none", "--num_steps", "7"])
     cfg = found.config
     assert (cfg.optim.lr, cfg.optim.betas, cfg.num_steps) == (0.5, (0.5, 0.6), 7)
     assert not cfg.async_checkpoint and cfg.data.local_views is None
@@ -113,11 +113,27 @@ def test_the_short_help_is_about_twenty_flags_with_the_recipes_values(
 
 
 def test_all_flags_are_under_help_all(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["train", "demo", "--help-all"])
-    assert ended.value.code == 0
+    assert main(["train", "demo", "--help-all"]) == 0
     said = capsys.readouterr().out
-    assert all(name in said for name in flags_of(command()))
+    typed = [line.split()[0] for line in said.splitlines() if line.startswith("  --")]
+    assert "--objective.terms.category.weight" in typed
+    assert sorted(numbered(typed, command())) == sorted(flags_of(command()))
+
+
+def test_local_views_are_there_once_a_flag_of_them_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.parse(["vit_ti"]).config.data.local_views is None
+    asked = ["vit_ti", "--data.local_views.size=96", "--data.local-views.count", "6"]
+    views = train.parse(asked).config.data.local_views
+    assert views == ViewConfig(size=96, count=6)
+    for none in (["--data.local-views", "none"], ["--data.local_views=none"]):
+        assert train.parse(["demo", *none, "--seed", "3"]).config.data.local_views is None
+        assert train.parse(["vit_ti", *none]).config == train.parse(["vit_ti"]).config
+    assert main(["train", "demo", "--data.local-views", "none", *asked[1:]]) == 2
+    said = capsys.readouterr().err
+    assert "--data.local-views.count: expected without --data.local-views none" in said
+    assert "--data.local-views.size: expected without" in said
+    assert main(["train", "demo", "--data.local-views", "6"]) == 2
+    assert "--data.local-views: expected one of none, got '6'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("recipe", ["demo", "demo_internimage", "vit_b", "m3i_internimage_h"])

@@ -40,7 +40,7 @@ SETTINGS = (
     _demo("cuda graphs", "--cuda-graphs", "modules"),
     # The step before the steady one is monitored, so that the peak is that of a run.
     _demo("whole-step graph", "--cuda-graphs", "step", "--log-every", "3"),
-    _demo("deterministic", "data.local-views:none", "--deterministic"),
+    _demo("deterministic", "--data.local-views", "none", "--deterministic"),
     _demo("fp32", "--precision", "fp32"),
     _demo(
         "fp8",

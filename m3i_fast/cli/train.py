@@ -20,10 +20,9 @@ from m3i_fast.config import TrainConfig
 from m3i_fast.config.fields import Checked, Conflict, unmet
 from m3i_fast.durable_files import expect_local
 from m3i_fast.engine.parallel.watchdog import INIT_MINUTES, WATCHDOG_MINUTES, Watchdog
-from m3i_fast.flags import help_text, read_flags, typed_flags
+from m3i_fast.flags import help_text, read_flags, typed_flags, whole_help
 from m3i_fast.recipes import find_recipe
 from m3i_fast.recipes.catalogue import RECIPES, whole_batch
-from m3i_fast.terminal import make_console
 
 if TYPE_CHECKING:  # torch takes seconds: what is wrong is told, and help given, before
     from m3i_fast.engine.initial_weights import InitialWeights
@@ -112,9 +111,11 @@ def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         return show_usage(USAGE, asked=bool(argv))
     name, config, rest = find_recipe(argv)
+    command = TrainCommand(config=config, out=Path("runs") / name)
+    if "--help-all" in rest:
+        return show_usage(whole_help("train", argv[0], command), asked=True)
     if {"-h", "--help"} & set(rest):
-        print_short_help(argv[0], TrainCommand(config=config, out=Path("runs") / name))
-        return 0
+        return show_usage(short_help(argv[0], command), asked=True)
     command = parse(argv)
     expect_local(command.out, "--out")
     config_path = command.out / "config.json"
@@ -154,19 +155,17 @@ def parse(argv: list[str]) -> TrainCommand:
     name, config, rest = find_recipe(argv)
     return read_flags(
         TrainCommand,
-        ["--help" if word == "--help-all" else word for word in rest],
+        rest,
         prog=f"m3i-fast train {argv[0]}",
         default=TrainCommand(config=config, out=Path("runs") / name),
     )
 
 
-def print_short_help(recipe: str, command: TrainCommand) -> None:
-    """Print the flags that are set most often, with what the recipe sets them to."""
-    make_console().print(
+def short_help(recipe: str, command: TrainCommand) -> str:
+    """Return the flags that are set most often, with what the recipe sets them to."""
+    return (
         f"usage: m3i-fast train {recipe} [--flag value ...]\n\n{help_text(command, FLAGS)}\n\n"
-        f"All flags: m3i-fast train {recipe} --help-all",
-        highlight=False,
-        soft_wrap=True,
+        f"All flags: m3i-fast train {recipe} --help-all"
     )
 
 

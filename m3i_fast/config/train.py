@@ -67,7 +67,7 @@ class TrainConfig(Checked):
     columns: Annotated[tuple[ColumnConfig, ...], tyro.conf.Fixed] = ()
     """Named columns of the data. Training takes them from the data's manifest."""
     data: LoaderConfig = field(default_factory=LoaderConfig)
-    vision: Annotated[VisionConfig, tyro.conf.AvoidSubcommands] = field(default_factory=ViTConfig)
+    vision: VisionConfig = field(default_factory=ViTConfig)
     text: TextConfig = field(default_factory=TextConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

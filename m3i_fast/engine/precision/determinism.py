@@ -50,5 +50,5 @@ def expect_deterministic(cfg: TrainConfig, device: torch.device) -> None:
                 "--deterministic: expected no local views of another size with a ViT on a GPU, "
                 "where the gradient of its resampled positions is summed in any order; got "
                 f"data.local_views.size = {local.size} and vision.image_size = "
-                f"{cfg.vision.image_size}; take data.local-views:none, or --device cpu"
+                f"{cfg.vision.image_size}; take --data.local-views none, or --device cpu"
             )

@@ -78,7 +78,7 @@ def test_an_environment_against_it_is_refused(
 def test_views_whose_positions_are_resampled_are_refused_on_a_gpu() -> None:
     gpu, cfg = torch.device("cuda"), demo()
     assert cfg.data.local_views is not None
-    with pytest.raises(ValueError, match=r"data\.local_views\.size = .*data\.local-views:none"):
+    with pytest.raises(ValueError, match=r"data\.local_views\.size = .*--data\.local-views none"):
         expect_deterministic(cfg, gpu)
     expect_deterministic(cfg, torch.device("cpu"))
     expect_deterministic(replace(cfg, data=replace(cfg.data, local_views=None)), gpu)
