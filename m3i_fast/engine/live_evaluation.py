@@ -3,15 +3,16 @@
 Training is the same to the bit with it and without: the model is in evaluation mode, its buffers
 stay, random generators and CUDA graphs are as they were afterwards, and no clock of the step runs.
 
-Legend: n pictures of this rank, N of all ranks, S side, C encoder width, E embedding width.
+Legend: N pictures, of all ranks, K classes, T tokens, C encoder width, E embedding width.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -26,11 +27,13 @@ from m3i_fast.engine.parallel.ranks import World
 from m3i_fast.engine.precision.arithmetic import autocast
 from m3i_fast.engine.run.random_state import random_state, set_random_state
 from m3i_fast.evaluation.probes.knn import knn_predict
+from m3i_fast.evaluation.retrieval.zero_shot import zero_shot_predict
 from m3i_fast.evaluation.rows.retrieval import recall_hits
 from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.objectives.targets import autocast_dtype, normalise_views
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.batch_rows import good_rows
+from m3i_fast.pipelines.dataset.annotations.tokenizer import Tokenizer, TokenizerInfo
 from m3i_fast.pipelines.dataset.sample_table import SampleTable
 from m3i_fast.pipelines.loader import evaluation_batches
 from m3i_fast.pipelines.opened.mixture import read_described
@@ -43,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 NUM_NEIGHBOURS = 20  # as DINO, arXiv 2104.14294, section 4.1
 RECALL_AT = (1, 5)
+PROMPT = "a photo of a {}."  # as CLIP, arXiv 2103.00020, section 3.1.4
 _MOST_A_BATCH = 256  # pictures of a forward pass on one rank
 _QUERIES_AT_ONCE = 256  # bounds the votes of kNN, [queries, neighbours, classes]
 
@@ -77,11 +81,12 @@ class ChosenRows:
 
 
 class LiveEvaluation:
-    """kNN on labels and retrieval of captions, of at most `cfg.evaluate_pictures` a split.
+    """kNN, classes by prompts and retrieval of captions, of `cfg.evaluate_pictures` a split.
 
-    The bank of kNN is `cfg.data.split`, where labelled; queries are `cfg.evaluate_split`. What the
-    data lack is left out, with a line that says so. A picture that cannot be decoded is left out,
-    named in a warning and counted, unless `cfg.data` is strict.
+    The bank of kNN is `cfg.data.split`, where labelled; queries are `cfg.evaluate_split`. Classes
+    by prompts, zero-shot, need their names and captions that the run learns. What the data lack is
+    left out, with a line that says so. A picture that cannot be decoded is left out, named in a
+    warning and counted, unless `cfg.data` is strict.
 
     Raises ValueError where there is nothing to measure, where the chosen pictures of the bank are
     all of one class though its split has others, or where captions have another tokenizer than the
@@ -93,13 +98,17 @@ class LiveEvaluation:
         data = replace(cfg.data, path=cfg.evaluate_data or cfg.data.path, mixture=())
         most = cfg.evaluate_pictures
         wants_captions = any(term.target == "caption" for term in cfg.objective.active_terms)
-        info = manifest_at(data).split(cfg.evaluate_split)
-        self._retrieves = wants_captions and info.num_captions > 0
+        manifest = manifest_at(data)
+        self._retrieves = wants_captions and manifest.split(cfg.evaluate_split).num_captions > 0
         queries = replace(data, split=cfg.evaluate_split)
         self._queries = choose_rows(queries, most, labelled=not self._retrieves)
         has_classes = len(self._queries.classes) > 0
         self._bank = _choose_bank(data, most) if has_classes else None
-        if self._bank is None and not self._retrieves:
+        self._prompts: Prompts | None = None
+        self._lacks_tokenizer = wants_captions and has_classes and find_spec("open_clip") is None
+        if wants_captions and has_classes and not self._lacks_tokenizer:
+            self._prompts = prompts_of(manifest.class_names, read_described(cfg.data).tokenizer)
+        if self._bank is None and not self._retrieves and self._prompts is None:
             raise ValueError(
                 f"evaluate_every: expected split {cfg.evaluate_split} of {place_of(data.path)} to "
                 f"have classes, as {data.split} has, or captions that the run learns, got neither: "
@@ -125,6 +134,10 @@ class LiveEvaluation:
                 f"kNN of those with a class among {len(self._bank.rows):,} others of "
                 f"{len(self._bank.classes):,} classes"
             )
+        if self._prompts is not None:
+            parts.append(f"zero-shot by prompts of {len(self._prompts.token_ids):,} classes")
+        elif self._lacks_tokenizer:
+            parts.append("no zero-shot, whose prompts need open_clip: pip install 'm3i-fast[data]'")
         if not self._retrieves:
             parts.append("no retrieval, without captions that the run learns")
         return ", ".join(parts)
@@ -158,25 +171,27 @@ class LiveEvaluation:
         model: the module that the ranks train, `objective` inside of it. Every rank calls this.
         Raises `UnreadableRowsError`.
         """
-        bank: dict[str, Tensor] = {}
+        bank, classes = dict[str, Tensor](), None
         with left_as_it_is(model):
             if self._bank is not None:
-                bank = self._embed(objective, self._bank, captions=False)
-            queries = self._embed(objective, self._queries, captions=self._retrieves)
+                bank = self._embed(objective, self._bank)
+            queries = self._embed(objective, self._queries)
+            if self._prompts is not None:
+                classes = self._embed_classes(objective, self._prompts)
         values: dict[str, float] = {}
         skipped = set().union(*self._world.gather(self._skipped))
         if self._world.is_main:
             if bank:
                 values |= knn_accuracies(bank, queries, self._world.device)
+            if classes is not None:
+                values |= zero_shot_accuracy(classes, queries)
             if self._retrieves:
                 values |= recalls(queries, self._world.device)
             values["evaluate/skipped"] = float(len(skipped))
         return self._world.gather(values)[0]
 
-    def _embed(
-        self, objective: MutualInformation, chosen: ChosenRows, *, captions: bool
-    ) -> dict[str, Tensor]:
-        """Embed the pictures of all ranks.
+    def _embed(self, objective: MutualInformation, chosen: ChosenRows) -> dict[str, Tensor]:
+        """Embed the pictures of all ranks, queries also beside captions.
 
         Returns columns of N rows on the CPU of rank 0, in the table's order; {} on other ranks.
         """
@@ -188,13 +203,27 @@ class LiveEvaluation:
         ):
             for _ in range(len(rows) // self._batch_size):
                 batch = self._next_of_all(batches).to(device)
-                parts.append(self._embed_batch(objective, batch, captions=captions))
+                columns = self._embed_batch(objective, batch, queried=chosen is self._queries)
+                parts.append(columns)
         of_ranks = self._world.gather_to_main(_joined(parts))
         if not of_ranks:
             return {}
         every = _joined(of_ranks)
         _, first = np.unique(every["position"].numpy(), return_index=True)
         return {name: column[torch.from_numpy(first)] for name, column in every.items()}
+
+    def _embed_classes(
+        self, objective: MutualInformation, prompts: Prompts
+    ) -> Tensor:  # [K, E] of unit length, fp32 on the CPU
+        """Embed the prompt of each class, all of them on every rank; batches are of one size."""
+        device, parts, count = self._world.device, [], len(prompts.token_ids)
+        with autocast(self._cfg.precision, device):
+            for start in range(0, count, self._batch_size):
+                rows = torch.arange(start, start + self._batch_size) % count
+                ids, lengths = prompts.token_ids[rows], prompts.num_tokens[rows]
+                text = objective.embed_captions(ids.to(device), lengths.to(device))
+                parts.append(text.float().cpu())
+        return torch.cat(parts)[:count]
 
     def _next_of_all(self, batches: Iterator[Batch]) -> Batch:
         """Return the next batch of this rank, once every rank has one; else raise on all ranks."""
@@ -261,7 +290,7 @@ class LiveEvaluation:
         logger.warning("SKIPPED in evaluations: %s", error)
 
     def _embed_batch(
-        self, objective: MutualInformation, batch: Batch, *, captions: bool
+        self, objective: MutualInformation, batch: Batch, *, queried: bool
     ) -> dict[str, Tensor]:
         views = batch.global_views[0]
         tokens, image = objective.embed_images(views)
@@ -276,10 +305,27 @@ class LiveEvaluation:
             every = torch.arange(len(views), device=views.device)
             images = normalise_views(views, every, autocast_dtype(views.device.type))
             columns["_ema"] = objective.target_encoder(images).float().mean(1)
-        if captions and image is not None:
-            text = objective.embed_captions(batch.token_ids, batch.num_tokens)
-            columns |= {"image": image.float(), "text": text.float()}
+        if queried and image is not None:
+            columns["image"] = image.float()
+        if queried and self._retrieves:
+            columns["text"] = objective.embed_captions(batch.token_ids, batch.num_tokens).float()
         return {name: column.cpu() for name, column in columns.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """A prompt for each class, in tokens."""
+
+    token_ids: Tensor  # [K, T] int64, zero padded
+    num_tokens: Tensor  # [K] int64
+
+
+def prompts_of(class_names: Sequence[str], tokenizer: TokenizerInfo) -> Prompts:
+    """Return the prompt of each class in the tokens of the run's captions."""
+    texts = [PROMPT.format(name) for name in class_names]
+    tokenize = Tokenizer.from_info(tokenizer)
+    lengths = [len(tokenize.encode(text)) for text in texts]
+    return Prompts(tokenize(texts), torch.tensor(lengths))
 
 
 def choose_rows(cfg: LoaderConfig, most: int, *, labelled: bool) -> ChosenRows:
@@ -350,6 +396,22 @@ def knn_accuracies(
         predicted = torch.cat([knn_predict(own, labels, each, k=k).cpu() for each in rows])
         values[f"evaluate/knn_top1{suffix}"] = float((predicted == label).double().mean())
     return values
+
+
+def zero_shot_accuracy(
+    classes: Tensor,  # [K, E] of unit length
+    queries: Mapping[str, Tensor],
+) -> dict[str, float]:
+    """Return the share of labelled queries whose class's prompt is the most similar; NaN of NaN.
+
+    queries: columns "label" [N] and "image" [N, E]. Of equal cosines the lower class wins.
+    """
+    asked = queries["label"] >= 0
+    images, label = queries["image"][asked], queries["label"][asked]
+    if not bool(classes.isfinite().all() and images.isfinite().all()):
+        return {"evaluate/zero_shot_top1": float("nan")}
+    hits = zero_shot_predict(images, classes) == label
+    return {"evaluate/zero_shot_top1": float(hits.double().mean())}
 
 
 def recalls(columns: Mapping[str, Tensor], device: torch.device) -> dict[str, float]:

@@ -1,5 +1,7 @@
 """Evaluation while training: its values are an evaluator's, and training is the same to the bit."""
 
+import gzip
+import io
 import json
 import math
 import shutil
@@ -9,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 import torch.multiprocessing as mp
+from sklearn.metrics import accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
@@ -27,7 +31,9 @@ from m3i_fast.engine.live_evaluation import (
     choose_rows,
     knn_accuracies,
     left_as_it_is,
+    prompts_of,
     recalls,
+    zero_shot_accuracy,
 )
 from m3i_fast.engine.parallel.ranks import World
 from m3i_fast.engine.run.random_state import random_state
@@ -41,7 +47,7 @@ from tests.engine.live_work import SHARDS, fail, work
 from tests.shared.engine.small_run import saved_tensors, small_run
 from tests.shared.engine.two_ranks import NUM_RANKS, run_of_adamw
 
-EVALUATED = ("knn_top1", "knn_top1_ema")
+EVALUATED = ("knn_top1", "knn_top1_ema", "zero_shot_top1")
 RECALLS = tuple(
     f"{way}_recall_at_{k}" for way in ("caption_to_image", "image_to_caption") for k in (1, 5)
 )
@@ -129,6 +135,27 @@ def test_the_last_values_are_those_of_the_saved_model(runs: Path) -> None:
         for k in (1, 5):
             share = np.mean([row in order[row, :k] for row in range(len(order))])
             assert logged[f"evaluate/{way}_recall_at_{k}"] == pytest.approx(share, abs=1e-9)
+
+
+def test_classes_by_prompts_are_those_of_open_clips_tokens(runs: Path) -> None:
+    """As open_clip classifies: its tokens of the prompts, its metric, the checkpoint's model."""
+    cfg = TrainConfig.load(runs / "with" / "config.json")
+    manifest = read_manifest(cfg.data.path)
+    merges = gzip.decompress(Path(open_clip.tokenizer.default_bpe()).read_bytes()).decode()
+    kept = "\n".join(merges.split("\n")[: manifest.tokenizer.num_merges + 1])
+    tokenizer = open_clip.SimpleTokenizer(
+        io.BytesIO(gzip.compress(kept.encode())), context_length=manifest.tokenizer.context_length
+    )
+    ids = tokenizer([f"a photo of a {name}." for name in manifest.class_names])
+    ours = prompts_of(manifest.class_names, manifest.tokenizer)
+    assert torch.equal(ours.token_ids, ids) and torch.equal(ours.num_tokens, (ids > 0).sum(1))
+    trained = load_objective(runs / "with", cfg)
+    text = trained.embed_captions(ids, (ids > 0).sum(1)).numpy()
+    _, label, image, *_ = embedded(cfg, "heldout", trained)
+    known = label >= 0
+    best = (image[known] @ text.T).argmax(1)
+    logged = rows_of(runs / "with", evaluated=True)[-1]
+    assert logged["evaluate/zero_shot_top1"] == accuracy_score(label[known], best)
 
 
 def embedded(cfg: TrainConfig, split: str, model: Any) -> tuple[np.ndarray, ...]:
@@ -269,7 +296,7 @@ def test_a_picture_that_cannot_be_decoded_is_left_out_and_counted(
     assert values["evaluate/skipped"] == 2 == caplog.text.count("SKIPPED in evaluations")
     assert 0 <= values["evaluate/knn_top1"] <= 1
     assert evaluation.measure(objective, objective) == values
-    embedded = evaluation._embed(objective, evaluation._bank, captions=False)
+    embedded = evaluation._embed(objective, evaluation._bank)
     assert set(embedded["position"].tolist()) == set(evaluation._bank.rows) - {chosen[0][1]}
     assert "text" not in embedded
 
@@ -396,6 +423,36 @@ def test_knn_of_features_that_are_not_finite_is_no_figure(spoiled: str) -> None:
     columns[spoiled][""] = torch.full((3, 3), math.nan)
     found = knn_accuracies(columns["bank"], columns["queries"], torch.device("cpu"))
     assert math.isnan(found["evaluate/knn_top1"]) and found["evaluate/knn_top1_ema"] >= 0
+
+
+@pytest.mark.parametrize("spoiled", ["classes", "image"])
+def test_classes_by_prompts_that_are_not_finite_are_no_figure(spoiled: str) -> None:
+    parts = {"classes": torch.eye(3), "image": torch.eye(3)[[2, 0, 1]]}
+    queries = {"label": torch.tensor([2, 1, -1]), "image": parts["image"]}
+    assert zero_shot_accuracy(parts["classes"], queries) == {"evaluate/zero_shot_top1": 0.5}
+    parts[spoiled][0, 0] = math.nan
+    found = zero_shot_accuracy(parts["classes"], queries | {"image": parts["image"].roll(1, 0)})
+    assert math.isnan(found["evaluate/zero_shot_top1"])
+
+
+def test_prompts_alone_are_enough_to_evaluate(
+    copied: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a run on captions alone, with a labelled split: kNN has no bank, retrieval no captions."""
+    cfg = small_run(copied, num_steps=2, evaluate_every=1)
+    monkeypatch.setattr(live_evaluation, "_choose_bank", lambda data, most: None)
+    manifest = live_evaluation.manifest_at(cfg.data)
+    heldout = replace(manifest.split("heldout"), num_captions=0)
+    without = replace(manifest, splits=manifest.splits | {"heldout": heldout})
+    monkeypatch.setattr(live_evaluation, "manifest_at", lambda data: without)
+    caplog.set_level("INFO")
+    evaluation, objective = LiveEvaluation(cfg, World(torch.device("cpu"))), build_untrained(cfg)
+    values = evaluation.measure(objective, objective)
+    assert values.keys() == {"evaluate/zero_shot_top1", "evaluate/skipped"}
+    assert f"zero-shot by prompts of {len(manifest.class_names)} classes" in caplog.text
+    monkeypatch.setattr(live_evaluation, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="evaluate_every: expected split heldout"):
+        LiveEvaluation(cfg, World(torch.device("cpu")))
 
 
 def test_an_encoder_that_has_collapsed_has_the_recall_of_chance() -> None:

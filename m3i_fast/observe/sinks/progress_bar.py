@@ -105,8 +105,9 @@ def figures_of(row: Mapping[str, float]) -> list[str]:
             told.append(f"{row['throughput/tokens_s']:,.0f} tokens/s")
         loss = row.get("loss/total", math.nan)  # none where all steps were skipped
         told.append(f"loss {loss:.3f}")
-    if "evaluate/knn_top1" in row:
-        told.append(f"kNN {100 * row['evaluate/knn_top1']:.1f} %")
+    for name, accuracy in (("knn", "kNN"), ("zero_shot", "zero-shot")):
+        if f"evaluate/{name}_top1" in row:
+            told.append(f"{accuracy} {100 * row[f'evaluate/{name}_top1']:.1f} %")
     stages = [value for name, value in row.items() if name.startswith("time/")]
     waited = row.get("time/data.wait_ms", 0.0)
     if waited > LOADER_SHARE * sum(stages):

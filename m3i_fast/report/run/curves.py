@@ -74,6 +74,7 @@ NAMES = {
     "memory/peak_gib": ("Peak memory", "GiB of a card"),
     "evaluate/knn_top1": ("kNN", "share of classes that 20 neighbours get right"),
     "evaluate/knn_top1_ema": ("kNN of the average", "the moving average of the encoder"),
+    "evaluate/zero_shot_top1": ("Zero-shot", "share of classes that prompts get right"),
     "evaluate/caption_to_image_recall_at_1": ("Caption to picture, top 1", "share found"),
     "evaluate/caption_to_image_recall_at_5": ("Caption to picture, top 5", "share found"),
     "evaluate/image_to_caption_recall_at_1": ("Picture to caption, top 1", "share found"),
