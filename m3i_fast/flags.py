@@ -85,7 +85,7 @@ def flags_of(command: Any, prefix: str = "--") -> dict[str, Flag]:
         if _optional(kind):
             told = help_of(of).get(field.name, "")
             shown = "none" if value is None else "as below"
-            flags[name] = Flag(name=name, kind=Literal["none"], default=shown, help=told)
+            flags[name] = Flag(name=name, kind=Literal["none", "None"], default=shown, help=told)
         if isinstance(value, TrainConfig):
             flags |= flags_of(value, prefix)
         elif inner or _are_configs(kind):  # of none of them there is a flag
@@ -147,27 +147,27 @@ def read_flags(kind: type[T], argv: Sequence[str], *, prog: str, default: T) -> 
     Raises ValueError for every flag, choice or number that is wrong, or else for every conflict of
     fields, a line each; SystemExit for --help.
     """
-    argv = numbered(argv, default)
     is_tyros = argv[:1] and argv[0].startswith("--tyro-")  # completion of a shell
+    numbers = _numbers(default)
     if not is_tyros and not {"-h", "--help"} & set(argv):
-        check_flags(argv, flags_of(default))
+        told_by_name = [_with_names(word, numbers) for word in argv]
+        check_flags(told_by_name, {flag.name: flag for flag in _by_name(default)})
+    default, argv = _with_optional(default, numbered(argv, default))
     with deferred_checks():
         command = tyro.cli(
-            kind,
-            prog=prog,
-            default=_with_optional(default, argv),
-            args=argv,
-            config=(tyro.conf.AvoidSubcommands,),
+            kind, prog=prog, default=default, args=argv, config=(tyro.conf.AvoidSubcommands,)
         )
-    _refuse(f"{flag_of(path)}: {told}" for path, told in all_conflicts(command))
+    _refuse(
+        f"{_with_names(flag_of(path), numbers)}: {told}" for path, told in all_conflicts(command)
+    )
     return command
 
 
-def _with_optional(command: T, argv: list[str], prefix: str = "--") -> T:
-    """Return the command with the optional configs that are asked for, without those that are not.
+def _with_optional(command: T, argv: list[str], prefix: str = "--") -> tuple[T, list[str]]:
+    """Return a command with the optional configs that are asked for, without those that are not.
 
-    Takes the flags that ask for none out of the arguments. Raises ValueError where flags of a
-    config stand beside it.
+    Returns also the arguments without those that ask for none. Raises ValueError where flags of a
+    config stand beside them.
     """
     changed: dict[str, Any] = {}
     hints = get_type_hints(type(command), include_extras=True)
@@ -176,28 +176,29 @@ def _with_optional(command: T, argv: list[str], prefix: str = "--") -> T:
         name = f"{prefix}{field.name.replace('_', '-')}"
         if optional := _optional(_plain(hints[field.name])):
             inner = sorted(flag for flag in typed_flags(argv) if flag.startswith(f"{name}."))
-            if _take_none(argv, name):
+            if name in typed_flags(argv):
                 _refuse(f"{flag}: expected without {name} none" for flag in inner)
-                asked = None
+                asked, argv = None, _without(argv, name)
             elif value is None and inner:
                 asked = optional()
         if is_dataclass(asked):
             inside = prefix if isinstance(asked, TrainConfig) else f"{name}."
-            asked = _with_optional(asked, argv, inside)
+            asked, argv = _with_optional(asked, argv, inside)
         if asked is not value:
             changed[field.name] = asked
-    return replace(command, **changed) if changed else command  # type: ignore[type-var]
+    return (replace(command, **changed) if changed else command), argv  # type: ignore[type-var]
 
 
-def _take_none(argv: list[str], name: str) -> bool:
-    """Take a flag and its only value, none, out of the arguments; return whether it was there."""
-    for place, word in enumerate(argv):
+def _without(argv: Sequence[str], name: str) -> list[str]:
+    """Return the arguments without a flag and its one value."""
+    left, words = list[str](), iter(argv)
+    for word in words:
         typed, has_value, _ = word.partition("=")
-        if typed.replace("_", "-") == name:
-            del argv[place : place + (1 if has_value else 2)]
-            _take_none(argv, name)
-            return True
-    return False
+        if typed.replace("_", "-") != name:
+            left.append(word)
+        elif not has_value:
+            next(words, None)
+    return left
 
 
 def numbered(argv: Sequence[str], command: Any) -> list[str]:
@@ -216,8 +217,12 @@ def _places(command: Any, prefix: str = "--") -> Iterator[tuple[str, dict[str, i
         own = "" if isinstance(value, TrainConfig) else f"{field.name.replace('_', '-')}."
         if is_dataclass(value):
             yield from _places(value, f"{prefix}{own}")
-        elif isinstance(value, tuple) and all(hasattr(each, "name") for each in value):
+        elif isinstance(value, tuple) and value and all(map(_has_name, value)):
             yield f"{prefix}{own}", {each.name: place for place, each in enumerate(value)}
+
+
+def _has_name(config: Any) -> bool:
+    return is_dataclass(config) and hasattr(config, "name")
 
 
 def _numbered(word: str, places: Mapping[str, Mapping[str, int]]) -> str:
@@ -227,6 +232,30 @@ def _numbered(word: str, places: Mapping[str, Mapping[str, int]]) -> str:
             place = by_name.get(name.replace("-", "_"))
             return word if place is None else f"{prefix}{place}{dot}{rest}"
     return word
+
+
+def _numbers(command: Any) -> dict[str, str]:
+    """Return what the flags of named configs in a tuple begin with, by number, with their names."""
+    return {
+        f"{prefix}{place}.": f"{prefix}{name.replace('_', '-')}."
+        for prefix, places in _places(command)
+        for name, place in places.items()
+    }
+
+
+def _with_names(word: str, numbers: Mapping[str, str]) -> str:
+    """Put a name into the place of a number: `numbered` backwards."""
+    for number, name in numbers.items():
+        if word.startswith(number):
+            return word.replace(number, name, 1)
+    return word
+
+
+def _by_name(command: Any) -> Iterator[Flag]:
+    """Yield all flags, those of a named config in a tuple by its name."""
+    numbers = _numbers(command)
+    for flag in flags_of(command).values():
+        yield replace(flag, name=_with_names(flag.name, numbers))
 
 
 def flag_of(path: str) -> str:
@@ -240,7 +269,18 @@ def typed_flags(argv: Sequence[str]) -> frozenset[str]:
     `--num_steps=7` is `--num-steps`, and `--no-compile` is `--compile` as well as itself.
     """
     names = [word.partition("=")[0].replace("_", "-") for word in argv if word.startswith("--")]
-    return frozenset([*names, *(name.replace("--no-", "--", 1) for name in names)])
+    return frozenset([*names, *map(_turned_on, names)])
+
+
+def _turned_on(name: str) -> str:
+    """Return the flag that one turns off: --data.augment for --data.no-augment; else itself."""
+    section, dot, leaf = name.removeprefix("--").rpartition(".")
+    return f"--{section}{dot}{leaf.removeprefix('no-')}"
+
+
+def _turned_off(name: str) -> str:
+    section, dot, leaf = name.removeprefix("--").rpartition(".")
+    return f"--{section}{dot}no-{leaf}"
 
 
 def check_flags(argv: Sequence[str], flags: Mapping[str, Flag]) -> None:
@@ -265,7 +305,7 @@ def _wrong_flags(argv: Sequence[str], flags: Mapping[str, Flag]) -> Iterator[str
             continue
         typed, has_value, value = word.partition("=")
         name = typed.replace("_", "-")
-        flag = flags.get(name) or flags.get(name.replace("--no-", "--", 1))
+        flag = flags.get(name) or flags.get(_turned_on(name))
         values = [value] if has_value else []
         if flag is None or not flag.is_switch:
             while not has_value and rest and not rest[0].startswith("--"):
@@ -367,20 +407,6 @@ def whole_help(verb: str, recipe: str, command: Any) -> str:
     return "\n".join(lines)
 
 
-def _by_name(command: Any) -> Iterator[Flag]:
-    """Yield all flags, those of a named config in a tuple by its name: `numbered` backwards."""
-    names = {
-        f"{prefix}{place}.": f"{prefix}{name.replace('_', '-')}."
-        for prefix, places in _places(command)
-        for name, place in places.items()
-    }
-    for flag in flags_of(command).values():
-        found = [numbers for numbers in names if flag.name.startswith(numbers)]
-        for numbers in found:
-            flag = replace(flag, name=flag.name.replace(numbers, names[numbers], 1))
-        yield flag
-
-
 def _own(command: Any) -> list[str]:
     """Return the fields that are a verb's alone: with a help of their own, and no config."""
     of: type = type(command)
@@ -406,7 +432,8 @@ def help_text(command: Any, groups: Mapping[str, Sequence[str]]) -> str:
 
 def _told(flag: Flag, text: str) -> list[str]:
     """Return the lines of a flag: how it is typed, its default, and below it the text."""
-    typed = f"  {flag.name} {flag.value}".rstrip() + f"  (default {_shown(flag)})"
+    name = f"{flag.name}, {_turned_off(flag.name)}" if flag.default is True else flag.name
+    typed = f"  {name} {flag.value}".rstrip() + f"  (default {_shown(flag)})"
     return [typed, *textwrap.wrap(text, 96, initial_indent=" " * 6, subsequent_indent=" " * 6)]
 
 

@@ -8,7 +8,15 @@ import pytest
 
 from m3i_fast.cli import main, train
 from m3i_fast.config import LoaderConfig, OptimConfig, ViewConfig
-from m3i_fast.flags import check_flags, flag_of, flags_of, help_of, help_text, numbered
+from m3i_fast.flags import (
+    check_flags,
+    flag_of,
+    flags_of,
+    help_of,
+    help_text,
+    numbered,
+    typed_flags,
+)
 from m3i_fast.recipes import demo, recipes
 
 
@@ -115,9 +123,37 @@ def test_the_short_help_is_about_twenty_flags_with_the_recipes_values(
 def test_all_flags_are_under_help_all(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "demo", "--help-all"]) == 0
     said = capsys.readouterr().out
-    typed = [line.split()[0] for line in said.splitlines() if line.startswith("  --")]
+    typed = [line.split()[0].strip(",") for line in said.splitlines() if line.startswith("  --")]
+    assert "--data.augment, --data.no-augment  (default on)" in said
     assert "--objective.terms.category.weight" in typed
     assert sorted(numbered(typed, command())) == sorted(flags_of(command()))
+
+
+@pytest.mark.parametrize("recipe", ["demo", "demo_dinov3", "demo_internimage"])
+def test_every_switch_is_turned_on_and_off(recipe: str) -> None:
+    """As they are typed, of sections as well: --data.no-augment, and not --no-data.augment."""
+    flags = flags_of(command(recipe))
+    switches = [name for name, flag in flags.items() if flag.is_switch and flag.default]
+    assert {"--data.augment", "--async-checkpoint"} <= {*switches}
+    for name in switches:
+        section, dot, leaf = name.removeprefix("--").rpartition(".")
+        off = f"--{section}{dot}no-{leaf}"
+        check_flags([off], flags)
+        assert name in typed_flags([off])
+    found = train.parse([recipe, "--data.no-augment", "--data.no_alternates"]).config.data
+    assert (found.augment, found.alternates) == (False, False)
+    assert train.parse([recipe, "--data.augment"]).config.data.augment
+    with pytest.raises(ValueError, match=r"--no-data.augment. Did you mean --data.augment"):
+        train.parse([recipe, "--no-data.augment"])
+
+
+def test_errors_tell_a_term_by_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    for typed in ("2", "category"):
+        assert main(["train", "demo", f"--objective.terms.{typed}.weight", "-1"]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: --objective.terms.category.weight: expected")
+    assert main(["train", "demo", "--objective.terms.category.weigth", "1"]) == 2
+    assert "Did you mean --objective.terms.category.weight?" in capsys.readouterr().err
 
 
 def test_local_views_are_there_once_a_flag_of_them_is(capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,7 +161,7 @@ def test_local_views_are_there_once_a_flag_of_them_is(capsys: pytest.CaptureFixt
     asked = ["vit_ti", "--data.local_views.size=96", "--data.local-views.count", "6"]
     views = train.parse(asked).config.data.local_views
     assert views == ViewConfig(size=96, count=6)
-    for none in (["--data.local-views", "none"], ["--data.local_views=none"]):
+    for none in (["--data.local-views", "None"], ["--data.local_views=none"]):
         assert train.parse(["demo", *none, "--seed", "3"]).config.data.local_views is None
         assert train.parse(["vit_ti", *none]).config == train.parse(["vit_ti"]).config
     assert main(["train", "demo", "--data.local-views", "none", *asked[1:]]) == 2
@@ -133,7 +169,7 @@ def test_local_views_are_there_once_a_flag_of_them_is(capsys: pytest.CaptureFixt
     assert "--data.local-views.count: expected without --data.local-views none" in said
     assert "--data.local-views.size: expected without" in said
     assert main(["train", "demo", "--data.local-views", "6"]) == 2
-    assert "--data.local-views: expected one of none, got '6'" in capsys.readouterr().err
+    assert "--data.local-views: expected one of none, None, got '6'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("recipe", ["demo", "demo_internimage", "vit_b", "m3i_internimage_h"])
