@@ -45,11 +45,13 @@ def read_recipe_command(
     """
     from m3i_fast.flags import own_help, read_flags
     from m3i_fast.recipes import find_recipe
+    from m3i_fast.recipes.catalogue import typed_recipe
 
     recipe_name, config, rest = find_recipe(argv, recipe)
     default = make(recipe_name, config)
     if {"-h", "--help"} & set(rest):
-        told = own_help(f"bench {subject}", recipe_name, default)
+        named = typed_recipe(argv) if argv[0] == "--config" else recipe_name
+        told = own_help(f"bench {subject}", named, default)
         make_console().print(told, highlight=False, soft_wrap=True)
         raise SystemExit(0)
     prog = f"m3i-fast bench {subject} {recipe_name}"

@@ -24,28 +24,37 @@ _NO_MEMORY = ("can't allocate memory", "cublas_status_alloc_failed", "out of mem
 def main() -> None:
     """Measure one point and write its outcome: measured, refused, or out of memory.
 
-    What is refused or lacks memory on one rank ends it at once: others may wait for it.
+    An error of one rank ends it at once with exit code 1, so that the others are ended, too: they
+    may wait for it.
     """
     config, schedule, result = sys.argv[1:]
     try:
         measured = measure_node(
             TrainConfig.load(Path(config)), Schedule(**json.loads(schedule)), make_data=False
         )
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        _write(result, status="refused", reason=str(error))
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            if in_a_world():
-                traceback.print_exc()
-                end_at_once(1)
+    except Exception as error:
+        outcome = outcome_of(error)
+        if outcome is not None:
+            _write(result, **outcome)
+        elif in_a_world():
+            traceback.print_exc()
+        if in_a_world():
+            end_at_once(1)
+        if outcome is None:
             raise
-        _write(result, status="out of memory", reason=str(error).splitlines()[0])
     else:
         if measured.is_main:
             _write(result, status="measured", figures=measured.figures)
         leave_world()
-    if in_a_world():
-        end_at_once(0)
+
+
+def outcome_of(error: Exception) -> dict[str, str] | None:
+    """Return what is recorded of a point that ends in an error; None where it is none of its."""
+    if isinstance(error, RuntimeError | MemoryError) and is_out_of_memory(error):
+        return {"status": "out of memory", "reason": str(error).splitlines()[0]}
+    if isinstance(error, ValueError | FileNotFoundError | ImportError):
+        return {"status": "refused", "reason": str(error)}
+    return None
 
 
 def is_out_of_memory(error: Exception) -> bool:

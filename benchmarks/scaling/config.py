@@ -37,8 +37,8 @@ class Config:
     warmup_steps: int = 5
     """Of each kind, before any sample."""
     card: str = ""
-    """a100, h100, h200, b200 or cpu: whose published rates predictions take. The one of this
-    machine unless given."""
+    """A card as `m3i-fast plan` names them: whose published rates predictions take. The one of
+    this machine unless given."""
     gpus_per_node: int = 8
     """Of the predicted nodes."""
     predict: str = "16,32,64,128,256,512,1024"

@@ -22,6 +22,7 @@ from m3i_fast.costs.view_cost import PICTURE
 from m3i_fast.did_you_mean import nearest
 from m3i_fast.flags import own_help, read_flags
 from m3i_fast.recipes import find_recipe
+from m3i_fast.recipes.catalogue import typed_recipe
 from m3i_fast.terminal import make_console
 
 if TYPE_CHECKING:  # torch takes seconds: help and refusals come before it
@@ -74,11 +75,11 @@ def main(argv: list[str]) -> int:
     name, config, rest = find_recipe(argv)
     default = PlanCommand(config=config)
     if {"-h", "--help"} & set(rest):
-        return show_usage(own_help("plan", argv[0], default), asked=True)
+        return show_usage(own_help("plan", typed_recipe(argv), default), asked=True)
     command = read_flags(
         PlanCommand,
         rest,
-        prog=f"m3i-fast plan {argv[0]}",
+        prog=f"m3i-fast plan {typed_recipe(argv)}",
         default=default,
     )
     config, card, nodes = _sized(command), _card(command.card), _nodes(command)

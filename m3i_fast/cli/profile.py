@@ -14,6 +14,7 @@ from m3i_fast.config import TrainConfig
 from m3i_fast.durable_files import expect_local
 from m3i_fast.flags import own_help, read_flags, typed_flags
 from m3i_fast.recipes import find_recipe
+from m3i_fast.recipes.catalogue import typed_recipe
 
 if TYPE_CHECKING:  # torch takes seconds: help and refusals come before it
     from m3i_fast.profiling.profile_run import ProfileRun
@@ -52,7 +53,7 @@ def main(argv: list[str]) -> int:
         return show_usage(f"{USAGE}\nm3i-fast recipes lists the recipes", asked=bool(argv))
     if {"-h", "--help"} & set(argv):
         _, default, _ = _default(argv)
-        return show_usage(own_help("profile", argv[0], default), asked=True)
+        return show_usage(own_help("profile", typed_recipe(argv), default), asked=True)
     name, command, typed = parse(argv)
     expect_local(command.out, "--out")
     if not command.inside_nsys and (command.out / "summary.json").exists():
@@ -78,7 +79,9 @@ def parse(argv: list[str]) -> tuple[str, ProfileCommand, frozenset[str]]:
     Raises as `find_recipe` and `read_flags`.
     """
     name, default, rest = _default(argv)
-    command = read_flags(ProfileCommand, rest, prog=f"m3i-fast profile {argv[0]}", default=default)
+    command = read_flags(
+        ProfileCommand, rest, prog=f"m3i-fast profile {typed_recipe(argv)}", default=default
+    )
     return name, command, typed_flags(rest)
 
 

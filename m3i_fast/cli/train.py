@@ -21,8 +21,8 @@ from m3i_fast.config.fields import Checked, Conflict, unmet
 from m3i_fast.durable_files import expect_local
 from m3i_fast.engine.parallel.watchdog import INIT_MINUTES, WATCHDOG_MINUTES, Watchdog
 from m3i_fast.flags import help_text, read_flags, typed_flags, whole_help
-from m3i_fast.recipes import find_recipe
-from m3i_fast.recipes.catalogue import RECIPES, whole_batch
+from m3i_fast.recipes import find_recipe, recipes
+from m3i_fast.recipes.catalogue import RECIPES, typed_recipe, whole_batch
 
 if TYPE_CHECKING:  # torch takes seconds: what is wrong is told, and help given, before
     from m3i_fast.engine.initial_weights import InitialWeights
@@ -113,9 +113,9 @@ def main(argv: list[str]) -> int:
     name, config, rest = find_recipe(argv)
     command = TrainCommand(config=config, out=Path("runs") / name)
     if "--help-all" in rest:
-        return show_usage(whole_help("train", argv[0], command), asked=True)
+        return show_usage(whole_help("train", typed_recipe(argv), command), asked=True)
     if {"-h", "--help"} & set(rest):
-        return show_usage(short_help(argv[0], command), asked=True)
+        return show_usage(short_help(typed_recipe(argv), command), asked=True)
     command = parse(argv)
     expect_local(command.out, "--out")
     config_path = command.out / "config.json"
@@ -130,7 +130,7 @@ def main(argv: list[str]) -> int:
     outcome = run(
         config,
         command.out,
-        recipe=name,
+        recipe=name if argv[0] in recipes() else "",
         resume="auto" if command.auto_resume else command.resume,
         new_num_steps="--num-steps" in typed,
         new_batch_size=bool(_OF_A_STEP & typed),
@@ -156,7 +156,7 @@ def parse(argv: list[str]) -> TrainCommand:
     return read_flags(
         TrainCommand,
         rest,
-        prog=f"m3i-fast train {argv[0]}",
+        prog=f"m3i-fast train {typed_recipe(argv)}",
         default=TrainCommand(config=config, out=Path("runs") / name),
     )
 
@@ -190,16 +190,22 @@ def tell_whole_batch(recipe: str, cfg: TrainConfig, trainer: Trainer) -> None:
     size, accumulate = trainer.world.size, cfg.parallel.accumulate
     pictures = trainer.loader.num_rows
     a_step = size * accumulate * cfg.data.batch_size
+    product = f"{size} {'rank' if size == 1 else 'ranks'} x {cfg.data.batch_size}"
+    if accumulate > 1:
+        product += f" x {accumulate}"
     logger.info(
-        "a step takes %s pictures (%d %s x %d%s); %s steps are %.3g epochs of %s pictures",
-        *(f"{a_step:,}", size, "rank" if size == 1 else "ranks", cfg.data.batch_size),
-        *(f" x {accumulate}" if accumulate > 1 else "", f"{cfg.num_steps:,}"),
-        *(cfg.num_steps * a_step / pictures, f"{pictures:,}"),
+        "a step takes %s pictures (%s); %s steps are %.3g epochs of %s pictures",
+        f"{a_step:,}",
+        product,
+        f"{cfg.num_steps:,}",
+        cfg.num_steps * a_step / pictures,
+        f"{pictures:,}",
     )
     meant = whole_batch(RECIPES[recipe]) if recipe in RECIPES and trainer.step == 0 else None
     if meant is None or meant == a_step:
         return
-    made, advice = RECIPES[recipe](), list[str]()
+    made = RECIPES[recipe]()
+    advice: list[str] = []
     if cfg.num_steps == made.num_steps:
         advice.append(f"--num-steps {round(made.num_steps * meant / a_step)} for as many epochs")
     if cfg.optim.lr == made.optim.lr:
@@ -208,7 +214,10 @@ def tell_whole_batch(recipe: str, cfg: TrainConfig, trainer: Trainer) -> None:
     if advice:
         logger.warning(
             "recipe %s is for %s pictures a step, not %s: add %s",
-            *(recipe, f"{meant:,}", f"{a_step:,}", ", and ".join(advice)),
+            recipe,
+            f"{meant:,}",
+            f"{a_step:,}",
+            ", and ".join(advice),
         )
 
 

@@ -83,7 +83,7 @@ class OptimConfig(Checked):
             warmup_fraction=(0 <= self.warmup_fraction <= 1, "0 to 1"),
             lr_decay_fraction=(
                 self.lr_decay_fraction is None
-                or 0 <= self.lr_decay_fraction <= 1 - self.warmup_fraction,
+                or 0 <= self.lr_decay_fraction <= 1 - self.warmup_fraction + 1e-9,  # 0.9 and 0.1
                 "none, or 0 to 1 - optim.warmup_fraction",
             ),
             clip_grad_norm=(self.clip_grad_norm >= 0, ">= 0"),

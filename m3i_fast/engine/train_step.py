@@ -370,9 +370,9 @@ def draw_step_mix(cfg: TrainConfig, batch: AnyBatch, *, first_position: int, ste
 def _cast_of(cfg: TrainConfig, world: World, arithmetic: Arithmetic) -> CastWeights:
     """Return `cast_weights`, or a context that leaves the weights to who casts them otherwise.
 
-    FSDP2 gathers them in bf16, torch.compile casts them in its kernels, a captured module casts
-    what it reads from the parameters' own memory, and FP8 layers quantise the parameters
-    themselves.
+    FSDP2 gathers those of blocks in bf16, torch.compile casts them in its kernels, a captured
+    module casts what it reads from the parameters' own memory, and FP8 layers quantise the
+    parameters themselves.
     """
     in_modules = cfg.compile or cfg.cuda_graphs == "modules"
     elsewhere = world.shards_weights(cfg.parallel) or in_modules

@@ -80,8 +80,8 @@ def train(
 
     There is no limit of time and no watchdog: a run that hangs hangs, and what a GPU's errors mean
     is not told. `m3i-fast train`, or `Trainer` for the former, has them. Raises as
-    `take_data_fields` and `Trainer`; an error of one rank has to end its process, since the others
-    wait for it.
+    `take_data_fields` and `Trainer`; an error of one rank has to end its process (`os._exit`), as
+    the others wait for it.
     """
     had_joined = dist.is_initialized()
     trainer = Trainer(

@@ -138,10 +138,12 @@ def described_by_timm(name: str, **arguments: Any) -> dict[str, Any]:
 
     if not isinstance(name, str) or not timm.is_model(name):
         raise ValueError(f"expected a model that timm has, got {name!r}")
+    if "checkpoint_path" in arguments:
+        raise ValueError(f"expected no checkpoint_path among the arguments of {name}, got one")
     with torch.device("meta"):
         try:
             model = timm.create_model(name, pretrained=False, **arguments)
-        except (TypeError, AssertionError, KeyError) as error:
+        except Exception as error:  # whatever the arguments of somebody's config.json lead to
             raise ValueError(f"{name}: timm makes no such model of {arguments}: {error}") from error
     if isinstance(model, timm.models.Eva):  # whose rotary positions are DINOv3's or others
         is_ours = isinstance(model.rope, timm.layers.RotaryEmbeddingDinoV3)
@@ -153,6 +155,8 @@ def described_by_timm(name: str, **arguments: Any) -> dict[str, Any]:
             f"{type(model).__name__}"
         )
     block = model.blocks[0]
+    if not hasattr(block, "mlp") or not hasattr(block.mlp, "act"):
+        raise ValueError(f"expected blocks of one attention and one MLP, got those of {name}")
     kind = activation_of(block.mlp.act)
     described = {"norm_eps": block.norm1.eps, "num_heads": block.attn.num_heads}
     return described if kind == "SiLU" else {**described, "mlp": kind}

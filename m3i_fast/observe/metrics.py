@@ -190,7 +190,9 @@ class DeviceMeans:
         if not groups:
             return {}
         rows = [
-            self._sums.get(names, torch.zeros(len(names) + 1, device=self._device))
+            self._sums[names]
+            if names in self._sums
+            else torch.zeros(len(names) + 1, device=self._device)
             for names in groups
         ]
         flat = iter(self._over_ranks(torch.cat(rows)).tolist())

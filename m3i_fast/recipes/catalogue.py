@@ -107,6 +107,11 @@ def _lines(make: Make) -> list[str]:
     return (inspect.getdoc(make) or "").splitlines()
 
 
+def typed_recipe(argv: list[str]) -> str:
+    """Return the words by which `find_recipe` found a recipe: its name, or --config FILE."""
+    return " ".join(argv[: 2 if argv[0] == "--config" else 1])
+
+
 def find_recipe(argv: list[str], default: str | None = None) -> tuple[str, TrainConfig, list[str]]:
     """Read `RECIPE ...` or `--config FILE ...`: its name, its config and the other arguments.
 

@@ -145,6 +145,14 @@ def test_a_folder_of_a_model_that_ours_cannot_be_is_refused(tmp_path: Path) -> N
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="vit_tiny_patch16_224: timm makes no such model"):
         read_initial(f"timm:{tmp_path}", VISION)
+    for wrong, told in (
+        ({"model_args": {"patch_size": 0}}, "timm makes no such model of {'patch_size': 0}"),
+        ({"model_args": {"checkpoint_path": "other.pth"}}, "expected no checkpoint_path"),
+        ({"architecture": "vit_small_patch16_18x2_224", "model_args": {}}, "one attention and one"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | wrong))
+        with pytest.raises(ValueError, match=told):
+            read_initial(f"timm:{tmp_path}", VISION)
 
 
 def test_a_run_begins_from_a_folder_of_transformers(dataset: Path, tmp_path: Path) -> None:

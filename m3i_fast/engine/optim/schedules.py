@@ -10,11 +10,13 @@ from m3i_fast.config.optim import EmaConfig, OptimConfig
 def lr_schedule(cfg: OptimConfig, num_steps: int) -> np.ndarray:  # [num_steps] fp64
     """Return the learning rate of every step: a linear warm-up, a constant part, and the fall."""
     warmup_steps, decay_steps = cfg.warmup_steps(num_steps), cfg.decay_steps(num_steps)
+    constant = num_steps - warmup_steps - decay_steps
+    start = min(constant, 1)  # the fall begins at the last constant step, if there is one
     return np.concatenate(
         [
             warmup(cfg.lr, num_steps=warmup_steps),
-            np.full(num_steps - warmup_steps - decay_steps, cfg.lr),
-            _FALLS[cfg.lr_decay](cfg.lr, cfg.final_lr, num_steps=decay_steps),
+            np.full(constant, cfg.lr),
+            _FALLS[cfg.lr_decay](cfg.lr, cfg.final_lr, num_steps=decay_steps + start)[start:],
         ]
     )
 

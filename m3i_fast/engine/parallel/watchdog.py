@@ -24,7 +24,7 @@ from typing import NoReturn
 
 EXIT_CODE = 76
 INIT_MINUTES = 5.0  # nodes that read Python's packages from a cold file system differ by one or two
-WATCHDOG_MINUTES = 10.0  # as long as NCCL waits for a collective by default
+WATCHDOG_MINUTES = 10.0
 A_STEP = "a step"
 GRACE = 5  # number of limits that a start, a first step, a save or an evaluation may take
 
@@ -36,8 +36,8 @@ class MissingRanks(TimeoutError):
 def end_at_once(code: int) -> NoReturn:
     """End this process of a world after an error that has been told.
 
-    Leaving the world, which the interpreter's end does too, would wait over NCCL for ranks that
-    wait for this one. What started the ranks sees the exit code and ends them.
+    Leaving the world would wait over NCCL for ranks that wait for this one. What started the ranks
+    sees the exit code and ends them.
     """
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):

@@ -50,9 +50,12 @@ def log_new_num_steps(cfg: TrainConfig, *, before: int, steps_taken: int) -> Non
         logger.info("%s: the same run as one of %d steps from its start", said, cfg.num_steps)
         return
     index = min(steps_taken, before - 1), min(steps_taken, cfg.num_steps - 1)
+    places = {name: (earlier[name][index[0]], now[name][index[1]]) for name in changed}
     jumps = ", ".join(
-        f"{name} jumps from {earlier[name][index[0]]:.4g} to {now[name][index[1]]:.4g}"
-        for name in changed
+        f"{name} jumps from {old:.4g} to {new:.4g}"
+        if old != new
+        else f"{name} had other values before"
+        for name, (old, new) in places.items()
     )
     logger.warning(
         "%s: not the run that %d steps from its start would be: %s", said, cfg.num_steps, jumps

@@ -237,6 +237,14 @@ def test_a_point_that_fails_says_why(
     outcome = json.loads((tmp_path / "result.json").read_text())
     assert outcome == {"status": status, "reason": str(error)}
 
+    def ended(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(node_point, "in_a_world", lambda: True)
+    monkeypatch.setattr(node_point, "end_at_once", ended)
+    with pytest.raises(SystemExit, match="1"):  # torchrun ends the others where a code is not 0
+        node_point.main()
+
 
 def test_a_process_that_ends_without_a_word_has_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -37,7 +37,7 @@ def test_warmup_and_cosine_equal_torchs_schedulers() -> None:
 @pytest.mark.parametrize("decay", ["cosine", "linear", "sqrt"])
 @pytest.mark.parametrize("fraction", [0.0, 0.2, 1.0])
 def test_a_constant_part_and_the_fall_equal_transformers(decay: str, fraction: float) -> None:
-    """Theirs reaches the lowest rate a step after its fall, ours at the last step."""
+    """Ours is at its lowest at the last step; theirs has a step more than it counts."""
     num_steps, peak, final = 40, 2e-3, 1e-5
     cfg = OptimConfig(
         lr=peak,
@@ -47,12 +47,13 @@ def test_a_constant_part_and_the_fall_equal_transformers(decay: str, fraction: f
         lr_decay_fraction=fraction,
     )
     falling = round(fraction * num_steps)
+    is_constant_before = falling < num_steps
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=peak)
     theirs = get_wsd_schedule(
         optimizer,
         num_warmup_steps=0,
-        num_stable_steps=num_steps - falling if falling else num_steps + 1,
-        num_decay_steps=falling - 1,
+        num_stable_steps=num_steps - falling - is_constant_before if falling else num_steps + 1,
+        num_decay_steps=falling - 1 + is_constant_before,
         decay_type={"sqrt": "1-sqrt"}.get(decay, decay),
         min_lr_ratio=final / peak,
     )
@@ -70,7 +71,9 @@ def test_what_is_constant_so_far_is_the_same_in_a_longer_run() -> None:
     """So that one run gives several, each with its own fall."""
     cfg = OptimConfig(warmup_fraction=0.0, lr_decay_fraction=0.1)
     assert np.array_equal(lr_schedule(cfg, 100)[:90], lr_schedule(cfg, 200)[:90])
-    assert np.array_equal(lr_schedule(OptimConfig(lr_decay_fraction=0.5), 3), [1e-3, 1e-3, 0])
+    for decay in ("cosine", "linear", "sqrt"):  # a fall of one step is at its end
+        one = OptimConfig(lr_decay_fraction=0.1, lr_decay=decay)  # type: ignore[arg-type]
+        assert lr_schedule(one, 10).tolist() == [1e-3] * 9 + [0]
     everything = OptimConfig(lr_decay_fraction=1 - OptimConfig().warmup_fraction)
     assert np.array_equal(lr_schedule(OptimConfig(), 400), lr_schedule(everything, 400))
 
@@ -81,6 +84,12 @@ def test_cosine_ends(num_steps: int) -> None:
     assert len(values) == num_steps and values[0] == pytest.approx(0.9)
     if num_steps > 1:
         assert values[-1] == pytest.approx(1.0)
+
+
+def test_all_fractions_that_add_up_to_one_are_taken() -> None:
+    for percent in range(101):
+        warm, fall = percent / 100, (100 - percent) / 100
+        assert len(lr_schedule(OptimConfig(warmup_fraction=warm, lr_decay_fraction=fall), 50)) == 50
 
 
 def test_ema_equals_torchs() -> None:
@@ -159,6 +168,7 @@ def test_muon_takes_the_matrices_of_blocks_and_follows_the_schedule() -> None:
         (lambda: OptimConfig(warmup_fraction=1.5), "optim.warmup_fraction"),
         (lambda: OptimConfig(clip_grad_norm=-1.0), "optim.clip_grad_norm"),
         (lambda: OptimConfig(lr_decay_fraction=0.99), "optim.lr_decay_fraction: expected none, or"),
+        (lambda: OptimConfig(warmup_fraction=0.9, lr_decay_fraction=0.11), "optim.lr_decay_f"),
         (lambda: OptimConfig(lr_decay_fraction=-0.1), "optim.lr_decay_fraction"),
         (lambda: EmaConfig(momentum=0.9, final_momentum=0.8), "ema.momentum"),
     ],

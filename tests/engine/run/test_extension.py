@@ -15,7 +15,7 @@ from m3i_fast.cli import main
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.optim import EmaConfig
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
-from m3i_fast.engine.run.extension import schedules_of
+from m3i_fast.engine.run.extension import log_new_num_steps, schedules_of
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.observe.metrics import read_jsonl
 from m3i_fast.recipes import demo, demo_method
@@ -80,6 +80,17 @@ def test_a_cosine_run_that_is_extended_takes_the_new_schedule_and_says_what_jump
     jumps = dict(re.findall(r"([\w.]+) jumps from \S+ to ([\d.e-]+\d)", told))
     assert jumps == {name: f"{longer[name][5]:.4g}" for name in ("optim.lr", "ema.momentum")}
     assert "optim.lr jumps from 0 to" in told
+
+
+def test_a_schedule_that_differed_before_alone_does_not_jump(
+    dataset: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A warm-up that is over, of a rate that is constant where the run goes on."""
+    cfg = _constant(dataset)
+    optim = replace(cfg.optim, warmup_fraction=0.2, lr_decay_fraction=0.2, final_lr=0.0)
+    cfg = replace(cfg, num_steps=20, optim=optim)
+    log_new_num_steps(cfg, before=10, steps_taken=6)
+    assert "optim.lr had other values before" in caplog.text and "jumps" not in caplog.text
 
 
 def test_fewer_steps_than_were_taken_are_refused(
