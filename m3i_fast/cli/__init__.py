@@ -9,6 +9,7 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Mapping
+from typing import Any
 
 from rich.logging import RichHandler
 from rich.text import Text
@@ -62,13 +63,20 @@ def main(argv: list[str] | None = None) -> int:
         )
     logging.basicConfig(
         level=logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING,
-        format="%(message)s",
-        handlers=[RichHandler(console=console, show_path=False)],
+        **_lines_of_log(),
     )
     code = _run(verb, rest)
     if code and in_a_world():
         end_at_once(code)
     return code
+
+
+def _lines_of_log() -> dict[str, Any]:
+    """Return how lines of the log look: on a terminal wrapped and in colour, else whole."""
+    if console.is_terminal:
+        handler = RichHandler(console=console, show_path=False)
+        return {"format": "%(message)s", "handlers": [handler]}
+    return {"format": "%(asctime)s %(levelname)s %(message)s", "datefmt": "%Y-%m-%d %H:%M:%S"}
 
 
 def _run(verb: str, arguments: list[str]) -> int:

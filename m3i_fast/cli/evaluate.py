@@ -223,7 +223,7 @@ def _on_pictures(command: EvaluateCommand, data: Path) -> int:
     from m3i_fast.engine.parallel.ranks import join_world, leave_world
     from m3i_fast.engine.precision.arithmetic import resolve_device
     from m3i_fast.measuring.evaluate import default_out, evaluate, no_bar, plan
-    from m3i_fast.measuring.results import expect_replaceable
+    from m3i_fast.measuring.results import expect_kept, expect_replaceable
     from m3i_fast.measuring.tables import print_plan, print_results
     from m3i_fast.pipelines.packing.progress import bar
 
@@ -234,6 +234,8 @@ def _on_pictures(command: EvaluateCommand, data: Path) -> int:
     if not world.is_main:  # what a source needs to be read in any order, the first rank writes
         world.wait_for_all()
     planned = plan(settings)
+    asked = (settings.model, *settings.baselines)
+    expect_kept(out, source=planned.source, encoders=asked, measures=planned.measures)
     if world.is_main:
         print_plan(planned, console)
         world.wait_for_all()

@@ -113,8 +113,10 @@ def _misplaced(command: ExportCommand) -> str:
 
 
 def _load(command: ExportCommand) -> Model:
-    from m3i_fast.inference.loading import load
+    from m3i_fast.inference.loading import has_average, load
 
+    if command.which == "trained" and has_average(command.run):
+        console.print("--which ema writes the moving average of the run's encoder", soft_wrap=True)
     return load(command.run, which=command.which, device="cpu", data=command.data)
 
 
@@ -139,6 +141,8 @@ def _to_timm(command: ExportCommand) -> int:
         std=made.std,
         interpolation=made.interpolation,
     )
+    if model.category is not None or len(model.columns):
+        console.print("left out: heads of classes, as --to hf --task image-classification has them")
     return _wrote(
         f'{command.out}, a {name}: timm.create_model("local-dir:{command.out}", pretrained=True)'
     )

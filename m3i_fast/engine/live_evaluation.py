@@ -27,7 +27,7 @@ from m3i_fast.engine.parallel.ranks import World
 from m3i_fast.engine.precision.arithmetic import autocast
 from m3i_fast.engine.run.random_state import random_state, set_random_state
 from m3i_fast.evaluation.probes.knn import knn_predict
-from m3i_fast.evaluation.retrieval.zero_shot import zero_shot_predict
+from m3i_fast.evaluation.retrieval.zero_shot import prompt_of, says_nothing, zero_shot_predict
 from m3i_fast.evaluation.rows.retrieval import recall_hits
 from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.objectives.targets import autocast_dtype, normalise_views
@@ -105,9 +105,12 @@ class LiveEvaluation:
         has_classes = len(self._queries.classes) > 0
         self._bank = _choose_bank(data, most) if has_classes else None
         self._prompts: Prompts | None = None
-        self._lacks_tokenizer = wants_captions and has_classes and find_spec("open_clip") is None
-        if wants_captions and has_classes and not self._lacks_tokenizer:
-            self._prompts = prompts_of(manifest.class_names, read_described(cfg.data).tokenizer)
+        self._no_prompts = ""
+        if wants_captions and has_classes:
+            self._no_prompts = why_no_prompts(manifest.class_names)
+            if not self._no_prompts:
+                tokenizer = read_described(cfg.data).tokenizer
+                self._prompts = prompts_of(manifest.class_names, tokenizer)
         if self._bank is None and not self._retrieves and self._prompts is None:
             raise ValueError(
                 f"evaluate_every: expected split {cfg.evaluate_split} of {place_of(data.path)} to "
@@ -136,8 +139,8 @@ class LiveEvaluation:
             )
         if self._prompts is not None:
             parts.append(f"zero-shot by prompts of {len(self._prompts.token_ids):,} classes")
-        elif self._lacks_tokenizer:
-            parts.append("no zero-shot, whose prompts need open_clip: pip install 'm3i-fast[data]'")
+        elif self._no_prompts:
+            parts.append(f"no zero-shot, {self._no_prompts}")
         if not self._retrieves:
             parts.append("no retrieval, without captions that the run learns")
         return ", ".join(parts)
@@ -320,9 +323,21 @@ class Prompts:
     num_tokens: Tensor  # [K] int64
 
 
+def why_no_prompts(class_names: Sequence[str]) -> str:
+    """Return why classes cannot be asked for by prompts; empty where they can."""
+    if all(map(says_nothing, class_names)):
+        return (
+            f"since classes are called {', '.join(class_names[:2])} and so on: data pack and data "
+            "index take their names by --class-names"
+        )
+    if find_spec("open_clip") is None:
+        return "whose prompts need open_clip: pip install 'm3i-fast[data]'"
+    return ""
+
+
 def prompts_of(class_names: Sequence[str], tokenizer: TokenizerInfo) -> Prompts:
     """Return the prompt of each class in the tokens of the run's captions."""
-    texts = [PROMPT.format(name) for name in class_names]
+    texts = [prompt_of(PROMPT, name) for name in class_names]
     tokenize = Tokenizer.from_info(tokenizer)
     lengths = [len(tokenize.encode(text)) for text in texts]
     return Prompts(tokenize(texts), torch.tensor(lengths))

@@ -126,6 +126,13 @@ def load(
     return model.to(target).requires_grad_(False).eval()
 
 
+def has_average(run: str | os.PathLike[str]) -> bool:
+    """Return whether a run directory is of a run that keeps a moving average of its encoder."""
+    config = Path(run) / "config.json"
+    is_run = config.is_file() and (Path(run) / "checkpoints").is_dir()
+    return is_run and TrainConfig.load(config).objective.uses(encoder="momentum")
+
+
 def find_weights(path: Path) -> Stored:
     """Return the weights of a run, checkpoint or export.
 

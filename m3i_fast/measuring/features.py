@@ -76,11 +76,6 @@ class SplitFeatures:
         """Rows that were decoded and have a label."""
         return np.flatnonzero(self.column("label") >= 0)
 
-    @cached_property
-    def classifying_feature(self) -> str:
-        """Return the feature that classifies: class token where there is one, else the mean."""
-        return next(name for name in ("class_1", "mean_1", "image") if name in self.names)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExtractionSettings:

@@ -55,9 +55,16 @@ def _no_captions(source: Source) -> str | None:
     return None
 
 
+def _classifying_feature(inputs: Inputs) -> str:
+    """Return the feature that classifies: a class token that training read, else the mean."""
+    by_worth = ["mean_1", "image"]
+    by_worth.insert(0 if inputs.encoder.reads_class_token else 1, "class_1")
+    return next(name for name in by_worth if name in inputs.measured.names)
+
+
 def _knn(inputs: Inputs) -> Measured:
     train, measured = fitted(inputs), inputs.measured
-    name = measured.classifying_feature
+    name = _classifying_feature(inputs)
     ks = [k for k in NEIGHBOURS if k <= len(train.labelled)] or [len(train.labelled)]
     predicted = classify_by_neighbours(
         train.rows(name),
@@ -82,7 +89,7 @@ def _knn(inputs: Inputs) -> Measured:
 
 def _few_labels(inputs: Inputs) -> Measured:
     train, measured = fitted(inputs), inputs.measured
-    name = measured.classifying_feature
+    name = _classifying_feature(inputs)
     figures, details, arrays = [], dict[str, Any](), {"rows": measured.labelled}
     for share in distinct_shares(train.column("label")[train.labelled]):
         draws = [
@@ -132,7 +139,7 @@ def _zero_shot(inputs: Inputs) -> Measured:
     label = measured.column("label")[measured.labelled]
     top1 = accuracy_figure("top 1", found.ranked[:, 0], inputs)
     figures = [top1]
-    if found.ranked.shape[1] == 5:
+    if len(settings.class_names) > found.ranked.shape[1]:  # of five classes all are among five
         hits = (found.ranked == label[:, None]).any(1).astype(np.float64)
         figures.append(mean_figure("top 5", hits, measured.labelled))
     calibration = calibrate(found.confidence, hits_of(found.ranked[:, 0], inputs) > 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -158,6 +158,35 @@ def expect_replaceable(out: Path, *, model: str, data: Path) -> None:
         raise ValueError(
             f"--out: expected a folder of results of {model} on {name}, got {out} with those "
             f"of {found[0]} on {found[1]}: name another with --out, or remove it"
+        )
+
+
+def expect_kept(
+    out: Path, *, source: Source, encoders: Sequence[str], measures: Iterable[str]
+) -> None:
+    """Raise ValueError where `save` would remove figures that the new ones do not replace.
+
+    encoders: as they are asked for, the model first, which is that of `expect_replaceable`.
+    """
+    if not (out / RESULTS).is_file():
+        return
+    before = json.loads((out / RESULTS).read_bytes())
+    digest = source.split_digest(source.measured)
+    if before["data"].get("measured", {}).get("digest", digest) != digest:
+        raise ValueError(
+            f"--out: expected a folder of results of these pictures, got {out} with those of "
+            f"others, in a folder {source.options.path.name} as well or in this one before: name "
+            "another, or remove it"
+        )
+    kept = {(name, measure) for name in encoders for measure in measures}
+    lost = []
+    for number, encoder in enumerate(before.get("encoders", [])):
+        name = encoders[0] if number == 0 else encoder["name"]
+        lost += [f"{m} of {name}" for m in encoder["measures"] if (name, m) not in kept]
+    if lost:
+        raise ValueError(
+            f"--out: {out} holds {', '.join(lost)}, which these results would replace: measure "
+            "them as well (--measures, --baseline), name another --out, or remove it"
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 
 from rich import box
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from m3i_fast.evaluation.retrieval.zero_shot import says_nothing
 from m3i_fast.evaluation.statistics import Interval
 from m3i_fast.measuring.evaluate import Plan, missing_classes
 from m3i_fast.measuring.measure import Figure
@@ -17,7 +17,6 @@ from m3i_fast.measuring.measures import MEASURES
 from m3i_fast.measuring.results import Results
 
 MOST_NAMED = 5
-_NUMBER = re.compile(r"n?\d+")  # of an index, or of WordNet
 
 
 def print_plan(plan: Plan, console: Console) -> None:
@@ -42,7 +41,7 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 def _warnings(plan: Plan) -> Iterator[str]:
     source = plan.source
-    if "zero-shot" in plan.measures and all(map(_NUMBER.fullmatch, source.class_names)):
+    if "zero-shot" in plan.measures and all(map(says_nothing, source.class_names)):
         yield (
             f"zero-shot: classes are called {_some(source.class_names)}, which says nothing in a "
             "prompt: name them by --class-names FILE"

@@ -41,9 +41,13 @@ def run(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("which", ["trained", "ema"])
-def test_timm_computes_the_features(run: Path, tmp_path: Path, which: str) -> None:
+def test_timm_computes_the_features(
+    run: Path, tmp_path: Path, which: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "folder"
     assert main(["export", str(run), str(out), "--to", "timm", "--which", which]) == 0
+    said = capsys.readouterr().out
+    assert ("heads of classes" in said) == ("--which ema" in said) == (which == "trained")
     ours = m3i_fast.load(run, which=which, device="cpu")  # type: ignore[arg-type]
     config = json.loads((out / "config.json").read_text())
     by_folder = timm.create_model(f"local-dir:{out}", pretrained=True)

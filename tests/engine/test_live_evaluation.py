@@ -33,6 +33,7 @@ from m3i_fast.engine.live_evaluation import (
     left_as_it_is,
     prompts_of,
     recalls,
+    why_no_prompts,
     zero_shot_accuracy,
 )
 from m3i_fast.engine.parallel.ranks import World
@@ -425,6 +426,12 @@ def test_knn_of_features_that_are_not_finite_is_no_figure(spoiled: str) -> None:
     assert math.isnan(found["evaluate/knn_top1"]) and found["evaluate/knn_top1_ema"] >= 0
 
 
+def test_classes_that_are_numbers_have_no_prompts() -> None:
+    assert "data pack and data index take" in why_no_prompts(["n01440764", "n01443537"])
+    assert "called 0, 1 and so on" in why_no_prompts(["0", "1", "2"])
+    assert why_no_prompts(["n01440764", "apple_pie"]) == ""
+
+
 @pytest.mark.parametrize("spoiled", ["classes", "image"])
 def test_classes_by_prompts_that_are_not_finite_are_no_figure(spoiled: str) -> None:
     parts = {"classes": torch.eye(3), "image": torch.eye(3)[[2, 0, 1]]}
@@ -453,6 +460,7 @@ def test_prompts_alone_are_enough_to_evaluate(
     monkeypatch.setattr(live_evaluation, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="evaluate_every: expected split heldout"):
         LiveEvaluation(cfg, World(torch.device("cpu")))
+    assert "pip install" in why_no_prompts(["cat"])
 
 
 def test_an_encoder_that_has_collapsed_has_the_recall_of_chance() -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import numpy as np
@@ -31,8 +32,8 @@ from m3i_fast.measuring.evaluate import (
 )
 from m3i_fast.measuring.features import ExtractionSettings
 from m3i_fast.measuring.measure import Figure, Measured
-from m3i_fast.measuring.measures import MEASURES
-from m3i_fast.measuring.results import Results, expect_replaceable, slug
+from m3i_fast.measuring.measures import MEASURES, _classifying_feature
+from m3i_fast.measuring.results import Results, expect_kept, expect_replaceable, slug
 from m3i_fast.measuring.source import SourceSettings
 from m3i_fast.measuring.tables import print_results
 from tests.measuring.pictures import COLOURS, clip_folder, image_folder, picture
@@ -224,6 +225,38 @@ def test_no_other_results_are_removed(folder: Path, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"--out: expected .* {name} of others, got"):
             expect_replaceable(tmp_path, model=asked.model, data=folder)
         (tmp_path / name).unlink()
+
+
+def test_figures_that_are_not_measured_again_are_not_removed(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    asked = settings_of(folder, tmp_path, measures=("knn", "few-labels"))
+    first = plan(asked)
+    expect_kept(out, source=first.source, encoders=("pixels",), measures=first.measures)
+    measured(asked).save(out)
+    expect_kept(out, source=first.source, encoders=("pixels", "x"), measures=first.measures)
+    with pytest.raises(ValueError, match="--out: .* holds few-labels of pixels, which these"):
+        expect_kept(out, source=first.source, encoders=("pixels",), measures=("knn",))
+    other = plan(settings_of(image_folder(tmp_path / "more" / "data", each=7), tmp_path))
+    with pytest.raises(ValueError, match="results of these pictures, got .* those of others"):
+        expect_kept(out, source=other.source, encoders=("pixels",), measures=first.measures)
+
+
+@pytest.mark.parametrize(
+    ("reads", "names", "expected"),
+    [
+        (True, ("class_1", "mean_1", "image"), "class_1"),
+        (False, ("class_1", "mean_1", "image"), "mean_1"),
+        (True, ("mean_1", "image"), "mean_1"),
+        (False, ("class_1",), "class_1"),
+        (True, ("image",), "image"),
+    ],
+)
+def test_the_class_token_classifies_where_training_read_it(
+    reads: bool, names: tuple[str, ...], expected: str
+) -> None:
+    encoder, rows = SimpleNamespace(reads_class_token=reads), SimpleNamespace(names=names)
+    inputs: Any = SimpleNamespace(encoder=encoder, measured=rows)
+    assert _classifying_feature(inputs) == expected
 
 
 def test_rows_that_differ_are_paired_by_row_or_told(folder: Path, tmp_path: Path) -> None:

@@ -30,6 +30,10 @@ from m3i_fast.pipelines.any_shape.batch import AnyBatch
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+_ENDED_EARLY = (
+    "holds a run that ended before its first checkpoint: add --auto-resume to begin it again, or "
+    "name another --out"
+)
 OF_ONE_RANK = ("means", "random")
 """Parts of a state that differ from rank to rank."""
 Resume = bool | Literal["auto"]
@@ -99,6 +103,8 @@ class Run:
     def expect_new(self) -> None:
         """Raise FileExistsError when the directory holds a run that is not to begin again."""
         if self.config_path.exists() and not self._again:
+            if not checkpoints(self.checkpoints):
+                raise FileExistsError(f"{self.path} {_ENDED_EARLY}")
             raise FileExistsError(
                 f"{self.path} holds a run already: add --resume to continue it, or name another "
                 "--out"
@@ -138,6 +144,12 @@ class Run:
         )
         return "begun"
 
+    def _saved_config(self) -> TrainConfig:
+        config = self._go_on()
+        if not checkpoints(self.checkpoints):
+            raise FileNotFoundError(f"{self.path} {_ENDED_EARLY}")
+        return config
+
     def begin(self, data: DataRecord | None = None) -> None:
         """Create the directory of a new run and lock it.
 
@@ -153,7 +165,7 @@ class Run:
         or checkpoint, FileExistsError where another process trains it, and ValueError where the
         config differs, or the samples a step without either.
         """
-        config = on_first_rank(self.saver.group, self._go_on)
+        config = on_first_rank(self.saver.group, self._saved_config)
         saved = latest(self.checkpoints, self.saver.group)
         before, now = layout_of(saved.state(), self._cfg), layout_with(self._cfg, num_ranks)
         if before.num_ranks == num_ranks and not self._new_batch_size:

@@ -5,6 +5,8 @@ Legend: Q queries, G gallery items, E embedding width, C classes, P prompts a cl
 
 from __future__ import annotations
 
+import re
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -50,6 +52,16 @@ def nearest(
 def recall_chance(*, k: int, num_gallery: int) -> float:
     """Return recall at k of a random order of a gallery with one right item: k / G, at most 1."""
     return min(k / num_gallery, 1.0)
+
+
+def prompt_of(template: str, class_name: str) -> str:
+    """Put a class's name into the place of {}, its underscores as spaces: apple_pie."""
+    return template.replace("{}", class_name.replace("_", " "))
+
+
+def says_nothing(class_name: str) -> bool:
+    """Return whether a name is a number, as of an index or of WordNet: a prompt cannot use it."""
+    return re.fullmatch(r"n?\d+", class_name) is not None
 
 
 def class_embeddings(prompts: Tensor) -> Tensor:  # [C, P, E] -> [C, E] fp32, unit length

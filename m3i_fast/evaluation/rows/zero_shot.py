@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from m3i_fast.evaluation.feature_rows import Index, Rows, row_blocks, unit
-from m3i_fast.evaluation.retrieval.zero_shot import class_embeddings
+from m3i_fast.evaluation.retrieval.zero_shot import class_embeddings, prompt_of
 
 MOST_RANKED = 5
 BLOCK = 8192
@@ -36,14 +36,14 @@ def embed_classes(
 ) -> Tensor:  # [K, E] fp32 of unit length
     """Embed each class as the unit mean of the unit embeddings of its prompts.
 
-    templates: with {} in the place of the class's name. Raises ValueError for an embedding that is
-    not finite.
+    templates: with {} in the place of the class's name, as `prompt_of` has it. Raises ValueError
+    for an embedding that is not finite.
     """
     classes_a_batch = max(PROMPTS_A_BATCH // len(templates), 1)
     embedded = []
     for start in range(0, len(class_names), classes_a_batch):
         names = class_names[start : start + classes_a_batch]
-        prompts = [template.replace("{}", name) for name in names for template in templates]
+        prompts = [prompt_of(template, name) for name in names for template in templates]
         rows = encode_texts(prompts)
         if not bool(rows.isfinite().all()):
             raise ValueError("prompts: expected finite embeddings, got NaN or infinity")

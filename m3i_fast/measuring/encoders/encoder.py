@@ -73,6 +73,13 @@ class Encoder(Protocol):
         """Return the scale of its cosines under a softmax over texts; None: it embeds none."""
 
     @property
+    def reads_class_token(self) -> bool:
+        """Return whether what it was trained for reads a class token, if it has one.
+
+        Else the mean of the patches sums a picture up, as in this package.
+        """
+
+    @property
     def patch_tokens(self) -> PatchTokens | None:
         """Return the tokens of the last block; None: it has no square grid of them."""
 

@@ -41,6 +41,7 @@ class OpenClipEncoder:
     """
 
     has_text = True
+    reads_class_token = True
     trainable = None  # fine-tuning takes the encoders of this package and timm's
 
     def __init__(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 
 from m3i_fast.measuring.encoders.encoder import Encoder, EncoderSettings
 from m3i_fast.measuring.encoders.pixels import PixelEncoder
+
+logger = logging.getLogger(__name__)
 
 EXPECTED = (
     "a run, a checkpoint, a folder of `m3i-fast export --to safetensors`, "
@@ -52,10 +55,13 @@ def open_encoder(spec: str, settings: EncoderSettings) -> Encoder:
             pretrained=options.get("pretrained"),
             settings=settings,
         )
+    from m3i_fast.inference.loading import has_average
     from m3i_fast.measuring.encoders.ours import open_run, open_untrained
 
     if kind == "random" and of_kind:
         return open_untrained(spec, Path(of_kind), settings)
     if not Path(name).exists():
         raise FileNotFoundError(f"MODEL: expected {EXPECTED}, got {spec}")
+    if not options and has_average(name):
+        logger.info("%s: %s,which=ema is the moving average of its encoder", spec, name)
     return open_run(spec, Path(name), options.get("which", "trained"), settings)

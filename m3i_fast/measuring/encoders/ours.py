@@ -39,6 +39,8 @@ class RunEncoder:
     Of an InternImage, whose stages differ in width, `mean_1` is all that there is.
     """
 
+    reads_class_token = False
+
     def __init__(self, name: str, model: Model, tokenizer: str) -> None:
         """tokenizer: its fingerprint, empty where the run keeps none."""
         self.name, self._model = name, model

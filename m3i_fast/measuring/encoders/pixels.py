@@ -29,6 +29,7 @@ class PixelEncoder:
     dtype = torch.float32
     has_text = False
     logit_scale = None
+    reads_class_token = False
     patch_tokens = None
     trainable = None
 

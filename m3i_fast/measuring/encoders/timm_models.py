@@ -51,6 +51,7 @@ class TimmEncoder:
         self._pixels = pixels
         self.transform = data.create_transform(**pixels, is_training=False)
         self._model = model.to(self.device).requires_grad_(False).eval()
+        self.reads_class_token = getattr(model, "global_pool", "token") != "avg"
         self.digest = weights_digest(model, *_built_as(model, name), self.transform)
 
     @property

@@ -1,11 +1,12 @@
 """The progress of a run on a terminal: steps, images a second, loss, time left, what is waited for.
 
 Steps and what the run does are read whenever the bar is drawn, so that neither waits for a logged
-row. Where output is no terminal, nothing is drawn but one line at the end.
+row. Where output is no terminal, as under Slurm, every logged row is a line of the log instead.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -23,6 +24,8 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 from rich.text import Text
+
+logger = logging.getLogger(__name__)
 
 DRAWN_A_SECOND = 4.0
 SLOW_S = 1.0  # from which on a stage of a step is told: shorter ones would flicker
@@ -58,6 +61,8 @@ class TrainingBar(Progress):
         self._bar: TaskID | None = None  # rich draws while it is built
         self._step, self._doing, self._clock = step, doing, clock
         self._pace = Pace(step(), clock())
+        self._num_steps = num_steps
+        self._in_lines = is_shown and not console.is_terminal
         self._row: dict[str, float] = {}
         self._since = ("", clock())
         super().__init__(
@@ -76,6 +81,9 @@ class TrainingBar(Progress):
     def show(self, step: int, values: Mapping[str, float]) -> None:
         """Take the values of a logged row; those that it lacks stay as they were."""
         self._row |= values
+        figures = figures_of(values)
+        if figures and self._in_lines:
+            logger.info("step %d of %d  %s", step, self._num_steps, "  ".join(figures))
         if "throughput/img_s" in values:
             self._pace.log(step, self._clock())
 

@@ -178,8 +178,12 @@ def test_of_two_new_runs_in_a_directory_one_begins(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="is training in it"):
         second.resume()
     first.close()
-    with pytest.raises(FileExistsError, match="holds a run already"):
-        second.begin()
+    for begin in (second.begin, second.expect_new):
+        with pytest.raises(FileExistsError, match="before its first checkpoint: add --auto-resume"):
+            begin()
+    second.close()
+    with pytest.raises(FileNotFoundError, match="before its first checkpoint: add --auto-resume"):
+        Run(tmp_path / "run", cfg).resume()
     assert TrainConfig.load(tmp_path / "run" / "config.json") == cfg
 
 

@@ -8,8 +8,10 @@ from torch import Tensor
 from m3i_fast.evaluation.retrieval.zero_shot import (
     class_embeddings,
     nearest,
+    prompt_of,
     recall_chance,
     retrieval_ranks,
+    says_nothing,
     zero_shot_predict,
 )
 
@@ -90,3 +92,13 @@ def test_bad_input_is_named() -> None:
         retrieval_ranks(text, image, torch.tensor([0, 9, 2, 3, 4]), group)
     with pytest.raises(ValueError, match="gallery: expected finite embeddings"):
         retrieval_ranks(text, image * torch.nan, group, group)
+
+
+def test_a_prompt_has_the_words_of_a_name() -> None:
+    assert prompt_of("a photo of {}, a {}.", "apple_pie") == "a photo of apple pie, a apple pie."
+    assert [says_nothing(name) for name in ("12", "n01440764", "n", "42nd_street")] == [
+        True,
+        True,
+        False,
+        False,
+    ]

@@ -64,6 +64,19 @@ def test_time_left_counts_from_the_first_row_with_all_that_lies_between_steps() 
     assert "0:00:00 left" in drawn(bar)
 
 
+def test_without_a_terminal_every_logged_row_is_a_line(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    bar = Run().bar(io.StringIO(), terminal=False)
+    bar.show(10, ROW)
+    bar.show(20, {"evaluate/knn_top1": 0.5, "evaluate/zero_shot_top1": 0.25})
+    first, second = caplog.messages
+    assert first == "step 10 of 100  1,234 img/s  loss 2.500  loader 30 %"
+    assert second == "step 20 of 100  kNN 50.0 %  zero-shot 25.0 %"
+    Run().bar(io.StringIO()).show(10, ROW)
+    Run().bar(io.StringIO(), terminal=False, shown=False).show(10, ROW)
+    assert len(caplog.messages) == 2
+
+
 def test_a_resumed_run_counts_from_where_it_began() -> None:
     run = Run()
     run.step = 50
