@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,7 +23,7 @@ console = make_console()
 
 
 def ls(run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]], /) -> int:
-    """List a run's checkpoints, without reading what is in them.
+    """List a run's checkpoints, and which is the best one by --keep-best.
 
     Args:
         run: Run directory, or the directory of its checkpoints.
@@ -35,10 +36,13 @@ def ls(run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]],
         table.add_column(column, justify="right" if column in ("step", "MiB") else "left")
     pointer = directory / POINTER
     newest = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
-    for checkpoint in _listed(directory):
+    listed = _listed(directory)
+    best, told = _best(directory, listed)
+    for checkpoint in listed:
         files = [path for path in checkpoint.path.rglob("*") if path.is_file()]
         size = sum(path.stat().st_size for path in files)
-        note = "latest" if checkpoint.path.name == newest else ""
+        notes = ["latest"] if checkpoint.path.name == newest else []
+        note = ", ".join([*notes, told] if checkpoint == best else notes)
         try:
             ranks = "1" if checkpoint.is_old else str(checkpoint.manifest()["num_ranks"])
             note = "layout without a manifest" if checkpoint.is_old else note
@@ -49,6 +53,19 @@ def ls(run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]],
         table.add_row(*cells)
     console.print(table)
     return 0
+
+
+def _best(directory: Path, listed: Sequence[Checkpoint]) -> tuple[Checkpoint | None, str]:
+    """Return the checkpoint that --keep-best keeps, and what it is the best by."""
+    from m3i_fast.engine.checkpoint.saver import best_of, score_of
+
+    config = directory.parent / "config.json"
+    metric = json.loads(config.read_text()).get("keep_best", "") if config.is_file() else ""
+    best = best_of(listed) if metric else None
+    if best is None:
+        return None, ""
+    sign = -1 if metric.startswith("+") else 1
+    return best, f"best by {metric.removeprefix('+')}: {sign * score_of(best):.4g}"
 
 
 def verify(path: tyro.conf.Positional[Path], /) -> int:

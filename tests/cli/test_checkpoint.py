@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 
 from m3i_fast.benchmarks.faults.failing_files import flip_byte, truncate
 from m3i_fast.cli import main
+from m3i_fast.engine.checkpoint.saver import Saver
 from tests.shared.engine.checkpoint_cases import assert_equal, save, trained
 
 OLD = Path(__file__).parents[1] / "engine" / "checkpoint" / "old_checkpoint"
@@ -33,6 +34,25 @@ def test_a_run_is_listed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "manifest.json: missing" in said and "SHA" not in said  # not read
     assert _say(capsys, "ls", run / "checkpoints")[1] == said
     assert "layout without a manifest" in _say(capsys, "ls", OLD)[1]
+
+
+def test_the_best_checkpoint_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    directory = tmp_path / "run" / "checkpoints"
+    for step, score in ((1, -0.25), (2, -0.75), (3, -0.5)):
+        model, optimizer = trained(step)
+        with Saver(directory, keep=3) as saver:
+            state = {"log": {"score": score}}
+            saver.save(step=step, model=model, optimizer=optimizer, state=state)
+    assert "best" not in _say(capsys, "ls", directory)[1]
+    (tmp_path / "run" / "config.json").write_text('{"keep_best": "+evaluate/knn_top1"}')
+    assert main(["checkpoint", "ls", str(tmp_path / "run")]) == 0
+    first, second, third = capsys.readouterr().out.splitlines()[-4:-1]
+    assert second.split()[0] == "2"
+    assert second.rstrip().endswith("best by evaluate/knn_top1: 0.75")
+    assert "best" not in first + third and third.rstrip().endswith("latest")
 
 
 def test_verify_says_what_is_damaged(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -166,8 +166,7 @@ class Saver:
             sync(path.parent)
         self._point_to(checkpoint)
         candidates = self._up_to(checkpoint.step)
-        scored = [c for c in candidates if self._keep_best and _score(c) < math.inf]
-        best = min(scored, key=_score, default=None)
+        best = best_of(candidates) if self._keep_best else None
         for old in candidates[: -self._keep]:
             if old != best and (not self._keep_every or old.step % self._keep_every):
                 remove_directory(old.path)
@@ -180,7 +179,13 @@ class Saver:
         write_atomically(self.directory / POINTER, f"{checkpoint.path.name}\n".encode())
 
 
-def _score(checkpoint: Checkpoint) -> float:
+def best_of(candidates: Sequence[Checkpoint]) -> Checkpoint | None:
+    """Return the checkpoint of the lowest score; None where none has one."""
+    scored = [checkpoint for checkpoint in candidates if score_of(checkpoint) < math.inf]
+    return min(scored, key=score_of, default=None)
+
+
+def score_of(checkpoint: Checkpoint) -> float:
     """Return the score, lower is better; infinity where there is none or it cannot be read."""
     try:
         score = checkpoint.state(rank=0).get("log", {}).get("score")
