@@ -59,6 +59,8 @@ class Flag:
             return "|".join(self.choices)
         names = {int: "N", float: "X", str: "NAME", Path: "PATH"}
         kinds = [kind for kind in options(self.kind) if kind is not NoneType]
+        if not kinds:
+            return "none"
         if get_origin(kinds[0]) is tuple:
             return " ".join(names.get(kind, "...") for kind in get_args(kinds[0]))
         return names.get(kinds[0], "VALUE")
@@ -85,7 +87,7 @@ def flags_of(command: Any, prefix: str = "--") -> dict[str, Flag]:
         if _optional(kind):
             told = help_of(of).get(field.name, "")
             shown = "none" if value is None else "as below"
-            flags[name] = Flag(name=name, kind=Literal["none", "None"], default=shown, help=told)
+            flags[name] = Flag(name=name, kind=NoneType, default=shown, help=told)
         if isinstance(value, TrainConfig):
             flags |= flags_of(value, prefix)
         elif inner or _are_configs(kind):  # of none of them there is a flag
@@ -339,6 +341,8 @@ def _wrong_value(flag: Flag, values: Sequence[str]) -> str:
     for value in values:
         if value.lower() == "none" and NoneType in kinds:
             continue
+        if kinds == (NoneType,):
+            return f"expected none, got {value!r}"
         if flag.choices and str not in kinds and value not in flag.choices:
             expected = f"expected one of {', '.join(flag.choices)}, got {value!r}."
             return expected + nearest(value, flag.choices)
