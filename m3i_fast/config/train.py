@@ -112,10 +112,10 @@ class TrainConfig(Checked):
     +monitor/target_rank or +evaluate/knn_top1 its highest; as it was when last logged before the
     save."""
     evaluate_every: Annotated[int, NUMBERS] = 0
-    """Steps between two evaluations of the live model, kNN, classes by prompts and retrieval of
-    captions, whose values are logged as evaluate/knn_top1 and so on; the last step is one, too. 0:
-    none. Training is the same to the bit with them and without, and a resume may have other
-    evaluate_ fields."""
+    """Steps between two evaluations of the live model: kNN, its classifier, classes by prompts and
+    retrieval of captions, whose values are logged as evaluate/knn_top1 and so on; the last step is
+    one, too. 0: none. Training is the same to the bit with them and without, and a resume may have
+    other evaluate_ fields."""
     evaluate_split: str = "heldout"
     """Split that is evaluated; its neighbours are looked for in data.split."""
     evaluate_data: Path | None = None

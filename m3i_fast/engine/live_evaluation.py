@@ -31,9 +31,11 @@ from m3i_fast.evaluation.retrieval.zero_shot import prompt_of, says_nothing, zer
 from m3i_fast.evaluation.rows.retrieval import recall_hits
 from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.objectives.targets import autocast_dtype, normalise_views
+from m3i_fast.objectives.terms import Category
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.batch_rows import good_rows
 from m3i_fast.pipelines.dataset.annotations.tokenizer import Tokenizer, TokenizerInfo
+from m3i_fast.pipelines.dataset.manifest import Manifest
 from m3i_fast.pipelines.dataset.sample_table import SampleTable
 from m3i_fast.pipelines.loader import evaluation_batches
 from m3i_fast.pipelines.opened.mixture import read_described
@@ -47,6 +49,7 @@ logger = logging.getLogger(__name__)
 NUM_NEIGHBOURS = 20  # as DINO, arXiv 2104.14294, section 4.1
 RECALL_AT = (1, 5)
 PROMPT = "a photo of a {}."  # as CLIP, arXiv 2103.00020, section 3.1.4
+_MOST_RANKED = 5
 _MOST_A_BATCH = 256  # pictures of a forward pass on one rank
 _QUERIES_AT_ONCE = 256  # bounds the votes of kNN, [queries, neighbours, classes]
 
@@ -81,12 +84,13 @@ class ChosenRows:
 
 
 class LiveEvaluation:
-    """kNN, classes by prompts and retrieval of captions, of `cfg.evaluate_pictures` a split.
+    """kNN, the run's classifier, prompts and retrieval, of `cfg.evaluate_pictures` a split.
 
-    The bank of kNN is `cfg.data.split`, where labelled; queries are `cfg.evaluate_split`. Classes
-    by prompts, zero-shot, need their names and captions that the run learns. What the data lack is
-    left out, with a line that says so. A picture that cannot be decoded is left out, named in a
-    warning and counted, unless `cfg.data` is strict.
+    The bank of kNN is `cfg.data.split`, where labelled; queries are `cfg.evaluate_split`. The
+    classifier is that of the first term on the data's classes. Classes by prompts, zero-shot, need
+    their names and captions that the run learns. What the data lack is left out, with a line that
+    says so. A picture that cannot be decoded is left out, named in a warning and counted, unless
+    `cfg.data` is strict.
 
     Raises ValueError where there is nothing to measure, where the chosen pictures of the bank are
     all of one class though its split has others, or where captions have another tokenizer than the
@@ -104,6 +108,7 @@ class LiveEvaluation:
         self._queries = choose_rows(queries, most, labelled=not self._retrieves)
         has_classes = len(self._queries.classes) > 0
         self._bank = _choose_bank(data, most) if has_classes else None
+        self._classifier = _classifier_of(cfg, manifest) if has_classes else ""
         self._prompts: Prompts | None = None
         self._no_prompts = ""
         if wants_captions and has_classes:
@@ -111,7 +116,8 @@ class LiveEvaluation:
             if not self._no_prompts:
                 tokenizer = read_described(cfg.data).tokenizer
                 self._prompts = prompts_of(manifest.class_names, tokenizer)
-        if self._bank is None and not self._retrieves and self._prompts is None:
+        measured = (self._bank, self._prompts, self._retrieves or None, self._classifier or None)
+        if all(each is None for each in measured):
             raise ValueError(
                 f"evaluate_every: expected split {cfg.evaluate_split} of {place_of(data.path)} to "
                 f"have classes, as {data.split} has, or captions that the run learns, got neither: "
@@ -137,6 +143,8 @@ class LiveEvaluation:
                 f"kNN of those with a class among {len(self._bank.rows):,} others of "
                 f"{len(self._bank.classes):,} classes"
             )
+        if self._classifier:
+            parts.append(f"the classifier of term {self._classifier}")
         if self._prompts is not None:
             parts.append(f"zero-shot by prompts of {len(self._prompts.token_ids):,} classes")
         elif self._no_prompts:
@@ -186,6 +194,8 @@ class LiveEvaluation:
         if self._world.is_main:
             if bank:
                 values |= knn_accuracies(bank, queries, self._world.device)
+            if self._classifier:
+                values |= classifier_accuracies(queries)
             if classes is not None:
                 values |= zero_shot_accuracy(classes, queries)
             if self._retrieves:
@@ -310,6 +320,12 @@ class LiveEvaluation:
             columns["_ema"] = objective.target_encoder(images).float().mean(1)
         if queried and image is not None:
             columns["image"] = image.float()
+        for term in objective.terms_of(Category) if queried else ():
+            if term.term.name == self._classifier:
+                logits = term.logits(objective.encoder.summarise(tokens))
+                kept = _MOST_RANKED if logits.shape[1] > _MOST_RANKED else 1
+                columns["ranked"] = logits.topk(kept).indices
+                columns["is_finite"] = logits.isfinite().all(1)
         if queried and self._retrieves:
             columns["text"] = objective.embed_captions(batch.token_ids, batch.num_tokens).float()
         return {name: column.cpu() for name, column in columns.items()}
@@ -411,6 +427,35 @@ def knn_accuracies(
         predicted = torch.cat([knn_predict(own, labels, each, k=k).cpu() for each in rows])
         values[f"evaluate/knn_top1{suffix}"] = float((predicted == label).double().mean())
     return values
+
+
+def _classifier_of(cfg: TrainConfig, manifest: Manifest) -> str:
+    """Return the term whose classes are those of the data that are evaluated; empty for none."""
+    learnt = read_described(cfg.data)
+    columns = {column.name: column.names for column in learnt.columns}
+    for term in cfg.objective.active_terms:
+        names = columns.get(term.column, ()) if term.column else learnt.class_names
+        is_classifier = term.target == "category" and not term.reversal
+        if is_classifier and tuple(names) == tuple(manifest.class_names):
+            return term.name
+    return ""
+
+
+def classifier_accuracies(queries: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the share of labelled queries whose class is the first, or in the first five; or NaN.
+
+    queries: columns "label" [N], "ranked" [N, 5] classes, [N, 1] of no more than five classes,
+    which have no top 5, and "is_finite" [N], of their logits.
+    """
+    asked = queries["label"] >= 0
+    hits = queries["ranked"][asked] == queries["label"][asked, None]
+    is_finite = bool(queries["is_finite"][asked].all())
+    return {
+        f"evaluate/classifier_top{k}": float(hits[:, :k].any(1).double().mean())
+        if is_finite
+        else float("nan")
+        for k in sorted({1, hits.shape[1]})
+    }
 
 
 def zero_shot_accuracy(

@@ -15,10 +15,11 @@ import open_clip
 import pytest
 import torch
 import torch.multiprocessing as mp
-from sklearn.metrics import accuracy_score
+from sklearn.metrics import accuracy_score, top_k_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
+import m3i_fast
 from m3i_fast.cli import main
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine import live_evaluation
@@ -29,6 +30,7 @@ from m3i_fast.engine.live_evaluation import (
     LiveEvaluation,
     UnreadableRowsError,
     choose_rows,
+    classifier_accuracies,
     knn_accuracies,
     left_as_it_is,
     prompts_of,
@@ -48,7 +50,10 @@ from tests.engine.live_work import SHARDS, fail, work
 from tests.shared.engine.small_run import saved_tensors, small_run
 from tests.shared.engine.two_ranks import NUM_RANKS, run_of_adamw
 
-EVALUATED = ("knn_top1", "knn_top1_ema", "zero_shot_top1")
+EVALUATED = (
+    *("knn_top1", "knn_top1_ema", "zero_shot_top1"),
+    *("classifier_top1", "classifier_top5"),
+)
 RECALLS = tuple(
     f"{way}_recall_at_{k}" for way in ("caption_to_image", "image_to_caption") for k in (1, 5)
 )
@@ -157,6 +162,39 @@ def test_classes_by_prompts_are_those_of_open_clips_tokens(runs: Path) -> None:
     best = (image[known] @ text.T).argmax(1)
     logged = rows_of(runs / "with", evaluated=True)[-1]
     assert logged["evaluate/zero_shot_top1"] == accuracy_score(label[known], best)
+
+
+def test_the_classifier_is_that_of_the_loaded_model(runs: Path) -> None:
+    """As `m3i_fast.load` classifies the same views, counted by scikit-learn."""
+    cfg = TrainConfig.load(runs / "with" / "config.json")
+    model = m3i_fast.load(runs / "with", device="cpu")
+    logits, label = [], []
+    for batch in evaluation_batches(
+        cfg.data.path,
+        "heldout",
+        image_size=cfg.vision.image_size,
+        batch_size=64,
+        representatives_only=True,
+    ):
+        logits.append(model.classify(batch.global_views[0]))
+        label.append(batch.label)
+    scores, known = torch.cat(logits).numpy(), torch.cat(label).numpy() >= 0
+    labels = torch.cat(label).numpy()[known]
+    logged = rows_of(runs / "with", evaluated=True)[-1]
+    for k in (1, 5):
+        expected = top_k_accuracy_score(labels, scores[known], k=k, labels=range(scores.shape[1]))
+        assert logged[f"evaluate/classifier_top{k}"] == pytest.approx(expected, abs=1e-9)
+
+
+def test_of_five_classes_the_classifier_has_no_top_5_and_none_of_nan() -> None:
+    queries = {
+        "label": torch.tensor([2, 1, -1]),
+        "ranked": torch.tensor([[2], [0], [0]]),
+        "is_finite": torch.tensor([True, True, False]),
+    }
+    assert classifier_accuracies(queries) == {"evaluate/classifier_top1": 0.5}
+    found = classifier_accuracies(queries | {"is_finite": torch.tensor([True, False, True])})
+    assert math.isnan(found["evaluate/classifier_top1"])
 
 
 def embedded(cfg: TrainConfig, split: str, model: Any) -> tuple[np.ndarray, ...]:
@@ -453,6 +491,7 @@ def test_prompts_alone_are_enough_to_evaluate(
     without = replace(manifest, splits=manifest.splits | {"heldout": heldout})
     monkeypatch.setattr(live_evaluation, "manifest_at", lambda data: without)
     caplog.set_level("INFO")
+    monkeypatch.setattr(live_evaluation, "_classifier_of", lambda cfg, manifest: "")
     evaluation, objective = LiveEvaluation(cfg, World(torch.device("cpu"))), build_untrained(cfg)
     values = evaluation.measure(objective, objective)
     assert values.keys() == {"evaluate/zero_shot_top1", "evaluate/skipped"}

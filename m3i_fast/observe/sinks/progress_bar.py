@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 DRAWN_A_SECOND = 4.0
 SLOW_S = 1.0  # from which on a stage of a step is told: shorter ones would flicker
 LOADER_SHARE = 0.1  # of a step, from which on the wait for data is told
+_ACCURACIES = {"knn": "kNN", "classifier": "top 1", "zero_shot": "zero-shot"}
 # What the run does (`Trainer.doing`), in words; stages of a step that are not here are not told.
 TOLD = {
     "the first step": "the first step, which takes longer",
@@ -113,7 +114,7 @@ def figures_of(row: Mapping[str, float]) -> list[str]:
             told.append(f"{row['throughput/tokens_s']:,.0f} tokens/s")
         loss = row.get("loss/total", math.nan)  # none where all steps were skipped
         told.append(f"loss {loss:.3f}")
-    for name, accuracy in (("knn", "kNN"), ("zero_shot", "zero-shot")):
+    for name, accuracy in _ACCURACIES.items():
         if f"evaluate/{name}_top1" in row:
             told.append(f"{accuracy} {100 * row[f'evaluate/{name}_top1']:.1f} %")
     stages = [value for name, value in row.items() if name.startswith("time/")]

@@ -74,6 +74,8 @@ NAMES = {
     "memory/peak_gib": ("Peak memory", "GiB of a card"),
     "evaluate/knn_top1": ("kNN", "share of classes that 20 neighbours get right"),
     "evaluate/knn_top1_ema": ("kNN of the average", "the moving average of the encoder"),
+    "evaluate/classifier_top1": ("Classifier, top 1", "share of classes that it gets right"),
+    "evaluate/classifier_top5": ("Classifier, top 5", "share of classes among its first five"),
     "evaluate/zero_shot_top1": ("Zero-shot", "share of classes that prompts get right"),
     "evaluate/caption_to_image_recall_at_1": ("Caption to picture, top 1", "share found"),
     "evaluate/caption_to_image_recall_at_5": ("Caption to picture, top 5", "share found"),
