@@ -152,7 +152,7 @@ def test_errors_tell_a_term_by_its_name(capsys: pytest.CaptureFixture[str]) -> N
         assert main(["train", "demo", f"--objective.terms.{typed}.weight", "-1"]) == 2
         said = capsys.readouterr().err
         assert said.startswith("error: --objective.terms.category.weight: expected")
-    assert main(["train", "demo", "--objective.terms.category.weigth", "1"]) == 2
+    assert main(["train", "demo", "--objective.terms.category.weights", "1"]) == 2
     assert "Did you mean --objective.terms.category.weight?" in capsys.readouterr().err
 
 

@@ -165,6 +165,8 @@ def main(argv: list[str]) -> int:
 def _on_held_out(command: EvaluateCommand) -> int:
     from m3i_fast.engine.evaluator import evaluate  # loads torch, which help does without
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("evaluate RUN: expected one process, or --data DATA, which takes several")
     run = Path(command.model)
     if not (run / "config.json").is_file():
         raise FileNotFoundError(

@@ -46,6 +46,8 @@ from m3i_fast.pipelines.opened.mixture import read_described
 from m3i_fast.pipelines.storage.objects import place_of
 from m3i_fast.pipelines.storage.remote import folder_at, manifest_at
 
+MOST_PICTURES = 100_000  # of a split: their features and probes are one CPU's
+
 
 class Evaluation(NamedTuple):
     """The figures of a run, and the results of each source item by item."""
@@ -121,7 +123,7 @@ def _measure(
     *,
     baselines: bool,
 ) -> Evaluation:
-    _expect_labels(cfg, split)
+    _expect_probes(cfg, split)
     digest = split_digest(folder_at(replace(cfg.data, split=split)), split)
     held_out = describe_held_out(
         _whole_pictures(cfg, split, batch_size, image_size=COMPARED_SIZE),
@@ -142,8 +144,17 @@ def _measure(
     return Evaluation(figures, measured, held_out)
 
 
-def _expect_labels(cfg: TrainConfig, split: str) -> None:
-    info = manifest_at(cfg.data).split(split)
+def _expect_probes(cfg: TrainConfig, split: str) -> None:
+    """Raise ValueError for data that the probes, fitted on the CPU in fp64, cannot be fitted to."""
+    manifest = manifest_at(cfg.data)
+    most = max(manifest.split(name).num_samples for name in (cfg.data.split, split))
+    if most > MOST_PICTURES:
+        raise ValueError(
+            f"{place_of(cfg.data.path)}: expected at most {MOST_PICTURES:,} pictures a split, "
+            f"whose features and probes one CPU holds and fits, got {most:,}: measure the run by the "
+            f"field's protocols, m3i-fast evaluate RUN --data {place_of(cfg.data.path)}"
+        )
+    info = manifest.split(split)
     if info.num_labels < info.num_samples:
         raise ValueError(
             f"split {split} of {place_of(cfg.data.path)}: expected a class of every picture, got "

@@ -11,6 +11,7 @@ import torch
 
 from m3i_fast.cli import main
 from m3i_fast.config import TrainConfig
+from m3i_fast.engine import evaluator
 from m3i_fast.engine.evaluator import (
     build_averaged,
     evaluate,
@@ -146,6 +147,17 @@ def test_held_out_pictures_without_a_class_are_told_before_anything_is_measured(
     message = r"split heldout of .*other: expected a class of every picture, got 2 of 5 without: "
     with pytest.raises(ValueError, match=message + "measure what they have by m3i-fast evaluate"):
         evaluate(run, data=other)
+
+
+def test_data_sets_that_a_cpu_does_not_fit_probes_to_are_refused(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(evaluator, "MOST_PICTURES", 30)
+    with pytest.raises(ValueError, match=r"at most 30 pictures a split.* m3i-fast evaluate RUN --"):
+        evaluate(run)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert main(["evaluate", str(run)]) == 2
+    assert "evaluate RUN: expected one process, or --data DATA" in capsys.readouterr().err
 
 
 def test_a_run_on_a_mixture_is_measured_on_the_data_that_are_named(
