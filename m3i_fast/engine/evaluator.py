@@ -151,7 +151,7 @@ def _expect_probes(cfg: TrainConfig, split: str) -> None:
     if most > MOST_PICTURES:
         raise ValueError(
             f"{place_of(cfg.data.path)}: expected at most {MOST_PICTURES:,} pictures a split, "
-            f"whose features and probes one CPU holds and fits, got {most:,}: measure the run by the "
+            f"whose features one CPU holds and fits probes to, got {most:,}: measure it by the "
             f"field's protocols, m3i-fast evaluate RUN --data {place_of(cfg.data.path)}"
         )
     info = manifest.split(split)
