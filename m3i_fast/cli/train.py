@@ -32,10 +32,10 @@ if TYPE_CHECKING:  # torch takes seconds: what is wrong is told, and help given,
 logger = logging.getLogger(__name__)
 
 USAGE = """\
-usage: m3i-fast launch --nproc-per-node N train RECIPE ...
-       m3i-fast train RECIPE [--out DIR] [--resume | --auto-resume] [--stop-on-collapse]
+usage: m3i-fast train RECIPE [--out DIR] [--resume | --auto-resume] [--stop-on-collapse]
                              [--init SCHEME:PATH] [--field value ...]
        m3i-fast train --config FILE [...]
+       m3i-fast launch --nproc-per-node N train RECIPE ...
 
 m3i-fast recipes            lists the recipes
 m3i-fast train RECIPE -h    tells the flags that are set most often; --help-all tells all of them

@@ -186,7 +186,7 @@ def test_a_whole_number_is_a_number(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flag", "value", "told"),
     [
-        ("--objective.terms.0.weight", "nan", "expected a finite number, got nan"),
+        ("--objective.terms.intra.weight", "nan", "expected a finite number, got nan"),
         ("--optim.clip-grad-norm", "nan", "expected a finite number, got nan"),
         ("--vision.mlp-ratio", "inf", "expected a finite number, got inf"),
         ("--num-steps", "10000000000", "expected 1 to 50000000, got 10000000000"),
