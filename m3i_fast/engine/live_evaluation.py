@@ -116,8 +116,7 @@ class LiveEvaluation:
             if not self._no_prompts:
                 tokenizer = read_described(cfg.data).tokenizer
                 self._prompts = prompts_of(manifest.class_names, tokenizer)
-        measured = (self._bank, self._prompts, self._retrieves or None, self._classifier or None)
-        if all(each is None for each in measured):
+        if not (self._bank or self._prompts or self._retrieves or self._classifier):
             raise ValueError(
                 f"evaluate_every: expected split {cfg.evaluate_split} of {place_of(data.path)} to "
                 f"have classes, as {data.split} has, or captions that the run learns, got neither: "
@@ -318,7 +317,7 @@ class LiveEvaluation:
             every = torch.arange(len(views), device=views.device)
             images = normalise_views(views, every, autocast_dtype(views.device.type))
             columns["_ema"] = objective.target_encoder(images).float().mean(1)
-        if queried and image is not None:
+        if queried and image is not None and (self._prompts or self._retrieves):
             columns["image"] = image.float()
         for term in objective.terms_of(Category) if queried else ():
             if term.term.name == self._classifier:

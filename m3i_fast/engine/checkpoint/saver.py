@@ -181,8 +181,8 @@ class Saver:
 
 def best_of(candidates: Sequence[Checkpoint]) -> Checkpoint | None:
     """Return the checkpoint of the lowest score; None where none has one."""
-    scored = [checkpoint for checkpoint in candidates if score_of(checkpoint) < math.inf]
-    return min(scored, key=score_of, default=None)
+    best = min(candidates, key=score_of, default=None)
+    return None if best is None or score_of(best) == math.inf else best
 
 
 def score_of(checkpoint: Checkpoint) -> float:
