@@ -3,7 +3,6 @@
 import gzip
 import io
 import json
-import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -26,21 +25,17 @@ from m3i_fast.engine import live_evaluation
 from m3i_fast.engine.checkpoint import checkpoints
 from m3i_fast.engine.evaluator import build_averaged, build_untrained, load_objective
 from m3i_fast.engine.live_evaluation import (
-    NUM_NEIGHBOURS,
     LiveEvaluation,
     UnreadableRowsError,
     choose_rows,
-    classifier_accuracies,
-    knn_accuracies,
     left_as_it_is,
     prompts_of,
-    recalls,
     why_no_prompts,
-    zero_shot_accuracy,
 )
 from m3i_fast.engine.parallel.ranks import World
 from m3i_fast.engine.run.random_state import random_state
 from m3i_fast.engine.trainer import Trainer
+from m3i_fast.evaluation.live_figures import NUM_NEIGHBOURS
 from m3i_fast.evaluation.probes.knn import TEMPERATURE
 from m3i_fast.observe.metrics import read_jsonl
 from m3i_fast.pipelines.dataset.manifest import read_manifest
@@ -184,17 +179,6 @@ def test_the_classifier_is_that_of_the_loaded_model(runs: Path) -> None:
     for k in (1, 5):
         expected = top_k_accuracy_score(labels, scores[known], k=k, labels=range(scores.shape[1]))
         assert logged[f"evaluate/classifier_top{k}"] == pytest.approx(expected, abs=1e-9)
-
-
-def test_of_five_classes_the_classifier_has_no_top_5_and_none_of_nan() -> None:
-    queries = {
-        "label": torch.tensor([2, 1, -1]),
-        "ranked": torch.tensor([[2], [0], [0]]),
-        "is_finite": torch.tensor([True, True, False]),
-    }
-    assert classifier_accuracies(queries) == {"evaluate/classifier_top1": 0.5}
-    found = classifier_accuracies(queries | {"is_finite": torch.tensor([True, False, True])})
-    assert math.isnan(found["evaluate/classifier_top1"])
 
 
 def embedded(cfg: TrainConfig, split: str, model: Any) -> tuple[np.ndarray, ...]:
@@ -443,41 +427,10 @@ def test_chosen_rows_are_labelled_and_spread_over_the_split(dataset: Path) -> No
     assert (chosen.rows[0], chosen.rows[-1]) == (good[0], good[-1])
 
 
-def test_embeddings_that_are_not_finite_are_logged_as_such() -> None:
-    nan = torch.full((4, 3), math.nan)
-    found = recalls(
-        {"image": nan, "text": nan, "group": torch.arange(4), "captioned": torch.ones(4).bool()},
-        torch.device("cpu"),
-    )
-    assert len(found) == 4 and all(map(math.isnan, found.values()))
-
-
-@pytest.mark.parametrize("spoiled", ["bank", "queries"])
-def test_knn_of_features_that_are_not_finite_is_no_figure(spoiled: str) -> None:
-    label = torch.tensor([0, 1, 2])
-    columns = {
-        name: {"": torch.eye(3), "_ema": torch.eye(3), "label": label}
-        for name in ("bank", "queries")
-    }
-    columns[spoiled][""] = torch.full((3, 3), math.nan)
-    found = knn_accuracies(columns["bank"], columns["queries"], torch.device("cpu"))
-    assert math.isnan(found["evaluate/knn_top1"]) and found["evaluate/knn_top1_ema"] >= 0
-
-
 def test_classes_that_are_numbers_have_no_prompts() -> None:
     assert "data pack and data index take" in why_no_prompts(["n01440764", "n01443537"])
     assert "called 0, 1 and so on" in why_no_prompts(["0", "1", "2"])
     assert why_no_prompts(["n01440764", "apple_pie"]) == ""
-
-
-@pytest.mark.parametrize("spoiled", ["classes", "image"])
-def test_classes_by_prompts_that_are_not_finite_are_no_figure(spoiled: str) -> None:
-    parts = {"classes": torch.eye(3), "image": torch.eye(3)[[2, 0, 1]]}
-    queries = {"label": torch.tensor([2, 1, -1]), "image": parts["image"]}
-    assert zero_shot_accuracy(parts["classes"], queries) == {"evaluate/zero_shot_top1": 0.5}
-    parts[spoiled][0, 0] = math.nan
-    found = zero_shot_accuracy(parts["classes"], queries | {"image": parts["image"].roll(1, 0)})
-    assert math.isnan(found["evaluate/zero_shot_top1"])
 
 
 def test_prompts_alone_are_enough_to_evaluate(
@@ -500,20 +453,6 @@ def test_prompts_alone_are_enough_to_evaluate(
     with pytest.raises(ValueError, match="evaluate_every: expected split heldout"):
         LiveEvaluation(cfg, World(torch.device("cpu")))
     assert "pip install" in why_no_prompts(["cat"])
-
-
-def test_an_encoder_that_has_collapsed_has_the_recall_of_chance() -> None:
-    same = torch.ones(10, 3)
-    columns = {"image": same, "text": same, "group": torch.arange(10)}
-    found = recalls(columns | {"captioned": torch.ones(10).bool()}, torch.device("cpu"))
-    assert found["evaluate/caption_to_image_recall_at_5"] == pytest.approx(0.5)
-
-
-def test_a_bank_of_few_pictures_asks_all_of_them() -> None:
-    bank = {"": torch.eye(3), "label": torch.tensor([0, 1, 2])}
-    queries = {"": torch.eye(3)[[2, 0]], "label": torch.tensor([2, 1])}
-    found = knn_accuracies(bank, queries, torch.device("cpu"))
-    assert found == {"evaluate/knn_top1": 0.5}
 
 
 def test_modes_and_generators_are_put_back_after_an_error() -> None:
