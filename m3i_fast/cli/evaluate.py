@@ -120,8 +120,8 @@ class EvaluateCommand:
     its data, beside the untrained encoder, pixels and chance (evaluation.json). With --data DIR the
     field's protocols: kNN, few labels, zero-shot and retrieval on a labelled or captioned folder,
     and by --measures linear, attentive, fine-tuning and correspondence, beside any --baseline
-    (evaluation/page.html and results.json). m3i-fast launch evaluate ... computes the
-    latter's features on all ranks.
+    (evaluation/page.html and results.json; unfinished.json until all is measured). m3i-fast launch
+    evaluate ... computes the latter's features on all ranks.
     """
 
     model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
@@ -247,6 +247,7 @@ def _on_pictures(command: EvaluateCommand, data: Path) -> int:
         world,
         tell=lambda text: console.print(text, soft_wrap=True, highlight=False),
         bar=(lambda title, total: bar(console, title, total, 0)) if world.is_main else no_bar,
+        keep=lambda so_far: so_far.keep(out),
     )
     leave_world()
     if results is None:

@@ -26,6 +26,7 @@ from m3i_fast.engine.cuda_graphs import without_graphs
 from m3i_fast.engine.parallel.ranks import World
 from m3i_fast.engine.precision.arithmetic import autocast
 from m3i_fast.engine.run.random_state import random_state, set_random_state
+from m3i_fast.evaluation.chosen_rows import ChosenRows, choose_rows
 from m3i_fast.evaluation.live_figures import (
     classifier_accuracies,
     knn_accuracies,
@@ -37,16 +38,13 @@ from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.objectives.targets import autocast_dtype, normalise_views
 from m3i_fast.objectives.terms import Category
 from m3i_fast.pipelines.batch import Batch
-from m3i_fast.pipelines.batch_rows import good_rows
 from m3i_fast.pipelines.dataset.annotations.tokenizer import Tokenizer, TokenizerInfo
 from m3i_fast.pipelines.dataset.manifest import Manifest
-from m3i_fast.pipelines.dataset.sample_table import SampleTable
 from m3i_fast.pipelines.loader import evaluation_batches
 from m3i_fast.pipelines.opened.mixture import read_described
-from m3i_fast.pipelines.opened.open_data import open_data
 from m3i_fast.pipelines.samples_to_views import SampleError
 from m3i_fast.pipelines.storage.objects import place_of
-from m3i_fast.pipelines.storage.remote import manifest_at, shards_url
+from m3i_fast.pipelines.storage.remote import manifest_at
 
 logger = logging.getLogger(__name__)
 
@@ -57,31 +55,6 @@ _MOST_A_BATCH = 256  # pictures of a forward pass on one rank
 
 class UnreadableRowsError(RuntimeError):
     """A rank cannot read the pictures to evaluate; raised on all ranks, at the same batch."""
-
-
-@dataclass(frozen=True, slots=True)
-class ChosenRows:
-    """The pictures of a split that are evaluated: rows of its table, alike on all ranks."""
-
-    cfg: LoaderConfig
-    rows: NDArray[np.int64]  # [N]
-    label: NDArray[np.int64]  # [N], -1: none
-    classes_of_split: int
-    """Number of classes among all pictures that they were chosen from."""
-
-    @property
-    def classes(self) -> NDArray[np.int64]:  # [classes]
-        """Return the classes of the chosen pictures, each once."""
-        return np.unique(self.label[self.label >= 0])
-
-    def of_rank(self, world: World, batch_size: int) -> NDArray[np.int64]:  # [share]
-        """Return a rank's share in whole batches: rows are repeated at the end to fill the last.
-
-        With sharded weights every rank has to make as many forward passes, and a compiled model is
-        compiled anew for a batch of another size.
-        """
-        share = -(-len(self.rows) // (world.size * batch_size)) * batch_size
-        return self.rows[np.arange(world.rank, share * world.size, world.size) % len(self.rows)]
 
 
 class LiveEvaluation:
@@ -209,7 +182,7 @@ class LiveEvaluation:
         Returns columns of N rows on the CPU of rank 0, in the table's order; {} on other ranks.
         """
         device, parts = self._world.device, []
-        rows = chosen.of_rank(self._world, self._batch_size)
+        rows = chosen.of_rank(self._world.rank, self._world.size, self._batch_size)
         with (
             closing(self._read(chosen, rows)) as batches,
             autocast(self._cfg.precision, device),
@@ -357,32 +330,6 @@ def prompts_of(class_names: Sequence[str], tokenizer: TokenizerInfo) -> Prompts:
     tokenize = Tokenizer.from_info(tokenizer)
     lengths = [len(tokenize.encode(text)) for text in texts]
     return Prompts(tokenize(texts), torch.tensor(lengths))
-
-
-def choose_rows(cfg: LoaderConfig, most: int, *, labelled: bool) -> ChosenRows:
-    """Choose at most so many pictures of a split, one a group; labelled: only those with a class.
-
-    They are at even steps of the table, since tars of others may be in the order of their classes;
-    of a bucket the first ones, since a picture is fetched with its neighbours. Raises as
-    `open_data`.
-    """
-    opened = open_data(replace(cfg, lanes=1))  # as `evaluation_batches` reads a bucket
-    try:
-        table = opened.table
-        assert isinstance(table, SampleTable)  # one data set
-        good = good_rows(table, representatives_only=True)
-        label = table.at(good)["label"]
-        if labelled:
-            good, label = good[label >= 0], label[label >= 0]
-        classes_of_split = len(np.unique(label[label >= 0]))
-        if len(good) > most:
-            is_remote = shards_url(cfg.path) is not None
-            even = np.linspace(0, len(good) - 1, most).round().astype(np.int64)
-            taken = np.arange(most) if is_remote else even
-            good, label = good[taken], label[taken]
-        return ChosenRows(cfg, good, label.astype(np.int64), classes_of_split)
-    finally:
-        opened.shards.close()
 
 
 def _choose_bank(cfg: LoaderConfig, most: int) -> ChosenRows | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,7 +17,13 @@ from m3i_fast.evaluation.feature_rows import Index
 from m3i_fast.measuring.encoders.encoder import Encoder, EncoderSettings
 from m3i_fast.measuring.encoders.opening import open_encoder, split_spec
 from m3i_fast.measuring.features import ExtractionSettings, SplitFeatures, extract, num_rows
-from m3i_fast.measuring.measure import Inputs, Measure, Measured, MeasureSettings, TrainingSettings
+from m3i_fast.measuring.measure import (
+    Figure,
+    Inputs,
+    Measure,
+    MeasureSettings,
+    TrainingSettings,
+)
 from m3i_fast.measuring.measures import MEASURES, chosen_measures
 from m3i_fast.measuring.patches import expect_segmentation
 from m3i_fast.measuring.results import EncoderResults, Results, slug
@@ -28,6 +34,7 @@ from m3i_fast.pipelines.optional_imports import require
 DEFAULT_TEMPLATES = "OPENAI_IMAGENET_TEMPLATES"  # of open_clip, CLIP's eighty for ImageNet
 Told = Callable[[str], None]
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+Kept = Callable[[Results], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,33 +117,28 @@ def evaluate(
     *,
     tell: Told = lambda text: None,
     bar: Bar = no_bar,
+    keep: Kept = lambda results: None,
 ) -> Results | None:
     """Measure the encoder and its baselines on the same rows; None on ranks other than the first.
 
     All ranks compute features; the first measures. Encoders are opened one after the other, so
-    that one is in memory at a time.
+    that one is in memory at a time. keep: called after each measure with the figures so far.
     """
-    results: list[EncoderResults] = []
-    faults: dict[str, str] = {}
-    shared: list[tuple[str, str]] = []
+    results = Results(source=planned.source, encoders=(), settings=_recorded(settings))
     for spec in (settings.model, *settings.baselines):
-        found = _evaluate_one(spec, settings, planned, world, tell, bar)
-        if found is not None:
-            results.append(found.results)
-            faults |= found.faults
-            shared = shared or found.shared_pictures
+        before = results
+        for found in _evaluate_one(spec, settings, planned, world, tell, bar):
+            results = replace(
+                before,
+                encoders=[*before.encoders, found.results],
+                faults={**before.faults, **found.faults},
+                shared_pictures=before.shared_pictures or found.shared_pictures,
+            )
+            keep(results)
     if not world.is_main:
         return None
-    rows, pictures = _shown(planned.source, results)
-    return Results(
-        source=planned.source,
-        encoders=results,
-        faults=faults,
-        shared_pictures=shared,
-        settings=_recorded(settings),
-        picture_rows=rows,
-        pictures=pictures,
-    )
+    rows, pictures = _shown(planned.source, results.encoders)
+    return replace(results, picture_rows=rows, pictures=pictures)
 
 
 def _shown(
@@ -164,10 +166,11 @@ def _evaluate_one(
     world: World,
     tell: Told,
     bar: Bar,
-) -> _Found | None:
+) -> Iterator[_Found]:
     """Open an encoder, compute the features that its measures read, and on the first rank measure.
 
-    None on other ranks, and for a baseline of which nothing can be measured.
+    Yields what was found so far after each measure, at last all of it; nothing on other ranks, and
+    of a baseline of which nothing can be measured.
     """
     source = planned.source
     opened = EncoderSettings(
@@ -177,7 +180,7 @@ def _evaluate_one(
     measures, left_out = _for_encoder(spec, encoder, settings, planned)
     if not measures:
         tell(f"{spec}: left out: {'; '.join(left_out.values())}")
-        return None
+        return
 
     def features(split: Split) -> SplitFeatures:
         with bar(f"{spec}: {split.name}", num_rows(split, world)) as advance:
@@ -187,14 +190,14 @@ def _evaluate_one(
     train = features(source.train) if source.train is not None and needs_train else None
     measured = features(source.measured)
     if not world.is_main:
-        return None
+        return
     broken = _left_by_broken(source, train, measured, measures)
     measures = {name: row for name, row in measures.items() if name not in broken}
     left_out |= broken
     _expect_any(spec, settings, measures, left_out)
     if not measures:
         tell(f"{spec}: left out: {'; '.join(left_out.values())}")
-        return None
+        return
     inputs = Inputs(
         encoder=encoder,
         source=source,
@@ -202,11 +205,10 @@ def _evaluate_one(
         measured=measured,
         settings=_measure_settings(settings, planned, world),
     )
-    return _Found(
-        _measure(spec, inputs, measures, left_out, tell),
-        {**(train.faults if train is not None else {}), **measured.faults},
-        shared_pictures(train, measured),
-    )
+    faults = {**(train.faults if train is not None else {}), **measured.faults}
+    shared = shared_pictures(train, measured)
+    for results in _measure(spec, inputs, measures, left_out, tell):
+        yield _Found(results, faults, shared)
 
 
 def shared_pictures(train: SplitFeatures | None, measured: SplitFeatures) -> list[tuple[str, str]]:
@@ -292,21 +294,31 @@ def _measure(
     measures: Mapping[str, Measure],
     left_out: Mapping[str, str],
     tell: Told,
-) -> EncoderResults:
-    encoder, measured = inputs.encoder, dict[str, Measured]()
+) -> Iterator[EncoderResults]:
+    """Yield the results so far after each measure, at last with the patches as colour."""
+    encoder = inputs.encoder
+    results = EncoderResults(
+        name=spec,
+        digest=encoder.digest,
+        step=encoder.step,
+        dtype=str(encoder.dtype).removeprefix("torch."),
+        logit_scale=encoder.logit_scale,
+        measured={},
+        left_out=left_out,
+    )
     for name, row in measures.items():
         if row.takes is not None:
             tell(f"{spec}: {row.title}: {row.takes(inputs.settings)}")
-        measured[name] = row.measure(inputs)
-    return EncoderResults(
-        name=spec,
-        digest=encoder.digest,
-        dtype=str(encoder.dtype).removeprefix("torch."),
-        logit_scale=encoder.logit_scale,
-        measured=measured,
-        left_out=left_out,
-        patches=patch_colours(inputs),
-    )
+        measured = row.measure(inputs)
+        tell(f"{spec}: {row.title}: {_told(measured.figures)}")
+        results = replace(results, measured={**results.measured, name: measured})
+        yield results
+    yield replace(results, patches=patch_colours(inputs))
+
+
+def _told(figures: Sequence[Figure]) -> str:
+    """Return figures as text, in per cent as the table has them."""
+    return ", ".join(f"{figure.name} {100 * figure.value:.1f}" for figure in figures)
 
 
 def _measure_settings(settings: EvaluationSettings, planned: Plan, world: World) -> MeasureSettings:

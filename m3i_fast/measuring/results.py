@@ -22,6 +22,7 @@ from m3i_fast.measuring.source import Source, Split
 
 RESULTS = "results.json"
 PAGE = "page.html"
+UNFINISHED = "unfinished.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,8 @@ class EncoderResults:
 
     name: str
     digest: str
+    step: int | None = None
+    """Optimiser steps of the checkpoint that was measured; None: of no checkpoint."""
     dtype: str
     logit_scale: float | None
     measured: Mapping[str, Measured]
@@ -55,9 +58,9 @@ class Results:
     source: Source
     encoders: Sequence[EncoderResults]
     """The one that was asked for, then the baselines."""
-    faults: Mapping[str, str]
+    faults: Mapping[str, str] = field(default_factory=dict)
     """Why pictures could not be decoded, by name."""
-    shared_pictures: Sequence[tuple[str, str]]
+    shared_pictures: Sequence[tuple[str, str]] = ()
     """(measured, training) names of pictures of the same bytes."""
     settings: Mapping[str, Any]
     picture_rows: Index = field(default_factory=lambda: np.empty(0, np.int64))
@@ -121,6 +124,12 @@ class Results:
                 for name, array in named.items():
                     _save_array(folder / f"{measure}.{name}.npy", array)
         _save_json(out / RESULTS, self.as_dict())
+        (out / UNFINISHED).unlink(missing_ok=True)
+
+    def keep(self, out: Path) -> None:
+        """Write the figures so far to unfinished.json, which `save` removes."""
+        make_directories(out)
+        _save_json(out / UNFINISHED, self.as_dict())
 
 
 def describe(source: Source) -> dict[str, Any]:
@@ -220,6 +229,7 @@ def _encoder(encoder: EncoderResults, split: Split) -> dict[str, Any]:
     return {
         "name": encoder.name,
         "digest": encoder.digest,
+        "step": encoder.step,
         "dtype": encoder.dtype,
         "logit_scale": encoder.logit_scale,
         "measures": {

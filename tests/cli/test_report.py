@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from m3i_fast.cli import main
 from m3i_fast.cli.report import nearest_recipe
@@ -16,6 +17,7 @@ from m3i_fast.engine.evaluator import load_objective
 from m3i_fast.engine.run.lock import RunLock
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.pipelines.dataset.manifest import read_manifest
+from m3i_fast.pipelines.loader import evaluation_batches
 from m3i_fast.recipes import recipes, shrink
 from m3i_fast.report.run import gather
 from tests.shared.chromium import check_page, skip_reason
@@ -103,6 +105,12 @@ def test_no_more_pictures_are_encoded_than_asked_for(
     assert len(held.views) == len(held.captions) == len(held.label) == number
     assert len(held.features["trained"]) == number
     assert len(held.tokens["trained"]) == min(number, gather.NUM_PCA)
+    size = cfg.vision.image_size
+    whole = evaluation_batches(
+        cfg.data.path, "heldout", image_size=size, batch_size=64, representatives_only=True
+    )
+    views = torch.cat([of.global_views[0] for of in whole])
+    assert torch.equal(held.views[[0, -1]], views[[0, -1]])  # they are from all over the split
 
 
 @pytest.mark.parametrize("name", OTHERS)

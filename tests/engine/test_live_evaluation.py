@@ -27,7 +27,6 @@ from m3i_fast.engine.evaluator import build_averaged, build_untrained, load_obje
 from m3i_fast.engine.live_evaluation import (
     LiveEvaluation,
     UnreadableRowsError,
-    choose_rows,
     left_as_it_is,
     prompts_of,
     why_no_prompts,
@@ -35,6 +34,7 @@ from m3i_fast.engine.live_evaluation import (
 from m3i_fast.engine.parallel.ranks import World
 from m3i_fast.engine.run.random_state import random_state
 from m3i_fast.engine.trainer import Trainer
+from m3i_fast.evaluation.chosen_rows import choose_rows
 from m3i_fast.evaluation.live_figures import NUM_NEIGHBOURS
 from m3i_fast.evaluation.probes.knn import TEMPERATURE
 from m3i_fast.observe.metrics import read_jsonl
@@ -346,9 +346,9 @@ def test_ranks_fail_and_save_together(copied: Path, tmp_path: Path) -> None:
     """With sharded weights, where one rank cannot decode a picture of its share."""
     cfg = replace(run_of_adamw(copied), num_steps=4, checkpoint_every=4, evaluate_every=2)
     cfg = replace(cfg, data=replace(cfg.data, max_skipped=0))
-    chosen = choose_rows(replace(cfg.data, split="heldout"), cfg.evaluate_pictures, labelled=False)
-    own = chosen.of_rank(World(torch.device("cpu"), rank=1, size=NUM_RANKS), 1)
-    others = chosen.of_rank(World(torch.device("cpu"), rank=0, size=NUM_RANKS), cfg.data.batch_size)
+    chosen = choose_rows(replace(cfg.data, split="heldout"), cfg.evaluate_pictures)
+    own = chosen.of_rank(1, NUM_RANKS, 1)
+    others = chosen.of_rank(0, NUM_RANKS, cfg.data.batch_size)
     corrupt(copied, "heldout", next(row for row in own.tolist() if row not in others))
     mp.start_processes(fail, (cfg, tmp_path), nprocs=NUM_RANKS, start_method="spawn")
     errors = [(tmp_path / f"error-{rank}").read_text() for rank in range(NUM_RANKS)]
@@ -401,30 +401,6 @@ def ordered(good_rows: Any, by_class: np.ndarray) -> Any:
 
 
 # ---- Parts ---------------------------------------------------------------------------------------
-
-
-def test_shares_of_ranks_are_as_long_and_cover_all_rows(dataset: Path) -> None:
-    chosen = choose_rows(small_run(dataset).data, 13, labelled=False)
-    worlds = [World(torch.device("cpu"), rank=rank, size=4) for rank in range(4)]
-    for batch_size, length in ((1, 4), (2, 4), (3, 6)):
-        shares = [chosen.of_rank(world, batch_size) for world in worlds]
-        assert {len(share) for share in shares} == {length}
-        assert set(np.concatenate(shares)) == set(chosen.rows) and len(chosen.rows) == 13
-
-
-def test_chosen_rows_are_labelled_and_spread_over_the_split(dataset: Path) -> None:
-    from m3i_fast.pipelines.opened.open_data import open_data
-
-    cfg = small_run(dataset).data
-    table = open_data(cfg).table
-    chosen = choose_rows(cfg, 10, labelled=True)
-    rows = table.at(chosen.rows)
-    assert (rows["label"] >= 0).all() and (rows["sample_id"] == rows["group_id"]).all()
-    assert len(chosen.label) == len(chosen.rows) == 10
-    assert chosen.label.tolist() == rows["label"].tolist()
-    every = np.asarray(table.rows)
-    good = np.flatnonzero((every["label"] >= 0) & (every["sample_id"] == every["group_id"]))
-    assert (chosen.rows[0], chosen.rows[-1]) == (good[0], good[-1])
 
 
 def test_classes_that_are_numbers_have_no_prompts() -> None:

@@ -209,6 +209,32 @@ def test_results_take_the_place_of_earlier_ones(folder: Path, tmp_path: Path) ->
     assert slug("random:runs/demo") != slug("runs/demo") == "runs_demo"
 
 
+def test_figures_are_kept_as_they_are_measured(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    clip = f"open_clip:{clip_folder(tmp_path / 'clip')}"
+    settings = settings_of(folder, tmp_path, baselines=(clip,), measures=("knn", "few-labels"))
+    measured(settings).save(out)
+    before = (out / "results.json").read_bytes()
+    told: list[str] = []
+
+    def cut_off(so_far: Results) -> None:
+        so_far.keep(out)
+        if len(so_far.encoders) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(settings, plan(settings), ONE, tell=told.append, keep=cut_off)
+    ours, theirs = json.loads((out / "unfinished.json").read_bytes())["encoders"]
+    assert ([*ours["measures"]], [*theirs["measures"]]) == (["knn", "few-labels"], ["knn"])
+    earlier = json.loads(before)["encoders"]
+    assert ours == earlier[0] and theirs["measures"]["knn"] == earlier[1]["measures"]["knn"]
+    assert (out / "results.json").read_bytes() == before
+    k, figure = next(iter(ours["measures"]["knn"]["figures"].items()))
+    assert told[0].startswith(f"pixels: kNN: {k} {100 * figure:.1f}")
+    measured(settings).save(out)
+    assert not (out / "unfinished.json").exists()
+
+
 def test_no_other_results_are_removed(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     asked = settings_of(folder, tmp_path, measures=("knn",))

@@ -35,7 +35,8 @@ class Show:
     config: Path | None = None
     """A run's config.json, whose views are cut instead of the recipe's."""
     counted: int = 10_000
-    """Pictures of each split, from its beginning, that histograms and near duplicates are of."""
+    """Pictures of each split, from all over it (of a bucket its first), that histograms and near
+    duplicates are of."""
     seed: int = 0
     """Seed of order and views, data.seed of a run."""
 

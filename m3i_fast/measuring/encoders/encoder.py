@@ -53,6 +53,10 @@ class Encoder(Protocol):
         """Return the SHA-256 of its weights and transform: equal digests have equal features."""
 
     @property
+    def step(self) -> int | None:
+        """Return the optimiser steps of the checkpoint that it is of; None: it is of none."""
+
+    @property
     def device(self) -> torch.device:
         """Return the device that it computes on."""
 

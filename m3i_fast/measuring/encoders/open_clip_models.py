@@ -42,6 +42,7 @@ class OpenClipEncoder:
 
     has_text = True
     reads_class_token = True
+    step = None
     trainable = None  # fine-tuning takes the encoders of this package and timm's
 
     def __init__(

@@ -41,9 +41,9 @@ class RunEncoder:
 
     reads_class_token = False
 
-    def __init__(self, name: str, model: Model, tokenizer: str) -> None:
+    def __init__(self, name: str, model: Model, tokenizer: str, step: int | None = None) -> None:
         """tokenizer: its fingerprint, empty where the run keeps none."""
-        self.name, self._model = name, model
+        self.name, self.step, self._model = name, step, model
         self.device, self.dtype = model.device, model.compute_dtype
         self.transform = model.transform
         self.has_text = model.caption is not None
@@ -103,7 +103,7 @@ class RunEncoder:
 def open_run(name: str, path: Path, which: str, settings: EncoderSettings) -> RunEncoder:
     """Open a run, a checkpoint or an export; raises as `m3i_fast.load`."""
     model = load(path, which=cast(Which, which), device=settings.device, dtype=settings.dtype)
-    return RunEncoder(name, model, _tokenizer(path))
+    return RunEncoder(name, model, _tokenizer(path), find_weights(path).step)
 
 
 def open_untrained(name: str, path: Path, settings: EncoderSettings) -> RunEncoder:

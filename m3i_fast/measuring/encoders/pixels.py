@@ -30,6 +30,7 @@ class PixelEncoder:
     has_text = False
     logit_scale = None
     reads_class_token = False
+    step = None
     patch_tokens = None
     trainable = None
 

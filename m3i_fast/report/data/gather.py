@@ -15,6 +15,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from m3i_fast.config.data import LoaderConfig
+from m3i_fast.evaluation.chosen_rows import choose_rows
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.dataset.annotations.columns import ColumnInfo, Values
 from m3i_fast.pipelines.dataset.annotations.tokenizer import Tokenizer
@@ -60,10 +61,10 @@ def gather(
 ) -> DataPageInputs:
     """Gather the page of the split `cfg.split` of the data set at `cfg.path`.
 
-    num_shown: samples with their views, as cfg says. num_counted: pictures of each split, from its
-    beginning, that histograms and the search for near duplicates read. tell: called with the number
-    of these that are read, and of all. Raises as `Loader`, and ValueError where refused.jsonl is
-    damaged.
+    num_shown: samples with their views, as cfg says. num_counted: pictures of each split, from
+    all over it, that histograms and the search for near duplicates read. tell: called with the
+    number of these that are read, and of all. Raises as `Loader`, and ValueError where
+    refused.jsonl is damaged.
     """
     manifest = manifest_at(cfg)
     split = manifest.split(cfg.split)
@@ -102,7 +103,7 @@ def _tell(tell: Callable[[int, int], object], before: int, total: int, number: i
 
 
 class _Read:
-    """The first pictures of a split: annotations, sizes and thumbnails of their centre squares."""
+    """Pictures of a split: annotations, sizes and thumbnails of their centre squares."""
 
     def __init__(
         self, cfg: LoaderConfig, split: str, most: int, tell: Callable[[int], object]
@@ -113,6 +114,7 @@ class _Read:
         self.sample_id: list[int] = []
         self.group_id: list[int] = []
         thumbnails: list[Thumbnails] = []
+        chosen = choose_rows(replace(cfg, split=split), most, representatives_only=False)
         batches = evaluation_batches(
             cfg.path,
             split,
@@ -120,18 +122,16 @@ class _Read:
             batch_size=min(64, most),
             num_threads=os.cpu_count() or 1,
             bucket_fields_of=cfg,
+            rows=chosen.rows,
         )
         for batch in batches:
-            kept = min(batch.batch_size, most - len(labels))
-            labels += batch.label[:kept].tolist()
-            tokens += batch.num_tokens[:kept].tolist()
-            sizes += [(int(h), int(w)) for h, w in batch.image_size[:kept].tolist()]
-            self.sample_id += batch.sample_id[:kept].tolist()
-            self.group_id += batch.group_id[:kept].tolist()
-            thumbnails += [thumbnail(_picture(view)) for view in batch.global_views[0][:kept]]
+            labels += batch.label.tolist()
+            tokens += batch.num_tokens.tolist()
+            sizes += [(int(h), int(w)) for h, w in batch.image_size.tolist()]
+            self.sample_id += batch.sample_id.tolist()
+            self.group_id += batch.group_id.tolist()
+            thumbnails += [thumbnail(_picture(view)) for view in batch.global_views[0]]
             tell(len(labels))
-            if len(labels) == most:
-                break
         self.thumbnails: Thumbnails = np.stack(thumbnails)
         self._labels, self._tokens, self._sizes = labels, tokens, sizes
 

@@ -86,9 +86,7 @@ def _summary(inputs: DataPageInputs) -> list[str]:
     ]
     counted = len(inputs.counted.labels)
     if counted < total:
-        sentences.append(
-            f"Histograms and near duplicates are of the first {counted:,} pictures of the split."
-        )
+        sentences.append(f"Histograms and near duplicates are of {counted:,} of its pictures.")
     return sentences
 
 

@@ -185,7 +185,9 @@ def _protocols(results: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def _settings(results: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield from flat({"data": results["data"], "settings": results.get("settings", {})})
     for encoder in results["encoders"]:
-        yield encoder["name"], f"{encoder['dtype']}, sha256 {encoder['digest']}"
+        step = encoder.get("step")  # earlier results have none
+        of_step = "" if step is None else f"step {step}, "
+        yield encoder["name"], f"{of_step}{encoder['dtype']}, sha256 {encoder['digest']}"
         for measure, measured in encoder["measures"].items():
             yield from flat(measured["settings"], f"{encoder['name']}, {measure}: ")
 

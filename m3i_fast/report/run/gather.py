@@ -8,8 +8,7 @@ Legend: M pictures, S side, N cells, C token width, E embedding width, K classes
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.data import LoaderConfig
+from m3i_fast.evaluation.chosen_rows import choose_rows
 from m3i_fast.evaluation.dense.patch_pca import patch_pca
 from m3i_fast.evaluation.retrieval.zero_shot import nearest, retrieval_ranks
 from m3i_fast.json_files import read_json
@@ -212,24 +212,24 @@ def _embed(
     encoders: Mapping[str, ShownEncoder],
     most: int,
 ) -> Held:
-    """Encode the first pictures of a split, one a group."""
+    """Encode pictures from all over a split, one a group."""
     size = min(_BATCH, most)
+    chosen = choose_rows(replace(data, split=split), most)
     batches = evaluation_batches(
         data.path,
         split,
         image_size=cfg.vision.image_size,
         batch_size=size,
-        representatives_only=True,
         max_pixels=data.max_pixels,
         bucket_fields_of=data,
+        rows=chosen.rows,
     )
     tokenizer = Tokenizer.from_info(manifest.tokenizer)
     columns: dict[str, list[Tensor]] = {}
     captions: list[str] = []
-    for batch in islice(batches, -(-most // size)):
-        left = most - len(captions)
-        token_ids, num_tokens = batch.token_ids[:left], batch.num_tokens[:left]
-        of = {"views": batch.global_views[0][:left], "label": batch.label[:left]}
+    for batch in batches:
+        token_ids, num_tokens = batch.token_ids, batch.num_tokens
+        of = {"views": batch.global_views[0], "label": batch.label}
         for ids, number in zip(token_ids.numpy(), num_tokens.tolist(), strict=True):
             captions.append(tokenizer.decode(ids[:number]) if number else "")
         for who, shown in encoders.items():

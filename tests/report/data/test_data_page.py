@@ -208,7 +208,7 @@ def test_of_ten_thousand_samples_some_are_read(tokenizer: Tokenizer, tmp_path: P
     assert (len(page.samples), len(page.counted.labels)) == (5, 300)
     assert page.num_near == 0 and page.num_near_in_group > 100
     html = render_data_page(page)
-    assert "5 of the 10,000 pictures" in html and "the first 300 pictures" in html
+    assert "5 of the 10,000 pictures" in html and "of 300 of its pictures" in html
 
 
 @settings(max_examples=200, deadline=None)
