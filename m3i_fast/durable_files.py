@@ -109,6 +109,8 @@ def write_durably(path: Path, chunks: Iterable[bytes | memoryview]) -> Digest:
                 while len(piece):
                     piece = piece[os.write(descriptor, piece) :]
         os.fsync(descriptor)
+    except OSError as error:  # which names no file, of a descriptor
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         os.close(descriptor)
     return Digest(size, hashed.hexdigest())

@@ -175,6 +175,10 @@ def _read_range(file: str, offset: int, size: int) -> bytes:
         number = os.open(file, os.O_RDONLY)
         try:
             content = os.pread(number, size, offset)
+            while len(content) < size:  # as file systems of the network may give it
+                if not (more := os.pread(number, size - len(content), offset + len(content))):
+                    break
+                content += more
         finally:
             os.close(number)
     except OSError as error:

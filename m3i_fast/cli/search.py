@@ -79,7 +79,7 @@ def serve(command: SearchCommand, server: SearchServer, model: Model, pictures: 
     from m3i_fast.search.answers import Answers
     from m3i_fast.search.features import cached_features
 
-    num_threads = min(os.cpu_count() or 1, 16)
+    num_threads = min(len(os.sched_getaffinity(0)), 16)
     with Progress(
         "encoding pictures",
         BarColumn(),

@@ -22,6 +22,7 @@ MOST_STEPS = 1 << 16  # over segments and fill bytes
 _PNG_DEPTH, _PNG_KIND = 24, 25  # bytes of the header: bits a channel, and which channels
 _ORIENTATION = 0x0112  # in EXIF
 _ON_ITS_SIDE = (5, 6, 7, 8)  # orientations that change height and width
+_TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # orientation: Pillow's Transpose
 MAX_SIDE = 1 << 24  # of a picture that views are cut of, kViewMaxPicture in cuda/views/params.h
 
 Read = Callable[[int, int], bytes]  # (offset, count) -> the picture's bytes from there
@@ -125,13 +126,35 @@ def decode_pixels(image: bytes, max_pixels: int, extension: str | None = None) -
         raise ValueError(f"corrupt or empty image: {error}") from error
 
 
+def exif_orientation(picture: Any) -> int:
+    """Return the orientation of a Pillow picture by its EXIF, 1 to 8.
+
+    That of XMP, which Pillow takes where EXIF has none, is left alone: DALI reads EXIF only.
+    """
+    found = picture.getexif().get(_ORIENTATION, 1)
+    if (raw := picture.info.get("exif")) is not None:
+        exif = require("PIL.Image").Exif()
+        exif.load(raw)
+        found = exif.get(_ORIENTATION, 1)
+    elif "Raw profile type exif" not in picture.info and not hasattr(picture, "tag_v2"):
+        found = 1
+    return found if isinstance(found, int) and 1 <= found <= 8 else 1
+
+
+def turned(picture: Any, orientation: int) -> Any:
+    """Return a Pillow picture made upright from an orientation of EXIF's."""
+    if orientation not in _TURNS:
+        return picture
+    return picture.transpose(require("PIL.Image").Transpose(_TURNS[orientation]))
+
+
 def upright_size(image: bytes) -> tuple[int, int]:
     """Return (height, width) of a picture turned as EXIF says, whose header is whole."""
     with _reader(stored_size(lambda at, count: image[at : at + count])[0])(
         io.BytesIO(image)
     ) as opened:
         width, height = opened.size
-        is_turned = opened.getexif().get(_ORIENTATION, 1) in _ON_ITS_SIDE
+        is_turned = exif_orientation(opened) in _ON_ITS_SIDE
     return (width, height) if is_turned else (height, width)
 
 
@@ -141,12 +164,12 @@ def rgb_pixels(picture: Any, *, has_end: bool = True) -> NDArray[np.uint8]:
     has_end: whether the file has its end, which tells how DALI decodes a JPEG of CMYK.
     Of colours of 16 bits Pillow has kept the high bytes alone, which is up to one level less.
     """
-    upright = require("PIL.ImageOps").exif_transpose(picture)
+    upright = turned(picture, exif_orientation(picture))
     if upright.mode.startswith("I"):  # which convert("RGB") would clip at 255
         gray = (np.asarray(upright).astype(np.uint32) + 128) // 257
         return np.repeat(gray.astype(np.uint8)[..., None], 3, axis=2)
     if upright.mode == "CMYK":
-        is_turned = 2 <= picture.getexif().get(_ORIENTATION, 1) <= 8
+        is_turned = exif_orientation(picture) > 1
         # Only a JPEG lacks the marker; a copy of one in memory is as Pillow understood it.
         has_adobe = "adobe" in picture.info or picture.format != "JPEG"
         return _from_cmyk(upright, by_opencv=is_turned or not has_end, has_adobe=has_adobe)
@@ -176,7 +199,7 @@ def _deep_pixels(opened: Any, image: bytes) -> NDArray[np.uint32]:
 
 def _upright(opened: Any) -> NDArray[np.uint32]:
     """Decode to an array, turned as EXIF says."""
-    return np.asarray(require("PIL.ImageOps").exif_transpose(opened)).astype(np.uint32)
+    return np.asarray(turned(opened, exif_orientation(opened))).astype(np.uint32)
 
 
 def _has_end(jpeg: bytes) -> bool:

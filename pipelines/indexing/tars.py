@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import NamedTuple
 
 from m3i_fast.pipelines.indexing.scan import scan
 from m3i_fast.pipelines.indexing.tar_places import Tars, told_compressed, with_compressed
-from m3i_fast.pipelines.packing.items import SPLITS
 from m3i_fast.pipelines.packing.readers.tars import COMPRESSED
 
 LOOKED_AT = 100  # samples, to guess columns
@@ -72,12 +70,6 @@ def _matching(root: Path, pattern: str, endings: tuple[str, ...]) -> Iterator[Pa
         parts = file.relative_to(root).parts
         if file.name.endswith(endings) and not any(part.startswith(".") for part in parts):
             yield file
-
-
-def split_of(name: str) -> str:
-    """Return the split that a tar's name or folder says; train where none does."""
-    words = re.split(r"[^a-z]+", name.lower())
-    return next((SPLITS[word] for word in reversed(words) if word in SPLITS), "train")
 
 
 class Guess(NamedTuple):

@@ -16,8 +16,6 @@ from m3i_fast.pipelines.packing.items import Refused, printable
 from m3i_fast.pipelines.packing.readers.regions import Value, shares_of
 
 LongCaptions = Literal["cut", "refuse"]
-MOST_CHARACTERS = 20_000
-MOST_CHARACTERS_A_WORD = 500  # byte-pair encoding takes the square of a word's length
 
 
 def caption_ids(
@@ -33,17 +31,10 @@ def caption_ids(
     """
     encoded, num_cut = [], 0
     for text in captions:
-        longest = max(map(len, text.split()), default=0)
-        if len(text) > MOST_CHARACTERS or longest > MOST_CHARACTERS_A_WORD:
-            raise Refused(
-                f"{what}: expected at most {MOST_CHARACTERS} characters, and "
-                f"{MOST_CHARACTERS_A_WORD} a word, got {len(text)} and {longest}",
-                "shorten it",
-            )
-        ids, whole = tokenizer.encode_and_count(text)
+        ids, whole = tokenizer.encode_and_count(text, tokenizer.context_length)
         if whole > len(ids) and long_captions == "refuse":
             raise Refused(
-                f"{what}: expected at most {tokenizer.context_length} token ids, got {whole}",
+                f"{what}: expected at most {tokenizer.context_length} token ids, got more",
                 "shorten it, raise --context-length, or say --long-captions cut",
             )
         if whole > 2:  # more than start and end

@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from m3i_fast.pipelines.dataset.pictures import check_header
+from m3i_fast.pipelines.dataset.pictures import check_header, exif_orientation, turned
 from m3i_fast.pipelines.optional_imports import require
 from m3i_fast.pipelines.packing.items import Refused
 
@@ -204,10 +204,9 @@ def _orientation(picture: Any) -> int:
             warnings.simplefilter("error")
             if raw := picture.info.get("exif"):  # read anew, since Pillow warns once
                 require("PIL.Image").Exif().load(raw)
-            found = picture.getexif().get(0x0112, 1)
+            return exif_orientation(picture)
     except Exception:  # damaged EXIF, of which Pillow raises or warns in a dozen ways
         return 0
-    return found if isinstance(found, int) and 1 <= found <= 8 else 1
 
 
 def _gpu_change(picture: Any, change: str, short_side: int) -> str:
@@ -240,13 +239,7 @@ def _plain(picture: Any, name: str) -> Any:
         plain = plain.convert("RGB")
     else:
         plain = picture.convert("L" if picture.mode in ("1", "L") else "RGB")
-    if (orientation := _orientation(picture)) in TURNS:
-        plain = plain.transpose(image.Transpose(TURNS[orientation]))
-    return plain
-
-
-# EXIF's orientation: Pillow's Transpose that makes it upright.
-TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
+    return turned(plain, _orientation(picture))
 
 
 def _encode(picture: Any, lossy: bool, change: str, short_side: int | None) -> Stored:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import re
 import stat as modes
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -35,6 +37,42 @@ class Refused(ValueError):
     def of(self, name: str) -> Refusal:
         """Return the refusal of a file of that name."""
         return Refusal(name, self.reason, self.what_to_do)
+
+
+# What an error says of one file, while its storage is there.
+_OF_THE_FILE = frozenset(
+    (
+        errno.ENOENT,
+        errno.EACCES,
+        errno.EPERM,
+        errno.EISDIR,
+        errno.ENOTDIR,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+    )
+)
+
+
+def refusal_of(error: OSError, source: Path | None = None) -> Refused:
+    """Return why a file cannot be read; source: the folder that it lies in, which may be gone.
+
+    Raises OSError where the error is of the storage: a pack that left its pictures out would be
+    whole without them.
+    """
+    is_gone = error.errno == errno.ENOENT and source is not None and not _holds_files(source)
+    if is_gone or (error.errno is not None and error.errno not in _OF_THE_FILE):
+        raise OSError(
+            error.errno,
+            f"{error.strerror}, which is of the storage and not of this picture: start again when "
+            "it is there, the pack goes on where it was",
+            error.filename,
+        ) from None
+    return Refused(f"cannot be read: {error.strerror or error}", "mend or remove it")
+
+
+def _holds_files(source: Path) -> bool:
+    """Return whether a source is there; the folder of one that is not mounted is empty."""
+    return source.is_file() or (source.is_dir() and any(source.iterdir()))
 
 
 class Item(NamedTuple):
@@ -136,9 +174,7 @@ def check_files(files: Sequence[Path], options: SourceOptions, listing: Listing)
         except Refused as refused:
             listing.refusals.append(refused.of(printable(name)))
         except OSError as error:
-            listing.refuse(
-                printable(name), f"cannot be read: {error.strerror}", "mend or remove it"
-            )
+            listing.refusals.append(refusal_of(error).of(printable(name)))
     return found
 
 
@@ -228,3 +264,25 @@ SPLITS = {
     "tune": "tune",
 }
 """What others call a split: our name of it, by which `m3i-fast evaluate` looks for it."""
+
+
+def split_called(name: str) -> str | None:
+    """Return the split that a folder or a word is called like, as Train, val2017 or test_1."""
+    return SPLITS.get(name.strip().lower().rstrip("0123456789").rstrip("-_"))
+
+
+def split_of_cell(name: str) -> str:
+    """Return the split that a cell of a table names: one of ours, or that of its own name."""
+    return SPLITS.get(name.strip().lower(), name.strip())
+
+
+def split_in_name(name: str) -> str | None:
+    """Return the split that a file's name says, or else the nearest folder's; None: none does.
+
+    Words end at what is no letter, as in train-00000-of-00004.tar and val2017-000.tar; a name that
+    says several splits says none.
+    """
+    for part in reversed(name.lower().split("/")):
+        if found := {SPLITS[word] for word in re.split("[^a-z]+", part) if word in SPLITS}:
+            return found.pop() if len(found) == 1 else None
+    return None

@@ -27,7 +27,7 @@ from m3i_fast.pipelines.dataset.near_duplicates import (
 )
 from m3i_fast.pipelines.optional_imports import require
 from m3i_fast.pipelines.packing.conversion import small_picture
-from m3i_fast.pipelines.packing.items import Item, Refused, SourceOptions
+from m3i_fast.pipelines.packing.items import Item, Refused, SourceOptions, refusal_of
 from m3i_fast.pipelines.packing.output import STATE, Output
 from m3i_fast.pipelines.packing.shard_task import opened_reader
 from m3i_fast.pipelines.storage.requests import Stop
@@ -72,8 +72,10 @@ class HashTask:
         for row, item in enumerate(self.items):
             try:
                 hashed[row] = (True, *_hash(reader.read(item.place), self.max_pixels))
-            except (Refused, OSError):
+            except Refused:
                 pass  # its shard refuses it, and says why
+            except OSError as error:
+                refusal_of(error, self.source.path)  # raises where it says nothing of the picture
             advance(1)
         self.out.write(self.file, self.key + hashed.tobytes())
         return hashed

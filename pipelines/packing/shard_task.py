@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import chain
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,6 +38,7 @@ from m3i_fast.pipelines.packing.items import (
     Refusal,
     Refused,
     SourceOptions,
+    refusal_of,
 )
 from m3i_fast.pipelines.packing.output import STATE, Output
 from m3i_fast.pipelines.packing.readers.guess import make_reader
@@ -127,7 +129,9 @@ def run(task: ShardTask, advance: Callable[[int], None]) -> Record:
         nonlocal num_cut
         for numbered in task.items:
             try:
-                sample, size, change, cut = _sample(numbered, reader, tokenizer, task.settings)
+                sample, size, change, cut = _sample(
+                    numbered, reader, tokenizer, task.settings, task.source.path
+                )
             except Refused as reason:
                 refused.append((numbered.sample_id, reason.of(numbered.item.name)))
             else:
@@ -191,7 +195,11 @@ def _tuple(value: Any) -> Any:
 
 
 def _sample(
-    numbered: Numbered, reader: Reader, tokenizer: Tokenizer, settings: ShardSettings
+    numbered: Numbered,
+    reader: Reader,
+    tokenizer: Tokenizer,
+    settings: ShardSettings,
+    source: Path,
 ) -> tuple[Sample, tuple[int, int], str, int]:
     """Return a sample, its size, why its picture was changed, and how many captions were cut."""
     item = numbered.item
@@ -199,7 +207,7 @@ def _sample(
     try:
         content = reader.read(item.place)
     except OSError as error:
-        raise Refused(f"cannot be read: {error.strerror}", "mend or remove it") from None
+        raise refusal_of(error, source) from None
     stored = convert(content, max_pixels=settings.max_pixels, for_gpu=settings.for_gpu)
     kinds = {column.name: column.kind for column in settings.columns}
     values, also_cut = column_ids(

@@ -78,7 +78,7 @@ class Index:
     """Whom the pictures are by, for the manifest."""
     max_pixels: int = MAX_PIXELS
     """Most pixels of a picture, as data.max_pixels of a run."""
-    workers: int = os.cpu_count() or 1
+    workers: int = len(os.sched_getaffinity(0))
     """Processes, a tar each at a time; the result does not depend on their number."""
 
     cache_dir: Path = CACHE_DIR
@@ -86,7 +86,7 @@ class Index:
 
     def run(self) -> None:
         from m3i_fast.pipelines.indexing.build import check_out, check_split_name
-        from m3i_fast.pipelines.indexing.tars import split_of
+        from m3i_fast.pipelines.packing.items import split_in_name
         from m3i_fast.pipelines.storage.objects import url_of
 
         check_at_least(self, max_pixels=1, workers=1)
@@ -101,7 +101,7 @@ class Index:
         if self.out is not None or url is None:
             check_out(self.out or self.path)
         tars, names = self._tars(url)
-        splits = {name: self.split or split_of(name) for name in names}
+        splits = {name: self.split or split_in_name(name) or "train" for name in names}
         columns = self._columns(tars, names)
         self._say_guesses(splits, columns)
         total = sum(map(tars.num_bytes, names))

@@ -40,7 +40,7 @@ class Pack:
     """
 
     source: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="SOURCE")]]
-    """Folder, .csv, .tsv, .parquet or .tar."""
+    """Folder, .csv, .tsv, .jsonl, .parquet or .tar."""
     out: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="DIR")]]
     """Directory to write, or its URL as s3://bucket/folder or gs://bucket/folder."""
     kind: Kind = "auto"
@@ -49,7 +49,8 @@ class Pack:
     image_column: str | None = None
     """Column with the path or the bytes of a picture; of tars its extension."""
     caption_column: Annotated[tuple[str, ...], Several] = ()
-    """Column of captions; may be given several times. '' for none."""
+    """Column of captions; may be given several times. '' for none. Of pictures in folders txt, the
+    text of a picture's name, which is the default where texts lie beside pictures."""
     json_caption: Annotated[tuple[str, ...], Several] = ()
     """Field of a tar's json files that holds a caption; may be given several times."""
     label_column: str | None = None

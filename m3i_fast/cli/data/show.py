@@ -54,7 +54,7 @@ class Show:
             split=self.split,
             mixture=(),
             seed=self.seed,
-            num_threads=min(os.cpu_count() or 1, 16),
+            num_threads=min(len(os.sched_getaffinity(0)), 16),
             hw_decoder_load=None,
         )
         with progress_bar("reading pictures", None, console=console) as update:

@@ -42,6 +42,7 @@ class TimmEncoder:
 
     has_text = False
     logit_scale = None
+    step = None
 
     def __init__(self, name: str, model: Any, settings: EncoderSettings) -> None:
         data = require("timm.data", extra="timm")

@@ -120,7 +120,7 @@ class _Read:
             split,
             image_size=COMPARED_SIZE,
             batch_size=min(64, most),
-            num_threads=os.cpu_count() or 1,
+            num_threads=len(os.sched_getaffinity(0)),
             bucket_fields_of=cfg,
             rows=chosen.rows,
         )

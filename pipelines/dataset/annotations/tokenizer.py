@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 CLIP_NUM_MERGES = 49152 - 256 - 2
 _CLEAN = re.compile("[ -%'-~]*")  # ASCII without control characters and &: cleaning changes nothing
 _WORDS_KEPT = 1 << 16
+MOST_LETTERS = 500
+"""Letters of a word beyond which it is cut: byte-pair encoding takes their square and more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +65,7 @@ class Tokenizer:
         merges = "\n".join(lines[: kept + 1])
         self._bpe = open_clip.SimpleTokenizer(io.BytesIO(gzip.compress(merges.encode("utf-8"))))
         self._merges_sha256 = hashlib.sha256(merges.encode("utf-8")).hexdigest()
-        self._word_ids = lru_cache(_WORDS_KEPT)(self._bpe.encode)
+        self._word_ids = lru_cache(_WORDS_KEPT)(self._encode_word)
         self.num_merges = num_merges
         self.context_length = context_length
 
@@ -114,12 +116,20 @@ class Tokenizer:
         )
 
     def encode(self, text: str) -> NDArray[np.int32]:
-        """Encode a caption as [n] ids: start, tokens and end, truncated to n <= context_length."""
-        return self.encode_and_count(text)[0]
+        """Encode a caption as [n] ids: start, tokens and end, truncated to n <= context_length.
 
-    def encode_and_count(self, text: str) -> tuple[NDArray[np.int32], int]:
-        """Encode a caption as `encode`, and count the ids that it has without truncation."""
-        body = self._ids(text)
+        Of a longer text only the words are encoded that may have a place.
+        """
+        return self.encode_and_count(text, self.context_length - 2)[0]
+
+    def encode_and_count(
+        self, text: str, most_words: int | None = None
+    ) -> tuple[NDArray[np.int32], int]:
+        """Encode a caption as `encode`, and count the ids that it has without truncation.
+
+        most_words: words that are encoded and counted, of one id or more each; None: all.
+        """
+        body = self._ids(text, most_words)
         start, end = self._bpe.sot_token_id, self._bpe.eot_token_id
         ids = np.array([start, *body[: self.context_length - 2], end], dtype=np.int32)
         return ids, len(body) + 2
@@ -134,11 +144,16 @@ class Tokenizer:
             row[: len(ids)] = torch.from_numpy(ids)
         return token_ids
 
-    def _ids(self, text: str) -> list[int]:
-        """Return the ids of SimpleTokenizer, word by word where it would clean nothing."""
-        if _CLEAN.fullmatch(text) is None:
-            return list(self._bpe.encode(text))
-        return [i for word in self._bpe.pat.findall(text.lower()) for i in self._word_ids(word)]
+    def _ids(self, text: str, most_words: int | None) -> list[int]:
+        """Return the ids of SimpleTokenizer, of the first words."""
+        cleaned = text.lower() if _CLEAN.fullmatch(text) else self._bpe.clean_fn(text)
+        words = self._bpe.pat.findall(cleaned)[:most_words]
+        return [i for word in words for i in self._word_ids(word[:MOST_LETTERS])]
+
+    def _encode_word(self, word: str) -> tuple[int, ...]:
+        """Return the ids of a word that is clean, as SimpleTokenizer finds them."""
+        as_bytes = "".join(self._bpe.byte_encoder[byte] for byte in word.encode())
+        return tuple(self._bpe.encoder[piece] for piece in self._bpe.bpe(as_bytes).split(" "))
 
     def decode(self, token_ids: NDArray[np.int32]) -> str:
         """Decode one row of ids to its caption in lower case, without start, end and padding."""

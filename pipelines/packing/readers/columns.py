@@ -11,6 +11,7 @@ from m3i_fast.pipelines.packing.readers.named_columns import expect_columns, spe
 
 IMAGE = r"image|images?_?(path|file|name|filename)?|img(_?path|_?file)?|file(_?name|_?path)?|path"
 IMAGE += r"|picture|photo|jpg|png|webp|image_?bytes|bytes"
+NOT_FETCHED = "pictures are not fetched: download them, by img2dataset for example"
 URL = r"(image_?|img_?)?(url|uri|link)s?"
 CAPTION = r"captions?([_-]?\w+)?"
 SURE_CAPTION = r"captions?[_-]?\d*"
@@ -107,7 +108,7 @@ def _advice(names: Sequence[str]) -> str:
     if any("." in name for name in names):
         return "where the first line has no names but a picture, write a line of names before it"
     if any(_called(name, URL) for name in names):
-        return "pictures are not fetched: download them, by img2dataset for example"
+        return NOT_FETCHED
     return "name it by --image-column"
 
 

@@ -1,15 +1,19 @@
-"""Pictures in folders: plain, without labels, or a folder a class (ImageFolder), also by split."""
+"""Pictures in folders: plain, or a folder a class (ImageFolder), by split, with captions beside.
+
+A caption is a text of its picture's name, cat.txt of cat.jpg, as img2dataset and kohya write it.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from m3i_fast.pipelines.packing.items import (
-    SPLITS,
     Item,
     Listing,
     Place,
@@ -17,15 +21,37 @@ from m3i_fast.pipelines.packing.items import (
     SourceOptions,
     Stamp,
     check_inside,
+    clean_captions,
     printable,
     read_picture,
+    refusal_of,
+    split_called,
+    text_of,
 )
 from m3i_fast.pipelines.packing.readers.named_columns import assign_columns
 
+TEXT = ".txt"
 PICTURE_SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .bmp .dib .tif .tiff .gif .ico .ppm .pgm .pbm .pnm".split()
 )
 MOST_NAMED = 20  # folders in a note
+MOST_CAPTION_BYTES = 1 << 20
+LOOKED_AT = 20  # texts beside pictures, to tell captions from numbers
+NUMBERS = re.compile(r"[\d\s.,;:eE+-]*")  # as boxes beside pictures, which YOLO reads
+# Of a folder of pictures, by the datasets library.
+TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+TEXT = ".txt"
+PICTURE_SUFFIXES = frozenset(
+    ".jpg .jpeg .jpe .jfif .png .webp .bmp .dib .tif .tiff .gif .ico .ppm .pgm .pbm .pnm".split()
+)
+MOST_NAMED = 20  # folders in a note
+MOST_CAPTION_BYTES = 1 << 20
+LOOKED_AT = 20  # texts beside pictures, to tell captions from numbers
+TABLES = (
+    "metadata.jsonl",
+    "metadata.csv",
+    "metadata.parquet",
+)  # of a folder of the datasets library
 
 
 # Pictures that are not read, by what their files are called.
@@ -59,19 +85,26 @@ class Found(NamedTuple):
 
     path: str  # below the folder, with "/"
     stamp: Stamp
+    has_text: bool = False  # whether a .txt of the same name lies beside it
 
 
 def find_pictures(
-    root: Path, listing: Listing, *, allow_outside: bool, follow_links: bool
+    root: Path,
+    listing: Listing,
+    others: Counter[str],
+    *,
+    allow_outside: bool,
+    follow_links: bool,
 ) -> list[Found]:
     """Find all files below a folder that are called like pictures, folder by folder, sorted.
 
-    Refuses what leads out of it and pictures of kinds that are not read, and notes the number of
-    other files. follow_links: look also into folders that symbolic links lead to, each folder once.
+    Refuses what leads out of it and pictures of kinds that are not read, notes the number of other
+    files, and counts them in `others` by their suffix. follow_links: look also into folders that
+    symbolic links lead to, each folder once.
     """
     real = root.resolve()
     found: list[Found] = []
-    others: Counter[str] = Counter()
+    texts: set[str] = set()
     for path, is_folder_link in _files(root, listing, follow_links=follow_links):
         name = path.relative_to(root).as_posix()
         suffix = path.suffix.lower()
@@ -84,20 +117,26 @@ def find_pictures(
             continue
         if not is_folder_link and suffix not in PICTURE_SUFFIXES:
             others[suffix if suffix.isprintable() and suffix.isascii() else "other"] += 1
+            if path.suffix == TEXT:
+                texts.add(name.removesuffix(path.suffix))
+            if path.name in TABLES:
+                listing.notes.append(
+                    f"{printable(name)} is not read: to pack what it says, name it as SOURCE"
+                )
             continue
         try:
             if is_folder_link:
                 raise _refused_link(follow_links)
-            if not allow_outside:
+            if not allow_outside and path.is_symlink():  # no folder that is a link is looked into
                 check_inside(path, real)
             status = path.stat()
             found.append(Found(name, (status.st_size, status.st_mtime_ns)))
         except Refused as refused:
             listing.refusals.append(refused.of(printable(name)))
         except OSError as error:
-            listing.refuse(
-                printable(name), f"cannot be read: {error.strerror}", "mend or remove it"
-            )
+            listing.refusals.append(refusal_of(error).of(printable(name)))
+    if texts:
+        found = [one._replace(has_text=os.path.splitext(one.path)[0] in texts) for one in found]
     if others:
         kinds = ", ".join(
             f"{n} {suffix or 'without suffix'}" for suffix, n in others.most_common(5)
@@ -123,9 +162,8 @@ def _files(root: Path, listing: Listing, *, follow_links: bool) -> Iterator[tupl
 
     def failed(error: OSError) -> None:
         name = os.path.relpath(error.filename or root, root)
-        listing.refuse(
-            printable(name), f"cannot be read: {error.strerror}", "change its permissions"
-        )
+        reason = refusal_of(error).reason
+        listing.refuse(printable(name), reason, "change its permissions")
 
     for folder, folders, files in os.walk(root, onerror=failed, followlinks=follow_links):
         hidden = sorted(filter(_is_hidden, folders))
@@ -167,9 +205,18 @@ def is_picture(path: Path) -> bool:
     return path.suffix.lower() in PICTURE_SUFFIXES
 
 
-def are_splits(names: set[str]) -> bool:
-    """Return whether all folders are called like splits, one of them for training."""
-    return names <= set(SPLITS) and "train" in {SPLITS[name] for name in names}
+def split_folders(paths: Sequence[str]) -> set[str]:
+    """Return the first folders of paths that are called like splits, one of them for training.
+
+    None where more than a tenth of the paths are in no such folder; nor where any is and all of
+    these are of one split, beside which the others may be classes.
+    """
+    tops = Counter(path.partition("/")[0] if "/" in path else "" for path in paths)
+    splits = {top: split for top in tops if (split := split_called(top)) is not None}
+    outside = len(paths) - sum(tops[top] for top in splits)
+    if "train" not in splits.values() or outside * 10 > len(paths):
+        return set()
+    return set() if outside and len(set(splits.values())) == 1 else set(splits)
 
 
 class Folders:
@@ -178,47 +225,117 @@ class Folders:
     def __init__(self, options: SourceOptions) -> None:
         self.options = options
         self.by_class = options.kind == "imagefolder"
+        asked = options.caption_columns
+        if wrong := [name for name in asked if name not in ("", TEXT[1:])]:
+            raise ValueError(
+                f"--caption-column: expected {TEXT[1:]}, or '' for none, of pictures in folders, "
+                f"got {wrong[0]}"
+            )
 
     def list(self) -> Listing:
         listing = Listing()
         outside = self.options.allow_outside
         found = find_pictures(
-            self.options.path, listing, allow_outside=outside, follow_links=outside
+            self.options.path, listing, Counter(), allow_outside=outside, follow_links=outside
         )
-        splits = {picture.path.split("/")[0] for picture in found}
-        has_splits = are_splits(splits)
-        if has_splits:
-            said = ", ".join(f"{name} (as {SPLITS[name]})" for name in sorted(splits))
-            listing.notes.append(f"splits are folders: {said}")
-        labelled: list[tuple[Found, str, str]] = []  # picture, split, class
+        splits = split_folders([picture.path for picture in found])
+        unlabelled = self._without_classes(found, splits)
+        _note_splits(listing, splits, unlabelled)
+        has_captions = self._has_captions(found, listing)
+        classes: list[str] = []
         for picture in found:
-            folders = picture.path.split("/")[:-1]
-            split = SPLITS[folders.pop(0)] if has_splits else "train"
-            if self.by_class and not folders:
-                listing.refuse(
-                    printable(picture.path),
-                    "expected a folder of its class, got none",
-                    "move it into the folder of its class, or say --kind folder",
-                )
+            try:
+                split, name = self._split_and_class(picture, splits, unlabelled)
+                captions: tuple[str, ...] = ()
+                if has_captions and picture.has_text:
+                    captions = clean_captions((self._text(picture),))
+            except Refused as refused:
+                listing.refusals.append(refused.of(printable(picture.path)))
                 continue
-            labelled.append((picture, split, folders[0] if self.by_class else ""))
-        names = sorted({name for _, _, name in labelled}) if self.by_class else []
+            classes.append(name)
+            listing.items.append(
+                Item(
+                    name=printable(picture.path),
+                    place=(picture.path,),
+                    split=split,
+                    captions=captions,
+                    stamp=picture.stamp,
+                )
+            )
+        names = sorted(set(classes) - {""})
         if self.by_class and found:
-            self._note_empty(listing, splits if has_splits else {"."}, set(names))
+            self._note_empty(listing, splits - unlabelled if splits else {"."}, set(names))
         number = {name: i for i, name in enumerate(names)}
         listing.class_names = tuple(map(printable, names))
         listing.items = [
-            Item(
-                name=printable(picture.path),
-                place=(picture.path,),
-                split=split,
-                label=number.get(name, -1),
-                stamp=picture.stamp,
-            )
-            for picture, split, name in labelled
+            item._replace(label=number.get(name, -1))
+            for item, name in zip(listing.items, classes, strict=True)
         ]
         assign_columns(listing, self.options, {})
         return listing
+
+    def _without_classes(self, found: Sequence[Found], splits: set[str]) -> set[str]:
+        """Return the splits whose pictures are in no folders, where folders are classes."""
+        if not self.by_class:
+            return set()
+        return splits - {one.path.partition("/")[0] for one in found if one.path.count("/") > 1}
+
+    def _split_and_class(
+        self, picture: Found, splits: set[str], unlabelled: set[str]
+    ) -> tuple[str, str]:
+        """Return the split and the class of a picture, empty for none; raises Refused."""
+        folders = picture.path.split("/")[:-1]
+        top = folders.pop(0) if splits and folders else ""
+        if splits and top not in splits:
+            raise Refused(
+                "expected a folder of its split, got none",
+                f"move it into {' or '.join(sorted(splits))}, or out of SOURCE",
+            )
+        split = split_called(top) or "train"
+        if not self.by_class or top in unlabelled:
+            return split, ""
+        if not folders:
+            raise Refused(
+                "expected a folder of its class, got none",
+                "move it into the folder of its class, or say --kind folder",
+            )
+        return split, folders[0]
+
+    def _has_captions(self, found: Sequence[Found], listing: Listing) -> bool:
+        """Return whether the texts beside pictures are captions, and note what was chosen."""
+        with_text = [picture for picture in found if picture.has_text]
+        if self.options.caption_columns or not with_text:
+            return TEXT[1:] in self.options.caption_columns
+        texts = []
+        for picture in with_text[:LOOKED_AT]:
+            with suppress(Refused):
+                texts.append(self._text(picture))
+        if all(NUMBERS.fullmatch(text) for text in texts):
+            listing.notes.append(
+                f"the {TEXT} beside pictures hold numbers, which are no captions "
+                f"(--caption-column {TEXT[1:]} for captions all the same)"
+            )
+            return False
+        listing.notes.append(
+            f"captions: the {TEXT} beside {len(with_text)} of {len(found)} pictures "
+            "(--caption-column '' for none)"
+        )
+        return True
+
+    def _text(self, picture: Found) -> str:
+        """Read the text beside a picture; raises Refused."""
+        file = (self.options.path / picture.path).with_suffix(TEXT)
+        try:
+            if not self.options.allow_outside and file.is_symlink():
+                check_inside(file, self.options.path.resolve())
+            if file.stat().st_size > MOST_CAPTION_BYTES:
+                raise Refused(
+                    f"{file.name}: expected at most {MOST_CAPTION_BYTES} bytes of text",
+                    "shorten it",
+                )
+            return text_of(read_picture(file))
+        except OSError as error:
+            raise refusal_of(error, self.options.path) from None
 
     def _note_empty(self, listing: Listing, parents: set[str], classes: set[str]) -> None:
         """Note the folders beside those of classes that hold no picture."""
@@ -241,3 +358,11 @@ class Folders:
 
     def read(self, place: Place) -> bytes:
         return read_picture(self.options.path / str(place[0]))
+
+
+def _note_splits(listing: Listing, splits: set[str], unlabelled: set[str]) -> None:
+    if splits:
+        said = ", ".join(f"{name} (as {split_called(name)})" for name in sorted(splits))
+        listing.notes.append(f"splits are folders: {said}")
+    for name in sorted(unlabelled):
+        listing.notes.append(f"{name} has no folders of classes: its pictures have no label")

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from m3i_fast.pipelines.dataset.manifest import is_dataset
-from m3i_fast.pipelines.packing.items import Listing, Reader, SourceOptions
+from m3i_fast.pipelines.packing.items import Listing, Reader, SourceOptions, split_called
 from m3i_fast.pipelines.packing.readers.folders import (
     Folders,
-    are_splits,
+    Found,
     find_pictures,
     is_picture,
+    split_folders,
 )
 from m3i_fast.pipelines.packing.readers.huggingface import HuggingFace, is_saved
 from m3i_fast.pipelines.packing.readers.named_columns import refuse_columns
 from m3i_fast.pipelines.packing.readers.packed import Packed
-from m3i_fast.pipelines.packing.readers.tables import TEXT_SUFFIXES, Tables, table_files
+from m3i_fast.pipelines.packing.readers.tables import (
+    LINES_OF_JSON,
+    TEXT_SUFFIXES,
+    Tables,
+    table_files,
+)
 from m3i_fast.pipelines.packing.readers.tars import COMPRESSED, PLAIN, Tars, tar_files
 from m3i_fast.pipelines.packing.readers.torchvision_sets import TorchvisionSets, guess_class
 
@@ -44,7 +52,9 @@ def resolve(options: SourceOptions) -> tuple[SourceOptions, str]:
     if is_dataset(options.path) and not _asked_of_files(options):
         kind, why = "packed", "a data set of m3i-fast data"
     else:
-        kind, why = _guess(options.path, follow_links=options.allow_outside)
+        guess = _guess(options.path, follow_links=options.allow_outside)
+        kind, why = guess.kind, guess.why
+        options = replace(options, path=options.path / guess.below)
     return replace(options, kind=kind), f"{kind}: {why}; another by --kind"
 
 
@@ -75,38 +85,107 @@ def _asked_of_files(options: SourceOptions) -> list[str]:
     return [flag for flag, value in asked.items() if value not in (None, ())]
 
 
-def _guess(path: Path, *, follow_links: bool) -> tuple[str, str]:
+class Guess(NamedTuple):
+    """A kind of source, why it is taken for that, and the folder below the path that it is."""
+
+    kind: str
+    why: str
+    below: str = "."
+
+
+def _guess(path: Path, *, follow_links: bool) -> Guess:
     if path.is_file():
-        name = path.name.lower()
-        if name.endswith((*TEXT_SUFFIXES, ".parquet")):
-            return "table", f"a {path.suffix} file"
-        if name.endswith(PLAIN + COMPRESSED):
-            return "tars", "a tar"
-        raise ValueError(
-            f"SOURCE: expected a folder, a table (.csv, .tsv, .parquet) or a tar, got {path}; "
-            + ("name its folder" if is_picture(path) else "say what it is by --kind")
-        )
+        return _guess_file(path)
     if is_saved(path):
-        return "huggingface", "a data set that was saved by save_to_disk"
+        return Guess("huggingface", "a data set that was saved by save_to_disk")
     if (known := guess_class(path)) is not None:
-        return "torchvision", f"the folder of torchvision.datasets.{known} (--torchvision-class)"
-    listing = Listing()
-    pictures = find_pictures(path, listing, allow_outside=True, follow_links=follow_links)
+        why = f"the folder of torchvision.datasets.{known} (--torchvision-class)"
+        return Guess("torchvision", why)
+    listing, others = Listing(), Counter[str]()
+    pictures = find_pictures(path, listing, others, allow_outside=True, follow_links=follow_links)
+    tars, tables = others[".tar"] + others[".tgz"], others[".parquet"]
+    if pictures and (tars or tables):
+        other, kind = (f"{tars} tars", "tars") if tars else (f"{tables} Parquet files", "table")
+        raise ValueError(
+            f"SOURCE: expected one kind of source, got {len(pictures)} pictures and {other} below "
+            f"{path}: say which by --kind folder (imagefolder: a folder a class) or --kind {kind}"
+        )
     if not pictures:
         if tar_files(path):
-            return "tars", "a folder of tars"
+            return Guess("tars", "a folder of tars")
         if table_files(path):
-            return "table", "a folder of Parquet files"
+            return Guess("table", "a folder of Parquet files")
         if listing.refusals:
-            return "folder", "pictures, of which none is of a kind that is read"
+            return Guess("folder", "pictures, of which none is of a kind that is read")
         said = "; ".join(listing.notes) or "it has no files"
         raise ValueError(
             f"SOURCE: expected pictures, tars or Parquet files below {path}, got none: {said}"
         )
-    folders = {tuple(picture.path.split("/")[:-1]) for picture in pictures}
-    depths, top = {len(names) for names in folders}, {names[0] for names in folders if names}
-    if depths == {1} and len(folders) > 1 and not are_splits(top):
-        return "imagefolder", f"every picture is in one of {len(folders)} folders, a class each"
-    if depths == {2} and are_splits(top):
-        return "imagefolder", "folders of splits, with a folder a class in them"
-    return "folder", "pictures, of which the folders do not look like classes"
+    return _guess_folders(pictures)
+
+
+def _guess_file(path: Path) -> Guess:
+    name = path.name.lower()
+    if name.endswith((*TEXT_SUFFIXES, LINES_OF_JSON, ".parquet")):
+        return Guess("table", f"a {path.suffix} file")
+    if name.endswith(PLAIN + COMPRESSED):
+        return Guess("tars", "a tar")
+    advice = "name its folder" if is_picture(path) else "say what it is by --kind"
+    if name.endswith(".json"):
+        advice = (
+            "name the folder of the pictures, with --column NAME:regions=FILE for COCO's boxes, or "
+            "write captions and labels to a .csv or .jsonl"
+        )
+    raise ValueError(
+        f"SOURCE: expected a folder, a table (.csv, .tsv, .jsonl, .parquet) or a tar, got {path}; "
+        + advice
+    )
+
+
+def _guess_folders(pictures: Sequence[Found]) -> Guess:
+    """Tell whether folders are splits, perhaps below a folder that holds all, and classes."""
+    paths = [picture.path for picture in pictures]
+    below = _above_splits(paths)
+    paths = [path.removeprefix(below) for path in paths]
+    if splits := split_folders(paths):
+        is_labelled = _have_classes(paths, splits)
+        said = "with a folder a class in them" if is_labelled else "without folders of classes"
+        kind = "imagefolder" if is_labelled else "folder"
+        return Guess(kind, f"{below} has folders of splits, {said}".strip(), below or ".")
+    numbers = Counter(path.rpartition("/")[0] for path in paths)
+    strays = numbers.pop("", 0)
+    if any("/" in name for name in numbers) or len(numbers) < 2 or 10 * strays > len(paths):
+        return Guess("folder", "pictures, of which the folders do not look like classes")
+    are_captioned = 2 * sum(picture.has_text for picture in pictures) > len(pictures)
+    if are_captioned and all(name.isdecimal() for name in numbers):
+        return Guess("folder", "folders of numbers, with texts beside pictures, as img2dataset's")
+    which = f"all but {strays} of the pictures are" if strays else "every picture is"
+    return Guess("imagefolder", f"{which} in one of {len(numbers)} folders, a class each")
+
+
+def _above_splits(paths: Sequence[str]) -> str:
+    """Return the folder of all pictures in which there are splits, as "images/"; empty: none."""
+    below = ""
+    while not split_folders([path.removeprefix(below) for path in paths]):
+        top, is_folder, _ = paths[0].removeprefix(below).partition("/")
+        below += f"{top}/"
+        if not is_folder or not all(path.startswith(below) for path in paths):
+            return ""
+    return below
+
+
+def _have_classes(paths: Sequence[str], splits: Set[str]) -> bool:
+    """Return whether the pictures for training are in folders of two classes or more.
+
+    Those of another split are as well, or in no folders at all.
+    """
+    classes: set[str] = set()
+    for split in splits:
+        inside = [path.removeprefix(f"{split}/") for path in paths if path.startswith(f"{split}/")]
+        depths = Counter(path.count("/") for path in inside)
+        is_labelled = 10 * depths[1] >= 9 * len(inside) and {*depths} <= {0, 1}
+        if not is_labelled and {*depths} != {0}:
+            return False
+        if is_labelled and split_called(split) == "train":
+            classes |= {path.partition("/")[0] for path in inside if "/" in path}
+    return len(classes) > 1

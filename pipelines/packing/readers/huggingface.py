@@ -9,7 +9,6 @@ from typing import Any
 
 from m3i_fast.pipelines.optional_imports import require
 from m3i_fast.pipelines.packing.items import (
-    SPLITS,
     Item,
     Listing,
     Place,
@@ -22,10 +21,11 @@ from m3i_fast.pipelines.packing.items import (
     is_missing,
     printable,
     read_picture,
+    split_of_cell,
     stamp,
 )
 from m3i_fast.pipelines.packing.readers.columns import Columns, choose_columns, has_number_type
-from m3i_fast.pipelines.packing.readers.labels import assign_labels
+from m3i_fast.pipelines.packing.readers.labels import assign_labels, named_label
 from m3i_fast.pipelines.packing.readers.named_columns import Spec, assign_columns, specs_of
 
 MARKS = ("dataset_dict.json", "dataset_info.json")  # that such a folder holds
@@ -81,7 +81,7 @@ class HuggingFace:
                     if path is not None:
                         item = item._replace(stamp=self._stamp(path))
                     listing.items.append(item)
-                    labels.append(_name(row.get(columns.label or ""), known))
+                    labels.append(named_label(row.get(columns.label or ""), known))
                     named[item.name] = {s.name: s.of_row(row) for s in specs}
                 except Refused as refused:
                     listing.refusals.append(refused.of(f"{split}[{number}]"))
@@ -166,25 +166,10 @@ def _item(row: dict[str, Any], columns: Columns, split: str, number: int) -> Ite
     return Item(
         name=f"{split}[{number}]",
         place=(split, number),
-        split=SPLITS.get(chosen, chosen),
+        split=split_of_cell(chosen),
         captions=clean_captions(captions),
         group="" if is_missing(group) else str(group),
     )
-
-
-def _name(label: Any, known: list[str] | None) -> Any:
-    """Return the name of a class by its number, where a data set has the names."""
-    if isinstance(label, (dict, list)):
-        raise Refused("label: expected text or a number", "name another --label-column")
-    if known is None or not isinstance(label, int):
-        return label
-    if label == -1:  # what the library stores where there is none
-        return None
-    if not 0 <= label < len(known):
-        raise Refused(
-            f"label: expected 0 to {len(known) - 1}, got {label}", "mend the label, or store -1"
-        )
-    return known[label]
 
 
 def is_saved(path: Path) -> bool:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from typing import Any
 
-from m3i_fast.pipelines.packing.items import Listing, printable
+from m3i_fast.pipelines.packing.items import Listing, Refused, printable
 
 MOST_CLASSES = 1 << 20
 """Most classes that indices may stand for: a classifier has a row for each."""
 _MENDED = "mend the label, or leave it empty"
+_NOT_INDICES = f"{_MENDED}; where numbers are names, as of taxa, say --label-as name"
 _WHOLE_FLOAT = re.compile(r"-?\d+\.0", re.ASCII)
 
 
@@ -43,23 +45,46 @@ def assign_labels(
         limit = len(class_names) or MOST_CLASSES
         number = {text: int(text) for text in present if _is_integer(text)}
         number = {text: n for text, n in number.items() if -1 <= n < limit}
+        mended = _NOT_INDICES
         expected = f"an index from 0 to {limit - 1}, or -1 for none"
         most = max(number.values(), default=-1)
         listing.class_names = tuple(class_names) or tuple(map(str, range(most + 1)))
     else:
         number = known or {name: i for i, name in enumerate(sorted(present))}
+        mended = _MENDED
         expected = f"one of {len(number)} classes"
         listing.class_names = tuple(printable(name) for name in number)
     kept = []
     for item, text in zip(listing.items, texts, strict=True):
         if text and text not in number:
             got = printable(text[:40])
-            listing.refuse(item.name, f"label: expected {expected}, got {got!r}", _MENDED)
+            listing.refuse(item.name, f"label: expected {expected}, got {got!r}", mended)
         else:
             kept.append(item._replace(label=number[text] if text else -1))
     listing.items = kept
     kind = "indices" if as_index else "names"
     listing.notes.append(f"labels are {kind} of {len(listing.class_names)} classes (--label-as)")
+
+
+def named_label(label: Any, known: Sequence[str] | None) -> Any:
+    """Return the name of a class by its number, where a data set has the names of all.
+
+    Raises Refused for what is no label, or none of these.
+    """
+    if isinstance(label, (dict, list)):
+        raise Refused(
+            "label: expected text or a number",
+            "name another --label-column; a set of labels is read by --column NAME:labels=COLUMN",
+        )
+    if known is None or not isinstance(label, int):
+        return label
+    if label == -1:  # what the datasets library stores where there is none
+        return None
+    if not 0 <= label < len(known):
+        raise Refused(
+            f"label: expected 0 to {len(known) - 1}, got {label}", "mend the label, or store -1"
+        )
+    return known[label]
 
 
 def _text(label: object) -> str:

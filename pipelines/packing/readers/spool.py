@@ -48,9 +48,17 @@ class Spool:
         check_num_bytes(len(content))
         start = self._size
         if self._file is not None:
-            self._file.write(content)
+            self._write(content)
         self._size += len(content)
         return (NAME, start, len(content))
+
+    def _write(self, content: bytes) -> None:
+        assert self._file is not None
+        try:
+            self._file.write(content)
+        except OSError as error:
+            said = f"{error.strerror}, after {self._size:,} bytes of pictures that are copied first"
+            raise OSError(error.errno, said, str(self._temporary)) from None
 
     def __enter__(self) -> Spool:
         return self

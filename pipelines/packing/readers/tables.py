@@ -1,20 +1,20 @@
-"""Pictures named, or held, by a table: CSV, TSV or Parquet, a row a picture."""
+"""Pictures named, or held, by a table: CSV, TSV, lines of JSON or Parquet, a row a picture."""
 
 from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from m3i_fast.pipelines.optional_imports import require
 from m3i_fast.pipelines.packing.items import (
-    SPLITS,
     Item,
     Listing,
     Place,
@@ -27,17 +27,36 @@ from m3i_fast.pipelines.packing.items import (
     is_missing,
     printable,
     read_picture,
+    refusal_of,
+    split_in_name,
+    split_of_cell,
     stamp,
 )
-from m3i_fast.pipelines.packing.readers.columns import Columns, choose_columns, has_number_type
-from m3i_fast.pipelines.packing.readers.labels import assign_labels
+from m3i_fast.pipelines.packing.readers.columns import (
+    NOT_FETCHED,
+    Columns,
+    choose_columns,
+    has_number_type,
+)
+from m3i_fast.pipelines.packing.readers.labels import assign_labels, named_label
 from m3i_fast.pipelines.packing.readers.named_columns import assign_columns, specs_of
 from m3i_fast.pipelines.packing.readers.spool import Spool, open_spool, read_spooled
 
 TEXT_SUFFIXES = (".csv", ".tsv")
 MAX_TABLE_BYTES = 1 << 33
 LOOKED_AT = 1 << 20  # characters of a table, to tell captions from numbers
+LOOKED_AT_LINES = 1000
+BOM = b"\xef\xbb\xbf"  # that some editors write first
+LINES_OF_JSON = ".jsonl"
 Row = Mapping[str, Any]
+
+
+class Opened(NamedTuple):
+    """A table: its columns, (line or number from 1, row) of each, and names of classes it keeps."""
+
+    columns: Columns
+    rows: Iterator[tuple[int, Row]]
+    class_names: tuple[str, ...] = ()
 
 
 def table_files(path: Path) -> list[Path]:
@@ -62,12 +81,14 @@ class Tables:
         specs, named = specs_of(self.options.columns), dict[str, dict[str, Any]]()
         place_of: dict[str, int] = {}
         num_merged = 0
+        class_names = self.options.class_names
         files = check_files(self.files, self.options, listing)
         with _LazySpool(self.options, dict(listing.files)) as spool:
             for raw_name, file in files.items():
                 name = printable(raw_name)
                 split = split_in_name(name) if len(self.files) > 1 else None
-                columns, rows = self._open(file, listing)
+                columns, rows, known = self._open(file, listing)
+                class_names = class_names or known
                 listing.notes.append(f"{name}: {columns.said()}")
                 for number, row in rows:
                     where = f"{name}:{number}"
@@ -75,7 +96,7 @@ class Tables:
                         item = self._item(row, columns, where, spool)
                         item = item._replace(split=item.split or split or "train")
                         label = row[columns.label] if columns.label else None
-                        label = None if is_missing(label) else label
+                        label = None if is_missing(label) else named_label(label, known or None)
                         if labels.get(item.name, label) != label and self.options.merge_rows:
                             raise Refused(
                                 f"{item.name}: label {label!r}, and {labels[item.name]!r} before",
@@ -93,7 +114,7 @@ class Tables:
         assign_labels(
             listing,
             [labels[item.name] for item in listing.items],
-            class_names=self.options.class_names,
+            class_names=class_names,
             label_as=self.options.label_as,
         )
         assign_columns(listing, self.options, named)
@@ -104,8 +125,11 @@ class Tables:
             return read_picture(self.root / str(place[0]))
         return read_spooled(self.options, place)
 
-    def _open(self, file: Path, listing: Listing) -> tuple[Columns, Iterator[tuple[int, Row]]]:
-        if file.suffix.lower() in TEXT_SUFFIXES or self.options.delimiter is not None:
+    def _open(self, file: Path, listing: Listing) -> Opened:
+        suffix = file.suffix.lower()
+        if suffix == LINES_OF_JSON:
+            return open_json_lines(file, self.options, listing)
+        if suffix in TEXT_SUFFIXES or self.options.delimiter is not None:
             return open_text(file, self.options, listing)
         return open_parquet(file, self.options)
 
@@ -123,7 +147,7 @@ class Tables:
             place=(),
             captions=clean_captions(captions),
             group=group,
-            split=SPLITS.get(split, split),
+            split=split_of_cell(split),
         )
         picture = row[columns.image]
         if isinstance(picture, dict):  # as the datasets library stores an image
@@ -138,6 +162,8 @@ class Tables:
         """Return the item of a picture that is a file."""
         if "\0" in named:
             raise Refused("a path with a zero byte", "write the table again")
+        if "://" in named:
+            raise Refused(f"{printable(named)}: a URL, and no path of a picture", NOT_FETCHED)
         named = os.path.normpath(named)
         path = self.root / named
         try:
@@ -148,7 +174,7 @@ class Tables:
             advice = "name files relative to the table's folder, or that folder by --image-root"
             if "\\" in named:
                 advice = "write paths with / in place of \\"
-            raise Refused(f"{printable(named)}: cannot be read: {error.strerror}", advice) from None
+            raise Refused(f"{printable(named)}: {refusal_of(error).reason}", advice) from None
 
     def _add(self, listing: Listing, item: Item, place_of: dict[str, int]) -> bool:
         """Add an item, or its captions to that of an earlier row of the same picture, if any."""
@@ -188,27 +214,15 @@ class _LazySpool:
             self.made.__exit__(*error)
 
 
-def split_in_name(name: str) -> str | None:
-    """Return the split that a file's name holds, as train-00000-of-00004 does; None: not one."""
-    words = "".join(c if c.isalnum() else " " for c in name.lower()).split()
-    found = {SPLITS[word] for word in words if word in SPLITS}
-    return found.pop() if len(found) == 1 else None
-
-
 # ---- CSV and TSV ---------------------------------------------------------------------------------
 
 
-def open_text(
-    file: Path, options: SourceOptions, listing: Listing
-) -> tuple[Columns, Iterator[tuple[int, Row]]]:
-    """Open a table of text: its columns, and (line, row) of each; bad rows are refused.
+def open_text(file: Path, options: SourceOptions, listing: Listing) -> Opened:
+    """Open a table of text; bad rows are refused.
 
     Raises ValueError where it is no such table, naming the line.
     """
-    if file.stat().st_size > MAX_TABLE_BYTES:
-        raise ValueError(
-            f"{file}: expected at most {MAX_TABLE_BYTES} bytes; split it, or take Parquet"
-        )
+    _check_size(file)
     # A byte that is not UTF-8 becomes a lone surrogate, which the check of its row finds.
     text = file.read_bytes().decode("utf-8-sig", "surrogateescape")
     first = text.split("\n", 1)[0]
@@ -222,7 +236,14 @@ def open_text(
     columns = choose_columns(
         header, options, file.name, lambda name: _holds_numbers(text, delimiter, header.index(name))
     )
-    return columns, _text_rows(_checked(rows, file), rows, header, file, listing)
+    return Opened(columns, _text_rows(_checked(rows, file), rows, header, file, listing))
+
+
+def _check_size(file: Path) -> None:
+    if file.stat().st_size > MAX_TABLE_BYTES:
+        raise ValueError(
+            f"{file}: expected at most {MAX_TABLE_BYTES} bytes; split it, or take Parquet"
+        )
 
 
 def _reader(text: str, delimiter: str) -> Any:
@@ -282,23 +303,71 @@ def _text_rows(
             yield reader.line_num, dict(zip(header, cells, strict=True))
 
 
+# ---- Lines of JSON -------------------------------------------------------------------------------
+
+
+def open_json_lines(file: Path, options: SourceOptions, listing: Listing) -> Opened:
+    """Open a file with an object of JSON on each line, as metadata.jsonl beside pictures.
+
+    Its columns are the fields of any line; lines that are no object are refused. Raises ValueError
+    where none is.
+    """
+    _check_size(file)
+    rows: list[tuple[int, dict[str, Any]]] = []
+    header: dict[str, None] = {}
+    for number, line in enumerate(file.read_bytes().removeprefix(BOM).split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError(f"expected an object, got {type(row).__name__}")
+        except (ValueError, RecursionError) as error:
+            where = f"{printable(file.name)}:{number}"
+            listing.refuse(where, f"json: {error}", "write an object of JSON on each line")
+            continue
+        rows.append((number, row))
+        header |= dict.fromkeys(row)
+
+    def holds_numbers(name: str) -> bool:
+        cells = [row[name] for _, row in rows[:LOOKED_AT_LINES] if row.get(name) is not None]
+        return bool(cells) and all(isinstance(cell, (int, float)) for cell in cells)
+
+    columns = choose_columns([*header], options, file.name, holds_numbers)
+    return Opened(columns, ((number, dict.fromkeys(header) | row) for number, row in rows))
+
+
 # ---- Parquet -------------------------------------------------------------------------------------
 
 
-def open_parquet(file: Path, options: SourceOptions) -> tuple[Columns, Iterator[tuple[int, Row]]]:
-    """Open a Parquet file: its columns, and (number from 1, row) of each."""
+def open_parquet(file: Path, options: SourceOptions) -> Opened:
+    """Open a Parquet file; ValueError where it is none."""
     parquet = require("pyarrow.parquet", extra="sources")
     arrow = require("pyarrow")
     try:
         opened = parquet.ParquetFile(file, page_checksum_verification=True)
     except (arrow.ArrowException, OSError) as error:
-        raise ValueError(f"{file}: not a Parquet file: {error}") from None
+        kinds = ", ".join((*TEXT_SUFFIXES, LINES_OF_JSON))
+        raise ValueError(
+            f"{file}: not a Parquet file: {error}; a table of text is called {kinds}"
+        ) from None
     schema = opened.schema_arrow
     columns = choose_columns(schema.names, options, file.name, partial(has_number_type, schema))
     needed = [columns.image, *columns.captions]
     needed += [c for c in (columns.label, columns.group, columns.split) if c is not None]
     needed += [source for spec in specs_of(options.columns) for source in spec.sources]
-    return columns, _parquet_rows(opened, needed, file, arrow)
+    names = _class_names(schema.metadata or {}, columns.label)
+    return Opened(columns, _parquet_rows(opened, needed, file, arrow), names)
+
+
+def _class_names(metadata: Mapping[bytes, bytes], label: str | None) -> tuple[str, ...]:
+    """Return the names of the classes that the datasets library keeps with a column of numbers."""
+    try:
+        features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
+        names = features[label]["names"]
+    except (ValueError, KeyError, TypeError):
+        return ()
+    return tuple(map(str, names)) if isinstance(names, list) else ()
 
 
 def _parquet_rows(

@@ -27,6 +27,7 @@ from m3i_fast.pipelines.packing.items import (
     clean_captions,
     is_missing,
     printable,
+    split_in_name,
     text_of,
 )
 from m3i_fast.pipelines.packing.readers.folders import PICTURE_SUFFIXES
@@ -39,7 +40,6 @@ from m3i_fast.pipelines.packing.readers.spool import (
     read_range,
     read_spooled,
 )
-from m3i_fast.pipelines.packing.readers.tables import split_in_name
 from m3i_fast.pipelines.tar_members import NAME as MEMBER_NAME
 from m3i_fast.pipelines.tar_members import Range, Stream, whole_tar_members
 

@@ -11,12 +11,12 @@ from typing import Any
 
 from m3i_fast.pipelines.optional_imports import require
 from m3i_fast.pipelines.packing.items import (
-    SPLITS,
     Item,
     Listing,
     Place,
     Refused,
     SourceOptions,
+    split_of_cell,
     stamp,
 )
 from m3i_fast.pipelines.packing.readers.labels import assign_labels
@@ -105,7 +105,7 @@ class TorchvisionSets:
                         f"{type(label).__name__}"
                     )
                 listing.items.append(
-                    Item(f"{split}[{number}]", (split, number), split=SPLITS.get(split, split))
+                    Item(f"{split}[{number}]", (split, number), split=split_of_cell(split))
                 )
                 labels.append(label)
         for folder, _, files in os.walk(self.options.path):

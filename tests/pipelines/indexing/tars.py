@@ -15,7 +15,8 @@ from m3i_fast.pipelines.dataset.sample_table import Rows, SampleTable
 from m3i_fast.pipelines.indexing.build import IndexInfo, index_tars
 from m3i_fast.pipelines.indexing.contents import Columns
 from m3i_fast.pipelines.indexing.tar_places import TarFolder
-from m3i_fast.pipelines.indexing.tars import find_tars, split_of
+from m3i_fast.pipelines.indexing.tars import find_tars
+from m3i_fast.pipelines.packing.items import split_in_name
 from tests.shared.pipelines.data import TOKENIZER, encode_image, smooth_picture
 
 Files = list[tuple[str, bytes]]
@@ -62,7 +63,7 @@ def as_img2dataset(start: int, count: int) -> Files:
 
 
 def index(root: Path, out: Path | None = None, workers: int = 1, **changes: Any) -> Manifest:
-    names = {name: split_of(name) for name in find_tars(root, ["**/*.tar"])}
+    names = {name: split_in_name(name) or "train" for name in find_tars(root, ["**/*.tar"])}
     out = out or root
     index_tars(
         TarFolder(root),

@@ -187,6 +187,6 @@ def test_pictures_of_an_index_are_shown(
     pages = []
     for path in (here, out):
         words = ["show", str(path), "--out", str(tmp_path / "page.html"), "--num", "3"]
-        assert main([*words, "--recipe", "demo", "--counted", "9"]) == 0
+        assert main([*words, "--recipe", "demo", "--counted", "99"]) == 0
         pages.append((tmp_path / "page.html").read_text())
     assert pages[0] == pages[1] and "picture 1" in pages[0]

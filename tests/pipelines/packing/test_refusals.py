@@ -205,11 +205,10 @@ def test_rows_of_a_table_are_refused_by_line(tmp_path: Path) -> None:
         "t.csv:10": "a.png",
         "t.csv:11": "expected 4 cells",
         "g.png": "label",
-        "h.png": "caption",
     }
     assert "not UTF-8" in found["t.csv:3"]
     assert found["c.png"] == "label: expected an index from 0 to 2, or -1 for none, got '3'"
-    assert labels_of(tmp_path / "out") == ["cat", None]
+    assert labels_of(tmp_path / "out") == ["cat", None, "dog"]
     put(tmp_path / "source", "page.png", b"<html>")
     only = put(tmp_path / "source", "u.csv", b"file\npage.png\n")
     with pytest.raises(ValueError, match="split train: expected a picture .*: page.png: not a pic"):

@@ -369,3 +369,72 @@ def test_cifar_is_read_as_torchvision_reads_it(
         for row, (image, label) in zip(rows_of(tmp_path / "out", split), theirs, strict=True):
             assert row.label == label
             assert np.array_equal(row.pixels, np.asarray(image))
+
+
+def test_lines_of_json_are_a_table(tmp_path: Path) -> None:
+    """As metadata.jsonl of the datasets library."""
+    rows: list[dict[str, Any]] = [
+        {"file_name": f"{i}.png", "text": caption, "label": "ab"[i % 2]}
+        for i, caption in enumerate(CAPTIONS)
+    ]
+    del rows[2]["label"]
+    for row in rows:
+        put(tmp_path / "source", row["file_name"])
+    table = tmp_path / "source" / "metadata.jsonl"
+    table.write_bytes(b"\xef\xbb\xbf" + "\n".join(map(json.dumps, rows)).encode() + b"\n\n[1]\n{\n")
+    packed = pack_with(table, tmp_path / "out")
+    assert [row.captions for row in rows_of(tmp_path / "out")] == [
+        (text,) if text else () for text in CAPTIONS
+    ]
+    assert labels_of(tmp_path / "out") == ["a", "b", None, "b"]
+    found = refused_of(packed)
+    assert found["metadata.jsonl:6"] == "json: expected an object, got list"
+    assert found["metadata.jsonl:7"].startswith("json: Expecting property name")
+    with pytest.raises(ValueError, match="--column NAME:regions=FILE for COCO's boxes, or write"):
+        pack_with(put(tmp_path, "coco.json", b"{}"), tmp_path / "none")
+
+
+def test_classes_of_the_datasets_library_keep_their_names_in_parquet(tmp_path: Path) -> None:
+    names = ["tench", "gold fish", "shark"]
+    rows = {"image": [picture(i) for i in range(4)], "label": [2, 0, 2, -1]}
+    features = datasets.Features(
+        {"image": datasets.Value("binary"), "label": datasets.ClassLabel(names=names)}
+    )
+    made = datasets.Dataset.from_dict(rows, features=features)
+    made.to_parquet(str(tmp_path / "t.parquet"))
+    pack_with(tmp_path / "t.parquet", tmp_path / "out")
+    assert labels_of(tmp_path / "out") == ["shark", "tench", "shark", None]
+
+
+def test_labels_that_are_lists_and_pictures_that_are_urls_are_refused(tmp_path: Path) -> None:
+    put(tmp_path, "0.png")
+    rows = [("0.png", "a"), ("1.png", ["a", "b"]), ("https://a.b/c.jpg", "a")]
+    lines = [json.dumps({"image": image, "label": label}) for image, label in rows]
+    put(tmp_path, "1.png")
+    packed = pack_with(put(tmp_path, "t.jsonl", "\n".join(lines).encode()), tmp_path / "out")
+    assert [(refusal.file, refusal.what_to_do) for refusal in packed.refused] == [
+        ("t.jsonl:2", "name another --label-column; a set of labels is read by --column "
+                      "NAME:labels=COLUMN"),
+        ("t.jsonl:3", "pictures are not fetched: download them, by img2dataset for example"),
+    ]  # fmt: skip
+
+
+def test_splits_of_a_column_are_called_as_others_call_them(tmp_path: Path) -> None:
+    for i in range(3):
+        put(tmp_path, f"{i}.png")
+    rows = [[f"{i}.png", split] for i, split in enumerate(["TRAIN", "Validation ", "night"])]
+    packed = pack_with(write_csv(tmp_path / "t.csv", ["file", "split"], rows), tmp_path / "out")
+    assert sizes(packed.manifest) == {"train": 1, "heldout": 1, "night": 1}
+
+
+def test_numbers_that_are_too_large_for_indices_are_told_to_be_names(tmp_path: Path) -> None:
+    for i in range(2):
+        put(tmp_path, f"{i}.png")
+    rows = [["0.png", "7"], ["1.png", "3000000"]]
+    table = write_csv(tmp_path / "t.csv", ["file", "label"], rows)
+    packed = pack_with(table, tmp_path / "out")
+    assert (
+        "where numbers are names, as of taxa, say --label-as name" in packed.refused[0].what_to_do
+    )
+    pack_with(table, tmp_path / "names", label_as="name")
+    assert labels_of(tmp_path / "names") == ["7", "3000000"]

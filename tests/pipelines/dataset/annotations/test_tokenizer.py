@@ -42,6 +42,19 @@ def test_words_that_are_kept_have_the_ids_of_open_clip(text: str) -> None:
     assert found[1:-1].tolist() == expected and count == len(expected) + 2
 
 
+RANDOM = "".join(np.random.default_rng(0).choice([*"abcdefghijklmnopqrstuvwxyz"], 9000))
+LONG = ("\u4e2d\u56fd\u7684\u732b" * 400, RANDOM, "word " * 50_000, "&amp;" * 3000)
+
+
+@pytest.mark.parametrize("text", LONG, ids=["Chinese", "a word", "words", "cleaned"])
+def test_long_texts_have_the_first_ids_of_open_clip_in_little_time(text: str) -> None:
+    """A word of 9,000 letters takes open_clip minutes, so that it is asked for fewer of them."""
+    ids = TOKENIZER.encode(text)
+    expected = OPEN_CLIP.encode(text[:1400])
+    assert len(ids) == 200 and ids[1:-1].tolist() == expected[:198]
+    assert TOKENIZER.encode_and_count(text, 200)[1] > 200
+
+
 def test_all_merges_by_number_is_the_full_size() -> None:
     full, by_number = Tokenizer(None, 20), Tokenizer(CLIP_NUM_MERGES, 20)
     assert full.fingerprint == by_number.fingerprint
