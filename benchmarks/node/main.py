@@ -103,7 +103,24 @@ def main(argv: list[str] | None = None) -> None:
     command = read_recipe_command(
         SUBJECT, arguments, lambda name, config: NodeCommand(config=config, recipe=name)
     )
+    _expect_measurable(command)
     (_sweep if command.sweep else _measure)(command)
+
+
+def _expect_measurable(command: NodeCommand) -> None:
+    """Raise ValueError for what cannot be measured or kept, before anything takes time."""
+    if command.ranks > 1 and not command.sweep:
+        raise ValueError(
+            f"--ranks: expected it with --sweep, got {command.ranks} without: m3i-fast launch "
+            f"--nproc-per-node {command.ranks} bench node {command.recipe} measures so many GPUs"
+        )
+    if command.config.data.any_shape:
+        raise ValueError(
+            "bench node: expected batches of squares, got data.max_tokens_per_batch: measure such "
+            "a recipe by m3i-fast profile, or bench step --explain"
+        )
+    if command.json is not None and not command.json.absolute().parent.is_dir():
+        raise ValueError(f"--json: expected a file in a folder that is there, got {command.json}")
 
 
 def _measure(command: NodeCommand) -> None:
@@ -111,8 +128,8 @@ def _measure(command: NodeCommand) -> None:
     result = measure_node(command.config, schedule, make_data=command.synthetic_data)
     if result.is_main:
         figures = {"recipe": command.recipe, **result.figures}
-        _keep(command, figures, result)
         show(make_console(), figures)
+        _keep(command, figures, result)
     leave_world()
 
 
@@ -125,8 +142,8 @@ def _sweep(command: NodeCommand) -> None:
         num_ranks=command.ranks,
     )
     figures = {"recipe": command.recipe, "num_ranks": command.ranks, "sweep": points}
-    _keep(command, figures, None)
     show_sweep(make_console(), figures)
+    _keep(command, figures, None)
 
 
 def _keep(command: NodeCommand, figures: dict[str, Any], result: NodeResult | None) -> None:
@@ -156,6 +173,12 @@ class NodeResult:
 def measure_node(cfg: TrainConfig, schedule: Schedule, *, make_data: bool) -> NodeResult:
     """Measure this node, or all nodes, and return the figures; every rank calls this."""
     world = join_world(resolve_device(cfg.device))
+    if make_data and _num_nodes(world) > 1:
+        raise ValueError(
+            "--synthetic-data: expected one node, whose folder all ranks see, got "
+            f"{_num_nodes(world)}: make pictures that all nodes see by m3i-fast data synthetic, "
+            "and name them by --data.path"
+        )
     with shards_of(cfg, make=make_data, world=world) as cfg, shared_folder(world) as folder:
         trainer = Trainer(cfg, folder / "run")
         try:

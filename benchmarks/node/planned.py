@@ -45,7 +45,7 @@ def planned(
         "loader": loader.images_s,
         "training": asked,
         "both": min(loader.images_s, asked),
-        "bound": plan.fastest.speed.bottleneck,
+        "bound": plan.chosen.speed.bottleneck,
         "decode_ms": 1e3 * loader.decode_s,
         "views_ms": 1e3 * loader.views_s,
     }

@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -197,5 +198,16 @@ def run_point(
             return Point(values=values, **json.loads(result.read_text()))
     if done.returncode == -signal.SIGKILL:
         return Point(values=values, status="out of memory", reason="killed by the system")
-    last = (done.stderr.strip().splitlines() or [""])[-1]
-    return Point(values=values, status="failed", reason=f"exit code {done.returncode}: {last}")
+    reason = f"exit code {done.returncode}: {last_words(done.stderr)}"
+    return Point(values=values, status="failed", reason=reason)
+
+
+def last_words(stderr: str) -> str:
+    """Return the line that says what went wrong: that of the first error, else the last one.
+
+    torchrun ends with a report of its own, of rules and of times.
+    """
+    lines = [line.strip() for line in stderr.splitlines() if line.strip(" =-\t")]
+    of_ranks = [re.sub(r"^\[rank\d+\]:\s*", "", line) for line in lines]
+    errors = [line for line in of_ranks if re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line)]
+    return (errors[:1] or of_ranks[-1:] or [""])[0]

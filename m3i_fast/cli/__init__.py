@@ -16,7 +16,14 @@ from rich.text import Text
 
 import m3i_fast
 from m3i_fast.did_you_mean import nearest
-from m3i_fast.engine.parallel.watchdog import EXIT_CODE, MissingRanks, end_at_once, in_a_world
+from m3i_fast.engine.parallel.watchdog import (
+    EXIT_CODE,
+    LOST_PEER,
+    MissingRanks,
+    end_at_once,
+    in_a_world,
+    lost_a_peer,
+)
 from m3i_fast.terminal import make_console
 
 VERBS = {
@@ -47,7 +54,8 @@ console = make_console(stderr=True)
 def main(argv: list[str] | None = None) -> int:
     """Run a verb and return the exit code.
 
-    0: done, 1: failed, 2: wrong request, 75: saved to be resumed, 76: hung, 130: interrupted.
+    0: done, 1: failed, 2: wrong request, 69: another rank was lost, 75: saved to be resumed,
+    76: hung, 130: interrupted.
     """
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -92,6 +100,9 @@ def _run(verb: str, arguments: list[str]) -> int:
         console.print("interrupted")
         return 130
     except (FloatingPointError, OSError, RuntimeError) as error:
+        if in_a_world() and lost_a_peer(error):
+            said = f"{error}\nanother rank has ended, and says why, or its node was lost"
+            return refuse(said, code=LOST_PEER)
         return refuse(str(error), code=1)
     except Exception:
         if not in_a_world():

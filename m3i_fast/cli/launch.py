@@ -6,11 +6,12 @@ import os
 import signal
 from argparse import Namespace
 from contextlib import suppress
-from pathlib import Path
 from types import FrameType
 
+import psutil
+
 from m3i_fast.cli import VERBS, show_usage
-from m3i_fast.engine.parallel.watchdog import MissingRanks
+from m3i_fast.engine.parallel.watchdog import LOST_PEER, MissingRanks
 
 USAGE = """\
 usage: m3i-fast launch [--retry-code N] [options of torchrun] train RECIPE ...
@@ -24,7 +25,8 @@ where the ranks saved to be started again, 76 where a rank hung or never came, o
 waits ten minutes for nodes, or --rdzv-conf join_timeout=SECONDS; with --master-addr,
 timeout=SECONDS); torchrun's is 1 whatever happened.
 
-  --retry-code N   exit with N instead of 75, for a scheduler that takes 75 as final
+  --retry-code N   exit with N instead of 75 and of 69 (a rank of another node was lost), for a
+                   scheduler that takes these as final
 """
 _RETRY = os.EX_TEMPFAIL
 _LEFT_TO_TORCHRUN = "SIGHUP,SIGQUIT"
@@ -54,7 +56,7 @@ def main(argv: list[str]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, forward)
     code = run_torchrun(arguments, forward)
-    return retry if code == _RETRY else code
+    return retry if retry is not None and code in (_RETRY, LOST_PEER) else code
 
 
 def run_torchrun(arguments: list[str], forward: Forwarder) -> int:
@@ -104,11 +106,11 @@ def parse(arguments: list[str]) -> Namespace:
     return args
 
 
-def retry_code(argv: list[str]) -> tuple[int, list[str]]:
-    """Return the code that stands for 75, and torchrun's arguments."""
+def retry_code(argv: list[str]) -> tuple[int | None, list[str]]:
+    """Return the code that stands for 75 and 69, if one is asked for, and torchrun's arguments."""
     name, _, value = argv[0].partition("=")
     if name != "--retry-code":
-        return _RETRY, argv
+        return None, argv
     rest = argv[1:]
     if not value:
         value, rest = "".join(rest[:1]), rest[1:]
@@ -137,6 +139,11 @@ def _missing_nodes(args: Namespace, error: Exception) -> str:
 
 def _ranks() -> list[int]:
     """Return the processes that torchrun started: children that lead a process session."""
-    tasks = Path("/proc/self/task").glob("*/children")
-    children = [int(pid) for task in tasks for pid in task.read_text().split()]
-    return [pid for pid in children if os.getsid(pid) == pid]
+    return [child.pid for child in psutil.Process().children() if _leads_a_session(child.pid)]
+
+
+def _leads_a_session(pid: int) -> bool:
+    try:
+        return os.getsid(pid) == pid
+    except ProcessLookupError:  # it has ended since
+        return False

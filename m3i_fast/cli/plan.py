@@ -149,12 +149,15 @@ def _sized(command: PlanCommand) -> TrainConfig:
             f"tokens a rank's batch has, got {command.global_batch}: set "
             "--data.max-tokens-per-batch"
         )
-    if command.global_batch < 1 or command.gpus < 1 or command.global_batch % command.gpus:
+    accumulate = config.parallel.accumulate
+    batches = command.gpus * accumulate
+    if command.global_batch < 1 or command.gpus < 1 or command.global_batch % batches:
+        of = f" x --parallel.accumulate {accumulate}" if accumulate > 1 else ""
         raise ValueError(
-            f"--global-batch: expected a multiple of --gpus {command.gpus}, got "
+            f"--global-batch: expected a multiple of --gpus {command.gpus}{of}, got "
             f"{command.global_batch}"
         )
-    own = command.global_batch // command.gpus
+    own = command.global_batch // batches
     return replace(config, data=replace(config.data, batch_size=own))
 
 
@@ -165,6 +168,8 @@ def show(name: str, plan: Plan) -> None:
     """Print a plan for people, on standard output."""
     console, nodes = make_console(), plan.nodes
     arithmetic = "bf16" if plan.bf16 else "fp32"
+    if plan.precision not in ("auto", arithmetic):
+        arithmetic = f"{plan.precision} (operations, memory and times are those of {arithmetic})"
     heading = Text.assemble(
         (name, "bold"),
         f": {nodes.num_ranks} x {plan.card.name}, {nodes.count} nodes, "
@@ -172,6 +177,8 @@ def show(name: str, plan: Plan) -> None:
         (_PREDICTED, "yellow"),
     )
     console.print(heading)
+    for reason in plan.refusals:
+        console.print(Text(f"m3i-fast train refuses this run: {reason}", "red"), soft_wrap=True)
     console.print(_flops_table(plan))
     console.print(_totals(plan), highlight=False)
     console.print(_memory_table(plan))
@@ -193,7 +200,8 @@ def show(name: str, plan: Plan) -> None:
 
 def _batch(plan: Plan) -> str:
     if plan.max_tokens is None:
-        return f"{plan.batch_size} images a rank, {plan.global_batch:,} a step"
+        times = f" x {plan.accumulate} batches" if plan.accumulate > 1 else ""
+        return f"{plan.batch_size} images a rank{times}, {plan.global_batch:,} a step"
     return (
         f"{plan.max_tokens:,} tokens a rank: {plan.batch_size} images on average, "
         f"{plan.global_batch:,} a step; at most {plan.most_samples}"
@@ -315,15 +323,18 @@ def _loader_table(plan: Plan) -> Table:
 
 def _verdict(plan: Plan) -> list[str]:
     """Return what bounds the run, and which changes help where that is the loader."""
-    loader, asked = plan.loader, plan.asked_images_s
+    loader, asked, chosen = plan.loader, plan.asked_images_s, plan.chosen
+    of = "" if chosen.name == "alone" else f" ({chosen.name})"
+    if chosen.name != plan.own:
+        of = f" ({chosen.name}, since {plan.own} does not fit)"
     if loader.images_s >= asked:
         return [
-            f"{plan.fastest.speed.bottleneck} bounds the run: the loader gives "
+            f"{chosen.speed.bottleneck} bounds the run{of}: the loader gives "
             f"{loader.images_s / asked:.1f} times what training asks for\n"
         ]
     lines = [
-        f"{loader.bound} bounds the run: the loader gives {loader.images_s / asked:.0%} of what "
-        "training asks for"
+        f"{loader.bound} bounds the run{of}: the loader gives {loader.images_s / asked:.0%} of "
+        "what training asks for"
     ]
     for one in loader.helps:
         share = one.images_s / asked

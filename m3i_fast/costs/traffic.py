@@ -40,7 +40,7 @@ class Nodes:
     @property
     def count(self) -> int:
         """Return the number of nodes."""
-        return self.num_ranks // self.local
+        return -(-self.num_ranks // self.local)
 
 
 def gather(nodes: Nodes, size: float) -> Traffic:

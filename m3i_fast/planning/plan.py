@@ -36,6 +36,7 @@ from m3i_fast.costs.roofline import (
 from m3i_fast.costs.step_flops import counts_of, step_flops, without_sampling
 from m3i_fast.costs.traffic import Collective, Nodes, Traffic
 from m3i_fast.costs.view_cost import PICTURE
+from m3i_fast.engine.parallel.accumulation import needs_whole_batch
 from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.objectives.terms.views import Embedding
 from m3i_fast.pipelines.storage.objects import url_of
@@ -60,6 +61,7 @@ from m3i_fast.planning.tensor_tracker import CAST_WEIGHTS, GRADIENTS
 CONTEXT = {"CUDA context": 0.5 * 2**30, "DALI decoder and pools": 2.0 * 2**30}
 NCCL = {"NCCL buffers": 0.5 * 2**30}
 GATHERED, REDUCED, AHEAD = "gathered weights", "gradients being reduced", "batches ahead"
+ADDED_UP = "gradients added up"  # of the batches of a step, whole on every rank
 WORKSPACE, GRAPHS = "cuBLAS workspace", "CUDA graphs"
 SHARDED = (PARAMETERS, FROZEN, AVERAGE, STATES, GRADIENTS)
 PREDICTIONS = "strategies and footprint: computed from the config, run on no card"
@@ -104,9 +106,17 @@ class Plan:
     """Of a rank; of a budget of tokens the mean."""
     most_samples: int | None
     """Samples of a rank's largest batch, of which memory is told; None where all are equal."""
+    accumulate: int
+    """Batches of a rank in a step."""
     max_tokens: int | None
     """Tokens that a rank's batch may have; None for batches of so many samples."""
+    precision: str
+    """As the config asks for it; figures are of bf16 or fp32."""
     bf16: bool
+    refusals: list[str]
+    """Why `m3i-fast train` would refuse the run, with the flags to change."""
+    own: str
+    """Name of the strategy that the config asks for."""
     parameters: Mapping[str, int]
     flops: Mapping[str, Flops]
     """Of a rank's step, by part."""
@@ -122,17 +132,20 @@ class Plan:
     @property
     def asked_images_s(self) -> float:
         """Source images a second that a rank trains on where the loader keeps up."""
-        return self.batch_size / self.fastest.speed.step_s
+        return self.batch_size / self.chosen.speed.step_s
 
     @property
-    def fastest(self) -> Strategy:
-        """Return the strategy of the shortest step: of those that fit in memory, if any do."""
+    def chosen(self) -> Strategy:
+        """Return the config's own strategy, or where it does not fit the fastest that does."""
+        own = next(one for one in self.strategies if one.name == self.own)
         fitting = [one for one in self.strategies if one.memory.fits is not False]
-        return min(fitting or self.strategies, key=lambda one: one.speed.step_s)
+        if own in fitting or not fitting:
+            return own
+        return min(fitting, key=lambda one: one.speed.step_s)
 
     @property
     def global_batch(self) -> int:
-        return self.batch_size * self.nodes.num_ranks
+        return self.batch_size * self.nodes.num_ranks * self.accumulate
 
     @property
     def work(self) -> Flops:
@@ -190,9 +203,12 @@ def make_plan(
         traced = footprint
         if 1 < shards < nodes.num_ranks:
             traced = trace(cfg, bf16=bf16, cuda=card.is_gpu, num_shards=shards)
-        parts: Mapping[str, float] = traced.peak
+        parts: Mapping[str, float] = traced.peak if nodes.num_ranks == 1 else traced.ddp_peak
         if shards > 1:
-            parts = _sharded(traced, objective, shards, 2 if bf16 else 4)
+            ahead = max(cfg.parallel.prefetch, 1)
+            parts = _sharded(traced, objective, shards, 2 if bf16 else 4, ahead=ahead)
+        if cfg.parallel.accumulate > 1 and nodes.num_ranks > 1:  # DDP's are beside its buckets
+            parts = {**parts, ADDED_UP: 4.0 * trained(parameters)}
         collectives = collectives_of(
             cfg, nodes, objective, footprint.gathers, num_shards=shards, **on_card
         )
@@ -217,8 +233,12 @@ def make_plan(
         nodes=nodes,
         batch_size=counts.batch_size,
         most_samples=most,
+        accumulate=cfg.parallel.accumulate,
         max_tokens=cfg.data.max_tokens_per_batch or None,
+        precision=cfg.precision,
         bf16=bf16,
+        refusals=refusals_of(cfg, card, nodes),
+        own=own_layout(cfg, nodes),
         parameters=parameters,
         flops=flops,
         tokens=token_rows(counts_of(cfg)),
@@ -264,6 +284,32 @@ def source_of(
     )
 
 
+def refusals_of(cfg: TrainConfig, card: Card, nodes: Nodes) -> list[str]:
+    """Return why `m3i-fast train` would refuse the run on these cards, with what to change."""
+    refusals = []
+    if cfg.parallel.shard > 1 and nodes.num_ranks % cfg.parallel.shard:
+        refusals.append(
+            f"parallel.shard: expected a divisor of the {nodes.num_ranks} ranks, got "
+            f"{cfg.parallel.shard}"
+        )
+    if cfg.parallel.accumulate > 1 and (reason := needs_whole_batch(cfg)):
+        refusals.append(f"parallel.accumulate: expected 1 with {reason}")
+    if cfg.precision in FP8 and card.is_gpu:
+        if cfg.precision not in card.formats:
+            computed = ", ".join(("bf16", *card.formats))
+            refusals.append(
+                f"precision: {card.name} computes {computed}, expected one of these, got "
+                f"{cfg.precision}"
+            )
+        wrong = [] if cfg.data.any_shape else legal_batches(cfg)
+        refusals += [
+            f"data.batch_size: not legal for {row.recipe}: {row.reason}"
+            for row in wrong
+            if row.recipe == cfg.precision and not row.is_legal
+        ]
+    return refusals
+
+
 _ONE_OF_SEVERAL = (
     "parallel.accumulate: all is of one of the {} batches of a step, as if it were a step"
 )
@@ -279,8 +325,9 @@ _MEMORY_ASSUMPTIONS = [
     "every image has a label and a caption, the captions of all ranks are candidates of each",
     "memory beside torch's allocator is made of constants; left out are fragmentation, workspaces "
     "of kernels but cuBLAS's, and what torch.compile saves",
-    "ddp: gradients are views of its buckets. fsdp: a block a unit, two gathered at once, weights "
-    "in the type that is computed with, gradients reduced in fp32",
+    "ddp: gradients are views of its buckets, which hold them all from the start. fsdp: a block a "
+    "unit, one more gathered ahead or as many as parallel.prefetch, weights in the type that is "
+    "computed with, gradients reduced in fp32, and where batches are added up kept whole",
     "sent: all but the statistics that losses, batch norms and the guard add up over ranks",
 ]
 
@@ -326,9 +373,17 @@ def _beside_tensors(cfg: TrainConfig, card: Card, footprint: Footprint) -> dict[
 
 
 def _sharded(
-    footprint: Footprint, objective: MutualInformation, shards: int, weight_bytes: int
+    footprint: Footprint,
+    objective: MutualInformation,
+    shards: int,
+    weight_bytes: int,
+    *,
+    ahead: int,
 ) -> dict[str, float]:
-    """Return a rank's memory under FSDP by block; the next block is gathered while one computes."""
+    """Return a rank's memory under FSDP by block.
+
+    ahead: blocks that are gathered while one computes.
+    """
     parts: dict[str, float] = {
         part: size / shards if part in SHARDED else size
         for part, size in footprint.sharded_peak.items()
@@ -338,9 +393,18 @@ def _sharded(
     rest, gathered = trained(count_parameters(objective)) - sum(blocks), largest_block(objective)
     of_rest = 4.0 if weight_bytes == 4 else 4.0 + weight_bytes  # and what autocast makes of it
     return parts | {
-        GATHERED: of_rest * rest + weight_bytes * 2.0 * gathered,
+        GATHERED: of_rest * rest + weight_bytes * (1.0 + ahead) * gathered,
         REDUCED: 4.0 * max(blocks, default=0),
     }
+
+
+def own_layout(cfg: TrainConfig, nodes: Nodes) -> str:
+    """Return the name of the strategy that the config asks for."""
+    if nodes.num_ranks == 1:
+        return "alone"
+    if cfg.parallel.shard == 1:
+        return "ddp"
+    return "hsdp" if 1 < cfg.parallel.shard < nodes.num_ranks else "fsdp"
 
 
 def layouts(cfg: TrainConfig, nodes: Nodes) -> dict[str, int]:

@@ -61,6 +61,8 @@ class Footprint:
     """All that is alive at the step's peak."""
     sharded_peak: Mapping[str, int]
     """The same of a step whose gradients are sharded, before anything is divided."""
+    ddp_peak: Mapping[str, int]
+    """The same of a step under DDP, whose buckets hold all gradients from the start to the end."""
     gathers: Mapping[str, int]
     """Times that a step gathers the weights of each block, by its name, where they are sharded."""
     graphs: Sequence[int] = ()
@@ -381,12 +383,15 @@ class _Stages:
             kept = {name: self._activations.get(name, 0) for name in (ENCODER, TEXT, DECODER)}
         late = tracker.peak | kept, tracker.sharded_peak | kept
         peak, sharded_peak = (max(*both, key=_sum) for both in zip(early, late, strict=True))
+        # Where gradients are sharded the peak is that of the rest, beside which they all are.
+        ddp_peak = max(early[1] | {GRADIENTS: self._gradients}, late[0], key=_sum)
         return Footprint(
             held={name: tracker.bytes[name] for name in HELD},
             activations=self._activations,
             gradients=self._gradients,
             peak=peak,
             sharded_peak=sharded_peak,
+            ddp_peak=ddp_peak,
             gathers=dict(gathers),
         )
 

@@ -35,7 +35,7 @@ def test_what_bounds_the_run_is_said_and_what_helps(capsys: pytest.CaptureFixtur
     slow = ["--data.num-threads", "1", "--picture", "1500", "2000", "--cores", "8"]
     assert main([*DEMO, "--gpus", "2", "--card", "a100", *slow]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "decoding bounds the run: the loader gives" in shown
+    assert "decoding bounds the run (ddp): the loader gives" in shown
     assert "- m3i-fast data pack SOURCE DIR --for-gpu 256:" in shown
     assert "- --data.num-threads 7:" in shown
     assert "local-views" not in shown
@@ -67,6 +67,18 @@ def test_json_has_the_loader_in_pictures_a_second(capsys: pytest.CaptureFixture[
 def test_a_global_batch_is_shared_out(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "demo", "--gpus", "2", "--global-batch", "8", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["batch_size"] == 4
+
+
+def test_a_global_batch_is_shared_out_over_the_batches_of_a_step(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    several = ["--gpus", "2", "--global-batch", "32", "--parallel.accumulate", "2"]
+    assert main(["plan", "demo_supervised", *several, "--precision", "fp8_current"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "8 images a rank x 2 batches, 32 a step, fp8_current (operations, memory and" in shown
+    assert main(["plan", "demo", *several]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "m3i-fast train refuses this run: parallel.accumulate: expected 1 with" in shown
 
 
 def test_a_saved_config(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

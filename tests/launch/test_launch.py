@@ -147,7 +147,7 @@ def test_the_pytorchjob_is_one_and_restarts_after_75() -> None:
         assert container["name"] == "pytorch"
         asked = _asked(container)
         code, _ = launch.retry_code(container["command"][2:])
-        assert code >= 128  # what the operator starts again
+        assert code is not None and code >= 128  # what the operator starts again
         assert asked.nnodes == str(sum(r["replicas"] for r in replicas.values()))
         assert asked.nproc_per_node == job["spec"]["nprocPerNode"]
         _expect_room(template, asked)
@@ -357,8 +357,34 @@ def test_what_launch_makes_of_exit_codes() -> None:
     assert launch.exit_code(-int(signal.SIGINT), {int(signal.SIGINT)}) == 130
     assert launch.retry_code(["--retry-code=138", "-m", "x"]) == (138, ["-m", "x"])
     assert launch.retry_code(["--retry-code", "138", "-m", "x"]) == (138, ["-m", "x"])
-    assert launch.retry_code(["-m", "x"]) == (75, ["-m", "x"])
+    assert launch.retry_code(["-m", "x"]) == (None, ["-m", "x"])
     for wrong in (["--retry-code"], ["--retry-code=0", "x"], ["--retry-code", "256"]):
         with pytest.raises(ValueError, match="--retry-code: expected a number from 1 to 255"):
             launch.retry_code(wrong)
     assert main(["launch"]) == 2 and main(["launch", "--retry-code=0"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("of_rank", "flags", "expected"),
+    [(75, [], 75), (69, [], 69), (75, ["--retry-code=138"], 138), (69, ["--retry-code=138"], 138),
+     (1, ["--retry-code=138"], 1)],
+)  # fmt: skip
+def test_the_retry_code_stands_for_what_may_be_started_again(
+    of_rank: int, flags: list[str], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "run_torchrun", lambda arguments, forward: of_rank)
+    monkeypatch.setattr(launch.signal, "signal", lambda number, handler: None)
+    assert launch.main([*flags, "train", "demo"]) == expected
+
+
+def test_signals_go_to_children_that_lead_a_session() -> None:
+    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+    rank, other = subprocess.Popen(sleep, start_new_session=True), subprocess.Popen(sleep)
+    try:
+        found = launch._ranks()
+        assert rank.pid in found and other.pid not in found
+    finally:
+        for process in (rank, other):
+            process.kill()
+            process.wait()
+    assert rank.pid not in launch._ranks()

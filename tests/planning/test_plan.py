@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from torch import nn
 
-from m3i_fast.config import TrainConfig
+from m3i_fast.config import ParallelConfig, TrainConfig
 from m3i_fast.config.models.text import TextConfig
 from m3i_fast.config.models.vit import ViTConfig, vit_b, vit_h, vit_l, vit_s
 from m3i_fast.costs.encoder_flops import vit
@@ -20,9 +22,22 @@ from m3i_fast.costs.roofline import CANDIDATES, StepCost, predict
 from m3i_fast.costs.step_flops import counts_of
 from m3i_fast.costs.traffic import Nodes, Traffic
 from m3i_fast.costs.view_cost import PICTURE
+from m3i_fast.engine.parallel.accumulation import expect_additive
 from m3i_fast.objectives.methods import CATEGORY
-from m3i_fast.planning.plan import GRAPHS, WORKSPACE, Plan, Strategy, make_plan, source_of, trained
+from m3i_fast.planning.plan import (
+    ADDED_UP,
+    GRAPHS,
+    WORKSPACE,
+    Plan,
+    Strategy,
+    make_plan,
+    own_layout,
+    refusals_of,
+    source_of,
+    trained,
+)
 from m3i_fast.planning.step_memory import AVERAGE, BATCH, FROZEN, HELD, PARAMETERS, STATES, trace
+from m3i_fast.planning.tensor_tracker import GRADIENTS
 from m3i_fast.recipes import demo_method, recipes, shrink
 
 TEXT = TextConfig(vocab_size=90, context_length=24, dim=32, depth=2, num_heads=2, embed_dim=32)
@@ -190,8 +205,10 @@ def plan() -> Plan:
 
 def test_memory_is_the_traced_peak_and_what_is_assumed(plan: Plan) -> None:
     ddp, fsdp = (strategy.memory for strategy in plan.strategies)
-    peak = trace(small(), bf16=True, num_shards=16).peak
-    assert ddp.parts == {**peak, WORKSPACE: 32 * 2**20}
+    traced = trace(small(), bf16=True, num_shards=16)
+    assert ddp.parts == {**traced.ddp_peak, WORKSPACE: 32 * 2**20}
+    assert ddp.parts[GRADIENTS] == traced.gradients  # DDP's buckets are there all the time
+    assert sum(traced.peak.values()) <= sum(traced.ddp_peak.values())
     assert fsdp.parts[WORKSPACE] == 32 * 2**20
     assert ddp.total == sum(ddp.parts.values()) + sum(ddp.assumed.values())
     for part in (PARAMETERS, AVERAGE, STATES):
@@ -306,7 +323,10 @@ def test_a_run_in_fp8_is_planned_at_the_rate_of_bf16_and_says_so(plan: Plan) -> 
 def test_a_step_of_several_batches_is_planned_as_one_of_them_and_says_so(plan: Plan) -> None:
     cfg = replace(small(), parallel=replace(small().parallel, accumulate=4))
     found = make_plan(cfg, card=CARDS["h100"], nodes=TWO_NODES)
-    assert found.strategies == plan.strategies
+    for one, several in zip(plan.strategies, found.strategies, strict=True):
+        parts = {**one.memory.parts, ADDED_UP: 4 * trained(plan.parameters)}
+        assert several == replace(one, memory=replace(one.memory, parts=parts))
+    assert found.global_batch == 4 * plan.global_batch
     assert set(found.assumptions) - set(plan.assumptions) == {
         "parallel.accumulate: all is of one of the 4 batches of a step, as if it were a step"
     }
@@ -355,9 +375,40 @@ def test_a_plan_asks_for_what_a_strategy_that_fits_trains(plan: Plan) -> None:
     ddp, fsdp = plan.strategies[:2]
     quick, slow = with_limit(ddp, 1.0, 0.1), with_limit(fsdp, math.inf, 0.4)
     found = replace(plan, strategies=[quick, slow])
-    assert found.fastest == slow and found.asked_images_s == plan.batch_size / 0.4
+    assert found.chosen == slow and found.asked_images_s == plan.batch_size / 0.4
     none_fits = replace(plan, strategies=[quick, with_limit(fsdp, 1.0, 0.4)])
-    assert none_fits.fastest == quick and none_fits.asked_images_s == plan.batch_size / 0.1
+    assert none_fits.chosen == quick and none_fits.asked_images_s == plan.batch_size / 0.1
+
+
+def test_the_strategy_that_is_asked_for_is_told_where_it_fits(plan: Plan) -> None:
+    ddp, fsdp = plan.strategies
+    quick = replace(fsdp, speed=replace(fsdp.speed, step_s=ddp.speed.step_s / 2))
+    assert replace(plan, strategies=[ddp, quick]).chosen == ddp and plan.own == "ddp"
+    sharded = replace(small(), parallel=replace(small().parallel, shard=-1))
+    assert own_layout(sharded, TWO_NODES) == "fsdp" and own_layout(small(), Nodes(1, 8)) == "alone"
+    groups = replace(small(), parallel=replace(small().parallel, shard=8))
+    assert own_layout(groups, TWO_NODES) == "hsdp"
+
+
+def test_what_training_refuses_is_told_by_the_plan() -> None:
+    cfg = replace(small(), parallel=replace(small().parallel, shard=3), precision="fp8_block")
+    found = refusals_of(cfg, CARDS["a100"], Nodes(8, 8))
+    assert found[0].startswith("parallel.shard: expected a divisor of the 8 ranks, got 3")
+    assert found[1].startswith("precision: a100 computes bf16, expected one of these, got fp8_blo")
+    assert refusals_of(small(), CARDS["h100"], Nodes(8, 8)) == []
+    several = replace(recipes()["m3i_vit_b_h100"](), parallel=ParallelConfig(accumulate=4))
+    (reason,) = refusals_of(several, CARDS["h100"], Nodes(8, 8))
+    assert reason.startswith("parallel.accumulate: expected 1 with the term")
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        expect_additive(several, nn.Linear(1, 1))
+    eight = replace(recipes()["m3i_vit_b_h100"](), precision="fp8_block")
+    uneven = replace(eight, data=replace(eight.data, batch_size=98))
+    assert any("data.batch_size: not legal for fp8_block" in why for why in refusals_of(
+        uneven, CARDS["h100"], Nodes(8, 8)))  # fmt: skip
+
+
+def test_groups_of_ranks_that_cross_nodes_send_over_the_network() -> None:
+    assert Nodes(12, 8).count == 2 and Nodes(16, 8).count == 2 and Nodes(4, 8).count == 1
 
 
 @pytest.mark.slow

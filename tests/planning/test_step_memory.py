@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -297,3 +299,29 @@ def test_the_tracker_follows_storages_and_not_views() -> None:
     assert tracker.bytes["x"] == 0
     assert tracker.bytes["y"] == 2000
     assert sum(tracker.peak.values()) == 6000
+
+
+BUCKETS = """
+import sys, os, psutil, torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+model = torch.nn.Sequential(*(torch.nn.Linear(2048, 2048, bias=False) for _ in range(16)))
+if sys.argv[1] == "ddp":
+    dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=0, world_size=1)
+    model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+for _ in range(2):
+    model(torch.ones(1, 2048)).sum().backward()
+    model.zero_grad(set_to_none=True)
+print(psutil.Process().memory_info().rss)
+"""
+
+
+def test_ddp_holds_all_gradients_between_steps(tmp_path: Path) -> None:
+    """torch's own: what `ddp_peak` has of a step, from its start to its end."""
+    held = {}
+    for kind in ("alone", "ddp"):
+        command = [sys.executable, "-c", BUCKETS, kind, str(tmp_path / "store")]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        held[kind] = int(done.stdout)
+    gradients = 16 * 2048 * 2048 * 4
+    assert 0.9 * gradients < held["ddp"] - held["alone"] < 1.6 * gradients

@@ -23,6 +23,15 @@ from types import FrameType, TracebackType
 from typing import NoReturn
 
 EXIT_CODE = 76
+LOST_PEER = os.EX_UNAVAILABLE
+"""Exit code, 69, of a rank whose peer ended while they talked."""
+# What gloo, NCCL and TCP say of it.
+_OF_A_LOST_PEER = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "ncclremoteerror",
+    "remote process exit",
+)
 INIT_MINUTES = 5.0  # nodes that read Python's packages from a cold file system differ by one or two
 WATCHDOG_MINUTES = 10.0
 A_STEP = "a step"
@@ -44,6 +53,11 @@ def end_at_once(code: int) -> NoReturn:
         with suppress(OSError):  # of a pipe that nobody reads any more
             stream.flush()
     os._exit(code)
+
+
+def lost_a_peer(error: BaseException) -> bool:
+    """Return whether a collective says that another rank has ended, or its node was lost."""
+    return any(words in str(error).lower() for words in _OF_A_LOST_PEER)
 
 
 def in_a_world() -> bool:

@@ -15,16 +15,25 @@ import torch
 
 from m3i_fast.benchmarks.core.timed_windows import Schedule
 from m3i_fast.benchmarks.ledger import rows as ledger
+from m3i_fast.benchmarks.node import main as node_main
 from m3i_fast.benchmarks.node import sweep as node_sweep
 from m3i_fast.benchmarks.node import sweep_point as node_point
 from m3i_fast.benchmarks.node.planned import cores_of_node
-from m3i_fast.benchmarks.node.sweep import AXES, Point, mark_best, measure_points, parse_sweep
+from m3i_fast.benchmarks.node.sweep import (
+    AXES,
+    Point,
+    last_words,
+    mark_best,
+    measure_points,
+    parse_sweep,
+)
 from m3i_fast.benchmarks.node.sweep_point import is_out_of_memory
 from m3i_fast.benchmarks.node.workloads import BOTH, LOADER, NO_EXCHANGE, SYNTHETIC
 from m3i_fast.cli import main
 from m3i_fast.config import TrainConfig
 from m3i_fast.costs.traffic import Nodes
-from m3i_fast.recipes import demo, shrink
+from m3i_fast.engine.parallel.ranks import World
+from m3i_fast.recipes import demo, recipes, shrink
 from tests.shared.engine.small_run import TEXT
 
 QUICK = "--windows 3 --window-seconds 0.05 --warmup-steps 1 --max-warmup-seconds 0".split()
@@ -263,3 +272,57 @@ def test_running_out_of_memory_is_told_from_other_errors() -> None:
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"))
     assert is_out_of_memory(MemoryError())
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+TORCHRUN = """\
+[rank1]: Traceback (most recent call last):
+[rank1]:   File "x.py", line 3, in <module>
+[rank1]: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB
+W1202 06:00:00.000000 1 torch/distributed/elastic/multiprocessing/api.py:908] Sending SIGTERM
+Traceback (most recent call last):
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+============================================================
+x.py FAILED
+------------------------------------------------------------
+  traceback : To enable traceback see: https://pytorch.org/docs
+============================================================
+"""
+
+
+@pytest.mark.parametrize(
+    ("stderr", "expected"),
+    [
+        (TORCHRUN, "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB"),
+        ("python: No module named x\n", "python: No module named x"),
+        ("", ""),
+    ],
+)
+def test_the_reason_of_a_failed_point_is_its_first_error(stderr: str, expected: str) -> None:
+    assert last_words(stderr) == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--ranks", "8"], "launch --nproc-per-node 8 bench node demo measures"),
+        (["--json", "nowhere/figures.json"], "--json: expected a file in a folder that is there"),
+    ],
+)
+def test_what_cannot_be_measured_or_kept_is_refused_first(flags: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        node_main.main(["demo", *flags])
+
+
+def test_a_recipe_of_any_shape_is_sent_elsewhere() -> None:
+    with pytest.raises(ValueError, match="measure such a recipe by m3i-fast profile, or bench"):
+        node_main.main([next(name for name in recipes() if name.startswith("any_shape"))])
+
+
+def test_pictures_for_one_run_are_refused_over_several_nodes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World(torch.device("cpu"), rank=0, size=16)
+    monkeypatch.setattr(node_main, "join_world", lambda device: world)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(ValueError, match="--synthetic-data: expected one node, .* got 2: make"):
+        node_main.measure_node(demo(), Schedule(), make_data=True)

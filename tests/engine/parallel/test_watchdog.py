@@ -21,9 +21,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from m3i_fast import cli
 from m3i_fast.benchmarks.faults.failing_files import in_child
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine.parallel.watchdog import EXIT_CODE, GRACE, Watchdog
+from m3i_fast.engine.parallel.watchdog import EXIT_CODE, GRACE, LOST_PEER, Watchdog, lost_a_peer
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.recipes import demo, shrink
@@ -275,3 +276,41 @@ def test_a_rank_that_others_wait_for_ends_them(where: str, dataset: Path, tmp_pa
     else:
         assert ranks[0].exitcode == 1 and "RuntimeError" in text
     assert "train_step" in text
+
+
+def _lose_a_peer(rank: int, store: str, told: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    dist.all_reduce(torch.ones(1))
+    if rank == 1:
+        time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        while True:
+            dist.all_reduce(torch.ones(1))
+    except RuntimeError as error:
+        told.write_text(str(error))
+    os._exit(0)
+
+
+def test_a_peer_that_is_killed_has_an_exit_code_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = tmp_path / "told"
+    context = mp.start_processes(
+        _lose_a_peer, (str(tmp_path / "store"), told), nprocs=2, join=False, start_method="spawn"
+    )
+    for process in context.processes:
+        process.join(60)
+    error = RuntimeError(told.read_text())
+    assert lost_a_peer(error) and not lost_a_peer(RuntimeError("expected 3 rows, got 4"))
+
+    def verb(arguments: list[str]) -> int:
+        raise error
+
+    codes: list[int] = []
+    monkeypatch.setattr("m3i_fast.cli.doctor.main", verb)
+    monkeypatch.setattr(cli, "end_at_once", codes.append)
+    assert cli.main(["doctor"]) == 1 and codes == []  # of one process: an error like any other
+    monkeypatch.setattr(cli, "in_a_world", lambda: True)
+    assert cli.main(["doctor"]) == LOST_PEER and codes == [LOST_PEER]
+    assert "another rank has ended" in capsys.readouterr().err
