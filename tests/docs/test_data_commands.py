@@ -248,7 +248,7 @@ def test_the_arithmetic_of_the_tables() -> None:
         "| 156 | 156 |": pictures // (8 * m3i_vit_s_h100().data.batch_size) == 156,
         "8 x 1,024 = 4 x 2,048": m3i_vit_s_h100().data.batch_size == 1024,
         "244,160 shards": 20 * -(-many // 20 // shard) == 244_160,
-        "25 GB, where": many // 20 * 500 == 25 * 10**9,
+        "45 GB, where": many // 20 * 900 == 45 * 10**9,
         "833 core-hours": round(many * 3e-3 / 3600) == 833,
         "3.8 hours": round(many * 137e3 / 10e9 / 3600, 1) == 3.8,
         "$190": round(1000 * 3.8 * 0.05) == 190,

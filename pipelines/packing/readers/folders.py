@@ -239,13 +239,14 @@ class Folders:
             self.options.path, listing, Counter(), allow_outside=outside, follow_links=outside
         )
         splits = split_folders([picture.path for picture in found])
-        unlabelled = self._without_classes(found, splits)
-        _note_splits(listing, splits, unlabelled)
+        if splits:
+            said = ", ".join(f"{name} (as {split_called(name)})" for name in sorted(splits))
+            listing.notes.append(f"splits are folders: {said}")
         has_captions = self._has_captions(found, listing)
         classes: list[str] = []
         for picture in found:
             try:
-                split, name = self._split_and_class(picture, splits, unlabelled)
+                split, name = self._split_and_class(picture, splits)
                 captions: tuple[str, ...] = ()
                 if has_captions and picture.has_text:
                     captions = clean_captions((self._text(picture),))
@@ -264,7 +265,11 @@ class Folders:
             )
         names = sorted(set(classes) - {""})
         if self.by_class and found:
-            self._note_empty(listing, splits - unlabelled if splits else {"."}, set(names))
+            self._note_empty(listing, splits or {"."}, set(names))
+            if without := classes.count(""):
+                listing.notes.append(
+                    f"{without} pictures are in no folder of a class, and have no label"
+                )
         number = {name: i for i, name in enumerate(names)}
         listing.class_names = tuple(map(printable, names))
         listing.items = [
@@ -274,15 +279,7 @@ class Folders:
         assign_columns(listing, self.options, {})
         return listing
 
-    def _without_classes(self, found: Sequence[Found], splits: set[str]) -> set[str]:
-        """Return the splits whose pictures are in no folders, where folders are classes."""
-        if not self.by_class:
-            return set()
-        return splits - {one.path.partition("/")[0] for one in found if one.path.count("/") > 1}
-
-    def _split_and_class(
-        self, picture: Found, splits: set[str], unlabelled: set[str]
-    ) -> tuple[str, str]:
+    def _split_and_class(self, picture: Found, splits: set[str]) -> tuple[str, str]:
         """Return the split and the class of a picture, empty for none; raises Refused."""
         folders = picture.path.split("/")[:-1]
         top = folders.pop(0) if splits and folders else ""
@@ -291,15 +288,8 @@ class Folders:
                 "expected a folder of its split, got none",
                 f"move it into {' or '.join(sorted(splits))}, or out of SOURCE",
             )
-        split = split_called(top) or "train"
-        if not self.by_class or top in unlabelled:
-            return split, ""
-        if not folders:
-            raise Refused(
-                "expected a folder of its class, got none",
-                "move it into the folder of its class, or say --kind folder",
-            )
-        return split, folders[0]
+        is_labelled = self.by_class and folders
+        return split_called(top) or "train", folders[0] if is_labelled else ""
 
     def _has_captions(self, found: Sequence[Found], listing: Listing) -> bool:
         """Return whether the texts beside pictures are captions, and note what was chosen."""
@@ -358,11 +348,3 @@ class Folders:
 
     def read(self, place: Place) -> bytes:
         return read_picture(self.options.path / str(place[0]))
-
-
-def _note_splits(listing: Listing, splits: set[str], unlabelled: set[str]) -> None:
-    if splits:
-        said = ", ".join(f"{name} (as {split_called(name)})" for name in sorted(splits))
-        listing.notes.append(f"splits are folders: {said}")
-    for name in sorted(unlabelled):
-        listing.notes.append(f"{name} has no folders of classes: its pictures have no label")

@@ -50,7 +50,11 @@ LAYOUTS = {
         {"train": 3, "test": 1},
         {"cat": 2, "dog": 1},
     ),
-    "a picture beside classes": ({"cat": 8, "dog": 4, ".": 1}, {"train": 12}, {"cat": 8, "dog": 4}),
+    "a picture beside classes": (
+        {"cat": 8, "dog": 4, ".": 1},
+        {"train": 13},
+        {"cat": 8, "dog": 4, None: 1},
+    ),
     "a picture beside splits": (
         {"train/cat": 8, "train/dog": 2, "val/cat": 2, "val/dog": 1, "assets": 1},
         {"train": 10, "heldout": 3},
@@ -73,7 +77,7 @@ def test_layouts_of_others_are_told(name: str, tmp_path: Path) -> None:
     assert Counter(labels_of(out)) == labels
     assert len(packed.refused) == sum(layout.values()) - sum(expected.values())
     if packed.refused:
-        assert "expected a folder of its" in packed.refused[0].reason
+        assert "expected a folder of its split" in packed.refused[0].reason
 
 
 def test_captions_beside_pictures_are_read_and_folders_of_shards_are_no_classes(

@@ -18,13 +18,14 @@ from m3i_fast.benchmarks.faults.failing_files import killed_at
 from m3i_fast.pipelines.dataset.manifest import is_dataset, read_manifest
 from m3i_fast.pipelines.dataset.verification.verify import verify
 from m3i_fast.pipelines.packing.shard_task import ShardTask
-from m3i_fast.pipelines.packing.workers import run_here, with_processes
+from m3i_fast.pipelines.packing.workers import run_here, with_processes, with_ray
 from tests.pipelines.packing.helpers import (
     contents,
     make_folder,
     pack_with,
     picture,
     put,
+    refused_of,
     rows_of,
     sizes,
 )
@@ -295,3 +296,15 @@ def test_samples_are_shuffled_over_all_shards(folder: Path, tmp_path: Path) -> N
     ids = rows[:, 1]
     assert len(set(ids.tolist())) == len(ids) == 257
     assert abs(np.corrcoef(ids, np.arange(len(ids)))[0, 1]) < 0.2
+
+
+@pytest.mark.slow
+def test_ray_writes_the_same_bytes(tmp_path: Path) -> None:
+    """Shards as tasks of a Ray cluster that this machine is."""
+    for i in range(40):
+        put(tmp_path / "source", f"{'ab'[i % 2]}/{i}.png", b"none" if i % 9 == 0 else None)
+    flags = {"samples_per_shard": 8, "name": "set"}
+    here = pack_with(tmp_path / "source", tmp_path / "here", **flags)
+    there = pack_with(tmp_path / "source", tmp_path / "there", with_ray("local"), **flags)
+    assert contents(tmp_path / "there") == contents(tmp_path / "here")
+    assert refused_of(there) == refused_of(here) and len(there.refused) == 5

@@ -344,7 +344,7 @@ def test_what_a_person_types(
     assert f"got {url}: packing reads" in said and f"m3i-fast data index {url}" in said
 
 
-@pytest.mark.nightly  # test_ray has it in CI for a folder
+@pytest.mark.nightly  # test_job has it in CI for a folder
 def test_ray_writes_the_same_objects(
     folder: Path, undisturbed: dict[str, bytes], url: str, cache: Path
 ) -> None:
