@@ -22,6 +22,7 @@ MOST_STEPS = 1 << 16  # over segments and fill bytes
 _PNG_DEPTH, _PNG_KIND = 24, 25  # bytes of the header: bits a channel, and which channels
 _ORIENTATION = 0x0112  # in EXIF
 _ON_ITS_SIDE = (5, 6, 7, 8)  # orientations that change height and width
+_XMP = {"xmp", "XML:com.adobe.xmp"}  # where Pillow keeps it
 _TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # orientation: Pillow's Transpose
 MAX_SIDE = 1 << 24  # of a picture that views are cut of, kViewMaxPicture in cuda/views/params.h
 
@@ -132,12 +133,10 @@ def exif_orientation(picture: Any) -> int:
     That of XMP, which Pillow takes where EXIF has none, is left alone: DALI reads EXIF only.
     """
     found = picture.getexif().get(_ORIENTATION, 1)
-    if (raw := picture.info.get("exif")) is not None:
+    if picture.info.keys() & _XMP:
         exif = require("PIL.Image").Exif()
-        exif.load(raw)
+        exif.load(picture.info.get("exif", b""))
         found = exif.get(_ORIENTATION, 1)
-    elif "Raw profile type exif" not in picture.info and not hasattr(picture, "tag_v2"):
-        found = 1
     return found if isinstance(found, int) and 1 <= found <= 8 else 1
 
 

@@ -13,6 +13,7 @@ gone is removed by the next one that needs room or begins.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -25,6 +26,7 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _SLACK = 20  # a sweep frees a 20th more than is needed, so that few reads list the folder
 
 
@@ -80,8 +82,8 @@ class SharedCache:
         """Fetch a file into the cache, and return it as `take` does.
 
         pieces: its content, `num_bytes` of it, written as it comes. Raises CacheFull where there is
-        no room, before the first piece is asked for, and whatever `pieces` raises; nothing is left
-        then.
+        no room, before the first piece is asked for, or where the disk is full, after which the
+        cache is bounded by what it holds; and whatever `pieces` raises. Nothing is left then.
         """
         part, own = self._own / f"{name}.part", self._own / name
         with self._locked():
@@ -104,11 +106,25 @@ class SharedCache:
                 except FileExistsError:  # another process was as fast: its file is as good
                     self._remove(own)
                     os.link(self._files / name, own)
-        except BaseException:
+        except BaseException as error:
             with self._locked():
                 self._remove(part)
+                if isinstance(error, OSError) and error.errno in _DISK_FULL:
+                    raise self._kept_smaller(error) from error
             raise
         return own
+
+    def _kept_smaller(self, error: OSError) -> CacheFull:
+        """Bound the cache by what it holds, since its disk has room for no more."""
+        self.limit_bytes = min(self.limit_bytes, self._recount())
+        logger.warning(
+            "%s: %s: the cache is kept to the %d bytes that it has; make room on its disk, or name "
+            "another by --data.cache-dir",
+            self.folder,
+            error.strerror,
+            self.limit_bytes,
+        )
+        return CacheFull(f"{self.folder}: {error.strerror}")
 
     def release(self, name: str) -> None:
         """Say that a file is no longer in use here."""

@@ -34,6 +34,7 @@ from m3i_fast.engine.live_evaluation import (
 from m3i_fast.engine.parallel.ranks import World
 from m3i_fast.engine.run.random_state import random_state
 from m3i_fast.engine.trainer import Trainer
+from m3i_fast.evaluation import chosen_rows
 from m3i_fast.evaluation.chosen_rows import choose_rows
 from m3i_fast.evaluation.live_figures import NUM_NEIGHBOURS
 from m3i_fast.evaluation.probes.knn import TEMPERATURE
@@ -378,8 +379,8 @@ def test_a_bank_of_one_class_is_refused_and_missing_classes_are_told(
     table = np.fromfile(copied / "train.samples", ROW)
     good = np.flatnonzero((table["label"] >= 0) & (table["sample_id"] == table["group_id"]))
     by_class = good[table["label"][good].argsort(kind="stable")]
-    monkeypatch.setattr(live_evaluation, "good_rows", ordered(live_evaluation.good_rows, by_class))
-    monkeypatch.setattr(live_evaluation, "shards_url", lambda path: "s3://bucket")
+    monkeypatch.setattr(chosen_rows, "good_rows", ordered(chosen_rows.good_rows, by_class))
+    monkeypatch.setattr(chosen_rows, "shards_url", lambda path: "s3://bucket")
     cfg = small_run(copied, num_steps=2, evaluate_every=1, evaluate_pictures=2)
     with pytest.raises(ValueError, match="--evaluate-pictures: expected pictures of two classes"):
         LiveEvaluation(cfg, World(torch.device("cpu")))

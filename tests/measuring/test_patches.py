@@ -111,7 +111,7 @@ def test_segmentation_is_the_head_on_timms_patches(bare: Path, tmp_path: Path) -
     settings = settings_of(bare, tmp_path, spec, segmentation=root, training=training)
     told: list[str] = []
     results = evaluate(settings, plan(settings), World(CPU), tell=told.append)
-    assert results is not None and f"{root}: 30 steps of 16 crops" in told[-1]
+    assert results is not None and f"{root}: 30 steps of 16 crops" in told[-2]
     assert [*results.encoders[0].measured] == ["correspondence", "segmentation"]
     found = results.encoders[0].measured["segmentation"]
     model, normalise = library(file)

@@ -85,6 +85,10 @@ def _asked_of_files(options: SourceOptions) -> list[str]:
     return [flag for flag, value in asked.items() if value not in (None, ())]
 
 
+# What a folder of all pictures of a split is called, which is no class.
+HOLDERS = frozenset(("images", "image", "imgs", "img", "jpegimages", "pictures", "photos"))
+
+
 class Guess(NamedTuple):
     """A kind of source, why it is taken for that, and the folder below the path that it is."""
 
@@ -175,7 +179,7 @@ def _above_splits(paths: Sequence[str]) -> str:
 
 
 def _have_classes(paths: Sequence[str], splits: Set[str]) -> bool:
-    """Return whether the pictures for training are in folders of two classes or more.
+    """Return whether the pictures for training are in folders of classes.
 
     Those of another split are as well, or in no folders at all.
     """
@@ -188,4 +192,4 @@ def _have_classes(paths: Sequence[str], splits: Set[str]) -> bool:
             return False
         if is_labelled and split_called(split) == "train":
             classes |= {path.partition("/")[0] for path in inside if "/" in path}
-    return len(classes) > 1
+    return len(classes) > 1 or not {name.lower() for name in classes} <= HOLDERS

@@ -50,6 +50,7 @@ LAYOUTS = {
         {"train": 3, "test": 1},
         {"cat": 2, "dog": 1},
     ),
+    "one class": ({"train/cat": 2, "val/cat": 1}, {"train": 2, "heldout": 1}, {"cat": 2}),
     "a picture beside classes": (
         {"cat": 8, "dog": 4, ".": 1},
         {"train": 13},

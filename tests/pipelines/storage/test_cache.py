@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import subprocess
 import sys
@@ -109,6 +110,27 @@ def test_a_fetch_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert cache.take("a", SIZE) is None and num_bytes(tmp_path) == 0
     assert (tmp_path / "size").read_text() == "0"
     put(cache, "a")
+
+
+def test_a_disk_that_is_full_bounds_the_cache(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A file that was used longest ago makes room for the next one, where no disk does."""
+    cache = SharedCache(tmp_path / "cache", 10_000)
+
+    def full() -> Iterator[bytes]:
+        yield b"x" * 50
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for name in ("a", "b"):
+        cache.write(name, 100, [b"x" * 100])
+        cache.release(name)
+    with pytest.raises(CacheFull, match="No space left on device"):
+        cache.write("c", 100, full())
+    assert cache.limit_bytes == 200 and "--data.cache-dir" in caplog.text
+    cache.write("c", 100, [b"c" * 100])
+    assert cache.take("a", 100) is None and cache.take("c", 100) is not None
+    cache.close()
 
 
 def test_a_file_of_another_size_is_not_taken(tmp_path: Path) -> None:

@@ -298,7 +298,7 @@ def test_the_page_is_equal(
     pages = []
     for number, place in enumerate((str(path), url)):
         out = tmp_path / f"{number}.html"
-        words = ["data", "show", place, "--out", str(out), "--num", "5", "--counted", "20"]
+        words = ["data", "show", place, "--out", str(out), "--num", "5", "--counted", "200"]
         assert main([*words, "--recipe", "demo"]) == 0
         pages.append(out.read_text())
     assert pages[0] == pages[1] and "a.gif" in pages[1] and "convert it" in pages[1]
