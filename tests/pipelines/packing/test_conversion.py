@@ -258,3 +258,11 @@ def test_a_side_too_long_for_a_jpeg_is_refused(tmp_path: Path) -> None:
     assert stored(long).content == long
     with pytest.raises(Refused, match="sides of at most 65500 for a JPEG, got 2 x 70000"):
         stored(long, for_gpu=2)
+
+
+def test_a_tiff_is_turned_by_its_own_tag_whatever_its_xmp_says() -> None:
+    xmp = b'<x:xmpmeta><rdf:Description tiff:Orientation="3"/></x:xmpmeta>'
+    content = encoded(RGB, "TIFF", tiffinfo={274: 6, 700: xmp})
+    assert "xmp" in Image.open(io.BytesIO(content)).info
+    found = np.asarray(Image.open(io.BytesIO(stored(content).content)))
+    assert np.array_equal(found, np.rot90(PIXELS, -1))
