@@ -91,7 +91,7 @@ def test_captions_beside_pictures_are_read_and_folders_of_shards_are_no_classes(
         put(source, f"0000{i // 2}/{i}.json", b"{}")
         if i != 2:
             put(source, f"0000{i // 2}/{i}.txt", f"red cat {i}\n".encode())
-    put(source, "00001/3.txt", b"caf\xe9 au lait")
+    put(source, "00001/3.txt", b"red\xe9 cat")
     found = pack_with(source, out)
     assert [row.captions for row in rows_of(out)] == [("red cat 0",), ("red cat 1",), ()]
     assert labels_of(out) == [None] * 3 and found.manifest.class_names == ()
