@@ -40,18 +40,6 @@ LOOKED_AT = 20  # texts beside pictures, to tell captions from numbers
 NUMBERS = re.compile(r"[\d\s.,;:eE+-]*")  # as boxes beside pictures, which YOLO reads
 # Of a folder of pictures, by the datasets library.
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-TEXT = ".txt"
-PICTURE_SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .webp .bmp .dib .tif .tiff .gif .ico .ppm .pgm .pbm .pnm".split()
-)
-MOST_NAMED = 20  # folders in a note
-MOST_CAPTION_BYTES = 1 << 20
-LOOKED_AT = 20  # texts beside pictures, to tell captions from numbers
-TABLES = (
-    "metadata.jsonl",
-    "metadata.csv",
-    "metadata.parquet",
-)  # of a folder of the datasets library
 
 
 # Pictures that are not read, by what their files are called.
