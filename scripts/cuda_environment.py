@@ -12,6 +12,8 @@ import shutil
 import sys
 from pathlib import Path
 
+import tomllib
+
 from scripts import install
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,21 +21,27 @@ VENV = ROOT / "build" / "cuda"
 PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "installed.json"
 CONSTRAINTS = ROOT / "constraints-cuda.txt"
+# Besides what the package itself depends on.
 PACKAGES = (
     *("setuptools", "wheel", "pybind11", "ninja", "packaging", "cmake", "scikit-build-core"),
-    *("numpy", "safetensors", "rich", "tyro>=1.0", "cattrs", "tensorboard", "torchao"),
-    *("pytest", "pytest-xdist"),
-    *("torch", "cuda-toolkit[nvcc,nvrtc,cudart,cccl]", "nvidia-curand", "nvidia-ml-py"),
+    *("torchao", "pytest", "pytest-xdist"),
+    *("cuda-toolkit[nvcc,nvrtc,cudart,cccl]", "nvidia-curand", "nvidia-ml-py"),
 )
 # The cards that the null runtime is asked to be: code for 8.0 and for 9.0's own instructions.
 ARCHITECTURES = "80;90a-real"
+
+
+def packages() -> tuple[str, ...]:
+    """Return what build/cuda holds besides our package: its own dependencies, and PACKAGES."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return (*project["dependencies"], *PACKAGES)
 
 
 def wanted_state() -> dict[str, str]:
     """Say what build/cuda is made from: another `torch` makes it anew, `cpp` our package alone."""
     constraints = CONSTRAINTS.read_text()
     return {
-        "torch": install.digest([], ROOT, sys.version, *PACKAGES, constraints),
+        "torch": install.digest([], ROOT, sys.version, *packages(), constraints),
         "cpp": install.digest(install.package_sources(), ARCHITECTURES),
         "modules": install.digest((), *install.package_files()),
     }
@@ -78,7 +86,7 @@ def build_torch() -> None:
     """Make the environment from nothing, without our package."""
     shutil.rmtree(VENV, ignore_errors=True)
     install.make_environment(VENV)
-    pip(*PACKAGES)
+    pip(*packages())
 
 
 def build_package() -> None:

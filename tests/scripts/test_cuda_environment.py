@@ -46,6 +46,14 @@ def test_other_versions_make_it_anew_and_other_sources_our_package_alone(checkou
     assert differing(before, cuda_environment.wanted_state()) == {"torch"}
 
 
+def test_a_new_dependency_of_the_package_makes_it_anew(checkout: Path) -> None:
+    before = cuda_environment.wanted_state()
+    project = checkout / "pyproject.toml"
+    project.write_text(project.read_text().replace('"psutil",', '"psutil", "one-more>=2",'))
+    assert "one-more>=2" in cuda_environment.packages()
+    assert "torch" in differing(before, cuda_environment.wanted_state())
+
+
 def test_the_null_runtime_is_built_apart_from_the_package(checkout: Path) -> None:
     before = cuda_environment.wanted_state()
     (checkout / "cuda" / "null" / "new.cpp").write_text("// new\n")
