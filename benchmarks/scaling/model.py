@@ -25,8 +25,8 @@ from m3i_fast.costs.gpus import Card
 from m3i_fast.costs.roofline import CANDIDATES
 from m3i_fast.costs.step_flops import step_flops, without_sampling
 from m3i_fast.costs.traffic import Nodes, Traffic, all_reduce, total
-from m3i_fast.planning.plan import collectives_of, in_bf16, trained
-from m3i_fast.planning.step_memory import build_on_meta, trace
+from m3i_fast.planning.plan import collectives_of, in_bf16
+from m3i_fast.planning.step_memory import build_on_meta, trace, trained
 
 BUCKET_BYTES = 25 * 2**20  # of DDP's gradients; its first is 1 MiB
 FIRST_BUCKET_BYTES = 2**20

@@ -1,7 +1,7 @@
 """What a run needs and how fast it can be, from its config alone: nothing is run or allocated.
 
 FLOPs and traffic are closed forms, memory is that of the real step on tensors without data
-(`memory`), times are `roofline`'s. What beside torch's allocator takes memory is assumed.
+(`rank_memory`), times are `roofline`'s.
 """
 
 from __future__ import annotations
@@ -40,50 +40,22 @@ from m3i_fast.engine.parallel.accumulation import needs_whole_batch
 from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.objectives.terms.views import Embedding
 from m3i_fast.pipelines.storage.objects import url_of
+from m3i_fast.planning import rank_memory
+from m3i_fast.planning.rank_memory import Memory, memory_of
 from m3i_fast.planning.sharded_units import count_scalars, units_of
 from m3i_fast.planning.step_memory import (
     AVERAGE,
-    BATCH,
     FROZEN,
     PARAMETERS,
-    STATES,
     Footprint,
-    block_sizes,
     build_on_meta,
     count_parameters,
     largest_batch,
-    largest_block,
     trace,
+    trained,
 )
-from m3i_fast.planning.tensor_tracker import CAST_WEIGHTS, GRADIENTS
 
-# Of a process on a GPU, in bytes; constants, not measured.
-CONTEXT = {"CUDA context": 0.5 * 2**30, "DALI decoder and pools": 2.0 * 2**30}
-NCCL = {"NCCL buffers": 0.5 * 2**30}
-GATHERED, REDUCED, AHEAD = "gathered weights", "gradients being reduced", "batches ahead"
-ADDED_UP = "gradients added up"  # of the batches of a step, whole on every rank
-WORKSPACE, GRAPHS = "cuBLAS workspace", "CUDA graphs"
-SHARDED = (PARAMETERS, FROZEN, AVERAGE, STATES, GRADIENTS)
 PREDICTIONS = "strategies and footprint: computed from the config, run on no card"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Memory:
-    """Bytes of one rank at the peak of a step, by part."""
-
-    parts: Mapping[str, float]
-    assumed: Mapping[str, float]
-    """Beside torch's allocator."""
-    limit: float | None
-    """Of the card, as published; None: not known."""
-
-    @property
-    def total(self) -> float:
-        return sum(self.parts.values()) + sum(self.assumed.values())
-
-    @property
-    def fits(self) -> bool | None:
-        return None if self.limit is None else self.total <= self.limit
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -197,18 +169,12 @@ def make_plan(
     flops = step_flops(cfg, num_ranks=nodes.num_ranks)
     source, cores = source or source_of(cfg, card, nodes), cores or card.cores
     loader = loading.loader_cost(cfg.data, card, source, cores=cores, local_ranks=nodes.local)
-    assumed = _assumed_memory(cfg, card, nodes, footprint)
     strategies = []
     for name, shards in layouts(cfg, nodes).items():
         traced = footprint
         if 1 < shards < nodes.num_ranks:
             traced = trace(cfg, bf16=bf16, cuda=card.is_gpu, num_shards=shards)
-        parts: Mapping[str, float] = traced.peak if nodes.num_ranks == 1 else traced.ddp_peak
-        if shards > 1:
-            ahead = max(cfg.parallel.prefetch, 1)
-            parts = _sharded(traced, objective, shards, 2 if bf16 else 4, ahead=ahead)
-        if cfg.parallel.accumulate > 1 and nodes.num_ranks > 1:  # DDP's are beside its buckets
-            parts = {**parts, ADDED_UP: 4.0 * trained(parameters)}
+        memory = memory_of(cfg, card, nodes, traced, objective, num_shards=shards, bf16=bf16)
         collectives = collectives_of(
             cfg, nodes, objective, footprint.gathers, num_shards=shards, **on_card
         )
@@ -222,8 +188,6 @@ def make_plan(
             loader_images_s=loader.images_s,
             loader_bound=loader.bound,
         )
-        parts = {**parts, **_beside_tensors(cfg, card, traced)}
-        memory = Memory(parts=parts, assumed=assumed, limit=card.memory_bytes)
         speed = predict(cost, card, num_ranks=nodes.num_ranks, utilisation=utilisation)
         strategies.append(
             Strategy(name=name, memory=memory, collectives=collectives, sent=sent, speed=speed)
@@ -247,7 +211,8 @@ def make_plan(
         strategies=strategies,
         loader=loader,
         assumptions=[
-            *_MEMORY_ASSUMPTIONS,
+            *rank_memory.ASSUMPTIONS,
+            _SENT,
             *assumptions(card, utilisation=utilisation),
             *loading.assumptions(cfg.data, card, source, cores),
             *more,
@@ -321,81 +286,12 @@ _OF_ANY_SHAPE = [
     "and the most pictures",
 ]
 _FP8_RATE = "products in FP8 run at the rate of bf16: what they gain is not predicted"
-_MEMORY_ASSUMPTIONS = [
-    "every image has a label and a caption, the captions of all ranks are candidates of each",
-    "memory beside torch's allocator is made of constants; left out are fragmentation, workspaces "
-    "of kernels but cuBLAS's, and what torch.compile saves",
-    "ddp: gradients are views of its buckets, which hold them all from the start. fsdp: a block a "
-    "unit, one more gathered ahead or as many as parallel.prefetch, weights in the type that is "
-    "computed with, gradients reduced in fp32, and where batches are added up kept whole",
-    "sent: all but the statistics that losses, batch norms and the guard add up over ranks",
-]
+_SENT = "sent: all but the statistics that losses, batch norms and the guard add up over ranks"
 
 
 def in_bf16(cfg: TrainConfig, card: Card) -> bool:
     """Whether matrix products that are not in FP8 run in bf16."""
     return cfg.precision != "fp32" and (cfg.precision != "auto" or card.is_gpu)
-
-
-def trained(parameters: Mapping[str, int]) -> int:
-    """Return how many parameters learn by gradients."""
-    return sum(size for part, size in parameters.items() if part not in (FROZEN, AVERAGE))
-
-
-def _assumed_memory(
-    cfg: TrainConfig, card: Card, nodes: Nodes, footprint: Footprint
-) -> dict[str, float]:
-    assumed: dict[str, float] = {AHEAD: footprint.held[BATCH] * cfg.data.prefetch}
-    if card.is_gpu:
-        assumed |= CONTEXT | (NCCL if nodes.num_ranks > 1 else {})
-    return assumed
-
-
-def _workspace(cfg: TrainConfig, card: Card) -> int:
-    """Return the bytes that torch's allocator gives cuBLAS for the stream of the step."""
-    if not (card.is_gpu and cfg.deterministic):
-        return card.workspace_bytes
-    return 8 * 4 * 2**20  # CUBLAS_WORKSPACE_CONFIG=:4096:8, which a deterministic run sets
-
-
-def _beside_tensors(cfg: TrainConfig, card: Card, footprint: Footprint) -> dict[str, float]:
-    """Return what torch's allocator holds beside the step's own tensors."""
-    workspace = _workspace(cfg, card)
-    if cfg.cuda_graphs == "none":
-        return {WORKSPACE: workspace}
-    if cfg.cuda_graphs == "step":
-        # What a step allocates, and its batch, once more: steps with monitors have no graph. The
-        # stream of the capture has a workspace, and so has the graph.
-        kept = footprint.of_a_step + footprint.held[BATCH] + 2 * workspace
-        return {WORKSPACE: workspace, GRAPHS: kept}
-    of_calls = footprint.graphs  # each in memory of its own, with a workspace
-    return {WORKSPACE: workspace, GRAPHS: sum(of_calls) + len(of_calls) * workspace}
-
-
-def _sharded(
-    footprint: Footprint,
-    objective: MutualInformation,
-    shards: int,
-    weight_bytes: int,
-    *,
-    ahead: int,
-) -> dict[str, float]:
-    """Return a rank's memory under FSDP by block.
-
-    ahead: blocks that are gathered while one computes.
-    """
-    parts: dict[str, float] = {
-        part: size / shards if part in SHARDED else size
-        for part, size in footprint.sharded_peak.items()
-        if part != CAST_WEIGHTS  # they are gathered in that type
-    }
-    blocks = block_sizes(objective)
-    rest, gathered = trained(count_parameters(objective)) - sum(blocks), largest_block(objective)
-    of_rest = 4.0 if weight_bytes == 4 else 4.0 + weight_bytes  # and what autocast makes of it
-    return parts | {
-        GATHERED: of_rest * rest + weight_bytes * (1.0 + ahead) * gathered,
-        REDUCED: 4.0 * max(blocks, default=0),
-    }
 
 
 def own_layout(cfg: TrainConfig, nodes: Nodes) -> str:

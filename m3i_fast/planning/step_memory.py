@@ -171,6 +171,11 @@ def count_parameters(objective: MutualInformation) -> dict[str, int]:
     return counts
 
 
+def trained(parameters: Mapping[str, int]) -> int:
+    """Return how many parameters learn by gradients."""
+    return sum(size for part, size in parameters.items() if part not in (FROZEN, AVERAGE))
+
+
 def block_sizes(objective: nn.Module) -> list[int]:
     """Return the trained parameters of each block that has any."""
     return [size for size in map(_count, blocks_of(objective)) if size]

@@ -25,18 +25,24 @@ from m3i_fast.costs.view_cost import PICTURE
 from m3i_fast.engine.parallel.accumulation import expect_additive
 from m3i_fast.objectives.methods import CATEGORY
 from m3i_fast.planning.plan import (
-    ADDED_UP,
-    GRAPHS,
-    WORKSPACE,
     Plan,
     Strategy,
     make_plan,
     own_layout,
     refusals_of,
     source_of,
+)
+from m3i_fast.planning.rank_memory import ADDED_UP, GRAPHS, WORKSPACE
+from m3i_fast.planning.step_memory import (
+    AVERAGE,
+    BATCH,
+    FROZEN,
+    HELD,
+    PARAMETERS,
+    STATES,
+    trace,
     trained,
 )
-from m3i_fast.planning.step_memory import AVERAGE, BATCH, FROZEN, HELD, PARAMETERS, STATES, trace
 from m3i_fast.planning.tensor_tracker import GRADIENTS
 from m3i_fast.recipes import demo_method, recipes, shrink
 
