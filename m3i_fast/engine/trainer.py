@@ -6,8 +6,10 @@ import logging
 import math
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -40,6 +42,7 @@ from m3i_fast.engine.run.log import RunLog
 from m3i_fast.engine.teacher_cache import cache_teachers
 from m3i_fast.engine.train_step import build_train_step
 from m3i_fast.observe.collapse import CollapseError, CollapseWatch
+from m3i_fast.observe.metrics import Ended
 from m3i_fast.pipelines.any_shape.batch import AnyBatch
 from m3i_fast.pipelines.any_shape.loader import PackedLoader
 from m3i_fast.pipelines.loader import BatchesOfRun, Loader
@@ -79,9 +82,11 @@ def train(
     of its healthy range. Under torchrun, or `m3i-fast launch`, every rank calls this.
 
     There is no limit of time and no watchdog: a run that hangs hangs, and what a GPU's errors mean
-    is not told. `m3i-fast train`, or `Trainer` for the former, has them. Raises as
-    `take_data_fields` and `Trainer`; an error of one rank has to end its process (`os._exit`), as
-    the others wait for it.
+    is not told. `m3i-fast train`, or `Trainer` for the former, has them. As it does, it leaves
+    behind in the process what the config asks of it: the seed of torch's generators, its number of
+    threads, and with `deterministic` its deterministic algorithms and their environment variables.
+    Raises as `take_data_fields` and `Trainer`; an error of one rank has to end its process
+    (`os._exit`), as the others wait for it.
     """
     had_joined = dist.is_initialized()
     trainer = Trainer(
@@ -149,45 +154,55 @@ class Trainer:
         )
         log_arithmetic(self.arithmetic)
         self.run = Run(run_dir, cfg, new_num_steps=new_num_steps, new_batch_size=new_batch_size)
-        saved = self.run.find_checkpoint(resume, self.world.size)
-        if cfg.num_threads:
-            torch.set_num_threads(cfg.num_threads)
-        self.loader: Data = self._open_shards() if data is None else data
-        self.evaluation = LiveEvaluation(cfg, self.world) if cfg.evaluate_every else None
-        self.log = RunLog(
-            cfg,
-            run_dir,
-            self.world,
-            self.arithmetic,
-            recipe=recipe,
-            bucket_reads=self._bucket_reads,
-        )
-        self.skips = SkippedSteps(cfg, run_dir, self.world)
-        self.train_step = build_train_step(
-            cfg,
-            self.world,
-            self.arithmetic,
-            stage=self.log.timer.stage,
-            lr_scale=self.skips.lr_scale,
-        )
-        self.objective, self.optimizer = self.train_step.objective, self.train_step.optimizer
-        self.guard = self.train_step.guard
-        if cfg.objective.teacher_cache is not None and isinstance(self.loader, Loader):
-            self.loader.features = cache_teachers(
-                cfg, self.objective.teachers, self.loader, self.world, self.arithmetic, on_progress
+        with ExitStack() as opened:  # closes what is open where the rest of this fails
+            opened.callback(self.run.close)
+            saved = self.run.find_checkpoint(resume, self.world.size)
+            if cfg.num_threads:
+                torch.set_num_threads(cfg.num_threads)
+            self.loader: Data = self._open_shards() if data is None else data
+            opened.callback(self.loader.close)
+            self.evaluation = LiveEvaluation(cfg, self.world) if cfg.evaluate_every else None
+            self.log = RunLog(
+                cfg,
+                run_dir,
+                self.world,
+                self.arithmetic,
+                recipe=recipe,
+                is_resumed=saved is not None,
+                bucket_reads=self._bucket_reads,
             )
-        self.watch = CollapseWatch(first_step=cfg.optim.warmup_steps(cfg.num_steps))
-        fresh = saved is None
-        self.initial = begin_from_weights(cfg, self.objective, self.world) if fresh else None
-        self.world.wait_for_all()  # every rank has looked at the directory before it changes
-        if saved is None:  # nothing is written before all of the above has succeeded
-            self.run.begin(self._data_record())
-            if self.initial is not None and self.world.is_main:
-                self.initial.save(run_dir / INIT_FILE)
-        else:
-            self._restore(saved)
-        self._stop = StopFlag(self.world)
-        self._watchdog = Watchdog(Path(), seconds=math.inf)
+            self.skips = SkippedSteps(cfg, run_dir, self.world)
+            self.train_step = build_train_step(
+                cfg,
+                self.world,
+                self.arithmetic,
+                stage=self.log.timer.stage,
+                lr_scale=self.skips.lr_scale,
+            )
+            self.objective, self.optimizer = self.train_step.objective, self.train_step.optimizer
+            self.guard = self.train_step.guard
+            if cfg.objective.teacher_cache is not None and isinstance(self.loader, Loader):
+                self.loader.features = cache_teachers(
+                    cfg,
+                    self.objective.teachers,
+                    self.loader,
+                    self.world,
+                    self.arithmetic,
+                    on_progress,
+                )
+            self.watch = CollapseWatch(first_step=cfg.optim.warmup_steps(cfg.num_steps))
+            fresh = saved is None
+            self.initial = begin_from_weights(cfg, self.objective, self.world) if fresh else None
+            self.world.wait_for_all()  # every rank has looked at the directory before it changes
+            if saved is None:  # nothing is written before all of the above has succeeded
+                self.run.begin(self._data_record())
+                if self.initial is not None and self.world.is_main:
+                    self.initial.save(run_dir / INIT_FILE)
+            else:
+                self._restore(saved)
+            self._stop = StopFlag(self.world)
+            self._watchdog = Watchdog(Path(), seconds=math.inf)
+            opened.pop_all()
 
     def _open_shards(self) -> Loader | PackedLoader:
         loader = open_loader(
@@ -252,27 +267,40 @@ class Trainer:
 
         In each case a checkpoint of the last step is written. watchdog_seconds: after so long
         without a completed step the process ends, with its stacks in the run's directory
-        (`Watchdog`).
+        (`Watchdog`). Python delivers signals to its main thread alone: on another thread they do
+        what they would do without a run.
         """
-        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-        previous = {number: signal.signal(number, self._on_signal) for number in signals}
         stacks = self.run_dir / f"stacks-rank{self.world.rank}.txt"
+        ended: Ended = "failed"
+        with self._signals_handled(), Watchdog(stacks, seconds=watchdog_seconds) as self._watchdog:
+            try:
+                outcome = self._train(progress, time.monotonic() + max_seconds)
+                ended = "complete" if outcome.signal is None else "stopped"
+                return outcome
+            finally:
+                with self._watchdog.allow_longer("the end of the run"):
+                    self.close(ended)
+
+    @contextmanager
+    def _signals_handled(self) -> Iterator[None]:
+        is_main = threading.current_thread() is threading.main_thread()
+        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1) if is_main else ()
+        previous = {number: signal.signal(number, self._on_signal) for number in signals}
         try:
-            with Watchdog(stacks, seconds=watchdog_seconds) as self._watchdog:
-                try:
-                    return self._train(progress, time.monotonic() + max_seconds)
-                finally:
-                    with self._watchdog.allow_longer("the end of the run"):
-                        self.close()
+            yield
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    def close(self) -> None:
-        """Stop the loader's threads, wait for the save in flight and release the directory."""
-        self.log.close()
-        self.loader.close()
-        self.run.close()
+    def close(self, ended: Ended = "complete") -> None:
+        """Wait for the save in flight, release the directory and stop the loader's threads.
+
+        Trackers are told how the run `ended`, last, since they may keep it waiting.
+        """
+        with ExitStack() as closing:  # each of them whatever the others raise, the last one first
+            closing.callback(self.log.close, ended)
+            closing.callback(self.loader.close)
+            closing.callback(self.run.close)
 
     def _train(self, progress: Progress, ends: float) -> Outcome:
         stopped = None

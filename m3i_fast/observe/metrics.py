@@ -11,7 +11,7 @@ import time
 from array import array
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -28,6 +28,10 @@ from m3i_fast.json_files import parse_json
 logger = logging.getLogger(__name__)
 
 _NUMBERS = itertools.count()  # number a process's event files
+
+
+Ended = Literal["complete", "stopped", "failed"]
+"""How a run ended: at its last step, by a signal or a limit of time, by an error."""
 
 
 class Sink(Protocol):

@@ -10,6 +10,7 @@ import os
 import socket
 import stat
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from m3i_fast.durable_files import kind_of
@@ -94,7 +95,8 @@ class RunLock:
             self._descriptor = None
 
     def __del__(self) -> None:
-        self.release()
+        with suppress(AttributeError, TypeError):  # where Python ends, `os` may be gone already
+            self.release()
 
 
 def _holder(text: bytes) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from m3i_fast.engine.parallel.ranks import World
 from m3i_fast.engine.precision.arithmetic import Arithmetic
 from m3i_fast.engine.run.counted_pictures import CountedPictures
 from m3i_fast.engine.run.telemetry import LogInterval, RunTelemetry
-from m3i_fast.observe.metrics import DeviceMeans, JsonlSink, Sink, TensorBoardSink
-from m3i_fast.observe.sinks.live import expect_live_sinks, open_live_sinks
+from m3i_fast.observe.metrics import DeviceMeans, Ended, JsonlSink, Sink, TensorBoardSink
+from m3i_fast.observe.sinks.live import LiveSinks, expect_live_sinks, open_live_sinks
 from m3i_fast.observe.stages import StageTimer
 from m3i_fast.pipelines.any_shape.batch import AnyBatch
 from m3i_fast.pipelines.storage.shards import BucketReads
@@ -38,6 +38,7 @@ class RunLog:
         arithmetic: Arithmetic,
         *,
         recipe: str = "",
+        is_resumed: bool = False,
         bucket_reads: Callable[[], BucketReads | None] = lambda: None,
     ) -> None:
         """Check the telemetry; raise ValueError or OSError as `expect_live_sinks` does.
@@ -46,14 +47,14 @@ class RunLog:
         where they read local data.
         """
         if world.is_main:
-            expect_live_sinks(cfg.telemetry)
+            expect_live_sinks(cfg.telemetry, is_new=not is_resumed)
         self._recipe = recipe
         self._cfg, self._run_dir, self._world = cfg, run_dir, world
         self.means = DeviceMeans(world.device, world.mean, world.gather)
         self.timer = StageTimer(world.device)
         self._telemetry = RunTelemetry(cfg, world, arithmetic)
         self._sinks: list[Sink] = []
-        self._live: list[Sink] = []
+        self._live: LiveSinks | None = None
         self._best = float("nan")
         self._peak_bytes = 0  # before the last time outside of steps
         self._bucket_reads, self._reads_before = bucket_reads, BucketReads()
@@ -64,22 +65,23 @@ class RunLog:
         self._close_files()
         self._telemetry.start()
         if self._world.is_main:
-            self._live = self._live or self._open_live()
+            self._live = self._live or self._open_live()  # a rollback finds it open
             self._sinks = [
                 JsonlSink(self._run_dir / "metrics.jsonl", start_step=step),
                 TensorBoardSink(self._run_dir / "tensorboard", start_step=step),
             ]
         self.count_from(step)
 
-    def close(self) -> None:
-        """Stop the telemetry and close all sinks."""
-        self._telemetry.stop()
-        for sink in self._live:
-            sink.close()
-        self._live = []
-        self._close_files()
+    def close(self, ended: Ended = "complete") -> None:
+        """Stop the telemetry and close all sinks; trackers are told how the run ended."""
+        live, self._live = self._live, None
+        with ExitStack() as closing:
+            if live is not None:
+                closing.callback(live.close, ended)
+            closing.callback(self._close_files)
+            closing.callback(self._telemetry.stop)
 
-    def _open_live(self) -> list[Sink]:
+    def _open_live(self) -> LiveSinks:
         return open_live_sinks(
             self._cfg.telemetry,
             self._run_dir,
@@ -89,9 +91,10 @@ class RunLog:
         )
 
     def _close_files(self) -> None:
-        for sink in self._sinks:
-            sink.close()
-        self._sinks = []
+        sinks, self._sinks = self._sinks, []
+        with ExitStack() as closing:
+            for sink in sinks:
+                closing.callback(sink.close)
 
     def count_from(self, step: int) -> None:
         """Start the interval that throughput is measured over at this step."""
@@ -197,8 +200,10 @@ class RunLog:
 
         Of the metrics that the first rank alone has, as of its GPU, the others keep no best one.
         """
-        for sink in (*self._sinks, *self._live):
+        for sink in self._sinks:
             sink.log(step, values)
+        if self._live is not None:
+            self._live.log(step, values)
         if not self._world.is_main:
             return
         name = self._cfg.keep_best.removeprefix("+")

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 
 from prometheus_client import CollectorRegistry, Gauge, start_http_server
 
+from m3i_fast.observe.metrics import Ended
+
 LABELS = ("run", "recipe", "rank")
 
 # A group whose members differ from run to run is one metric, with the member as a label.
@@ -61,22 +63,36 @@ class PrometheusSink:
         self._labels = dict(zip(LABELS, (run, recipe, str(rank)), strict=True))
         self._registry = CollectorRegistry()
         self._gauges: dict[str, Gauge] = {}
+        self._of_steps: set[tuple[str, str | None, str]] = set()  # children of the last row's
         try:
             self._server, self._thread = start_http_server(port, address, registry=self._registry)
         except OSError as error:
             raise refused(address, port, error) from error
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Set the gauges to the values of this row."""
+        """Set the gauges to the values of this row, and take away those that it lacks.
+
+        A row of an evaluation, whose names begin with "evaluate/", leaves the others in place, and
+        they leave its own.
+        """
         rows = {"step": float(step), "logged_timestamp_seconds": time.time()}
         for name, value in rows.items():
             self._set(f"m3i_{name}", None, "", value)
+        of_steps = set()
         for name, value in values.items():
             metric, label, member, factor = exported(name)
             self._set(metric, label, member, factor * value)
+            if not name.startswith("evaluate/"):
+                of_steps.add((metric, label, member))
+        if of_steps:
+            for metric, label, member in self._of_steps - of_steps:
+                self._gauges[metric].remove(
+                    *self._labels.values(), *([] if label is None else [member])
+                )
+            self._of_steps = of_steps
 
-    def close(self) -> None:
-        """Stop the server and its thread."""
+    def close(self, ended: Ended = "complete") -> None:
+        """Stop the server and its thread; how the run ended is not served."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()

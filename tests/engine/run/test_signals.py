@@ -5,14 +5,19 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import wandb
 
 from m3i_fast.cli import main
 from m3i_fast.config import TrainConfig
+from m3i_fast.config.telemetry import TelemetryConfig
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.checkpoint.saver import HostCopy, Saver
 from m3i_fast.engine.trainer import Trainer
@@ -100,3 +105,56 @@ def test_a_second_ctrl_c_stops_at_once(
     _strike(monkeypatch, Loader, "__next__", lambda: _send(signal.SIGINT, times=2))
     assert _run(_config(dataset), tmp_path / "run") == 130
     assert checkpoint.latest(tmp_path / "run" / "checkpoints").step == AT - 1
+
+
+def test_a_signal_that_ends_the_tracker_too_saves_the_run(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Slurm signals every process of a job: that of Weights & Biases ends before the run does."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+
+    def signal_all() -> None:
+        for child in psutil.Process().children(recursive=True):
+            if child.name().startswith("wandb"):
+                child.kill()
+                child.wait(60)
+                ended.append(child.pid)
+        _send(signal.SIGTERM)
+
+    ended: list[int] = []
+    _strike(monkeypatch, JsonlSink, "log", signal_all)
+    cfg = replace(_config(dataset), telemetry=TelemetryConfig(wandb_project="m3i"), log_every=2)
+    assert _run(cfg, tmp_path / "run") == 75
+    assert ended and checkpoint.latest(tmp_path / "run" / "checkpoints").step >= 2 * AT
+    assert len([text for text in caplog.messages if text.startswith("Weights & Biases: ")]) == 1
+    with suppress(ConnectionError):
+        wandb.teardown()  # or it complains where this process ends
+
+
+def test_a_run_trains_on_a_thread(dataset: Path, tmp_path: Path) -> None:
+    """As a notebook or a web service starts one; Python hands its signals to the main thread."""
+    before = signal.getsignal(signal.SIGTERM)
+    cfg = replace(_config(dataset), num_steps=2)
+    with ThreadPoolExecutor(1) as pool:
+        outcome = pool.submit(lambda: Trainer(cfg, tmp_path / "run").train()).result(300)
+    assert outcome.step == 2 and outcome.signal is None
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_run_that_cannot_be_built_leaves_its_directory_free(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = replace(_config(dataset), num_steps=2)
+    Trainer(cfg, tmp_path / "run").train()
+    kept = []
+
+    def fails(self: Trainer, saved: object) -> None:
+        kept.append(self)  # as the traceback of a notebook keeps it
+        raise ValueError("not as it was")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_restore", fails)
+        with pytest.raises(ValueError, match="not as it was"):
+            Trainer(cfg, tmp_path / "run", resume=True)
+    Trainer(cfg, tmp_path / "run", resume=True).close()

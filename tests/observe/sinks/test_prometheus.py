@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from m3i_fast.config.telemetry import TelemetryConfig
-from m3i_fast.observe.metrics import Sink
-from m3i_fast.observe.sinks.live import expect_live_sinks, open_live_sinks
+from m3i_fast.observe.sinks.live import LiveSinks, expect_live_sinks, open_live_sinks
 from m3i_fast.observe.sinks.prometheus import PrometheusSink, expect_free, exported
 from tests.shared.observe.scraped import LOOPBACK, ROW, scrape
 
@@ -55,6 +54,22 @@ def test_rows_are_scraped_in_base_units(sink: PrometheusSink, port: int) -> None
     assert {s.labels["term"]: s.value for s in found["m3i_loss"]} == {"intra": 2.5, "total": 3.0}
 
 
+def test_what_a_row_lacks_is_not_served_on(sink: PrometheusSink, port: int) -> None:
+    """A rank whose GPU is not read any more has no power; an evaluation comes now and then."""
+    sink.log(20, ROW | {"gpu/power_w": 300.0, "loss/intra": 2.0, "loss/total": 3.0})
+    sink.log(20, {"evaluate/knn_top1": 0.5, "evaluate/seconds": 3.0})
+    assert {"m3i_gpu_power_watts", "m3i_evaluate_knn_top1"} <= set(scrape(port))
+    sink.log(40, {"loss/total": 2.5, "throughput/img_s": 900.0})
+    found = {name: samples for name, samples in scrape(port).items() if samples}
+    assert set(found) == {
+        *("m3i_step", "m3i_logged_timestamp_seconds", "m3i_loss"),
+        *("m3i_throughput_images_per_second", "m3i_evaluate_knn_top1", "m3i_evaluate_seconds"),
+    }
+    assert {s.labels["term"]: s.value for s in found["m3i_loss"]} == {"total": 2.5}
+    sink.log(60, ROW | {"gpu/power_w": 200.0})
+    assert scrape(port)["m3i_gpu_power_watts"][0].value == 200
+
+
 def test_names_are_prometheus_s() -> None:
     for name in [*ROW, "loss/a.b-c", "odd group/x-y.z"]:
         metric, label, _, _ = exported(name)
@@ -77,10 +92,9 @@ def listens_at(port: int) -> set[str]:
     return found
 
 
-def _open(cfg: TelemetryConfig) -> Sink:
+def _open(cfg: TelemetryConfig) -> LiveSinks:
     expect_live_sinks(cfg)
-    (sink,) = open_live_sinks(cfg, Path("runs/demo"), recipe="demo", rank=0, config={})
-    return sink
+    return open_live_sinks(cfg, Path("runs/demo"), recipe="demo", rank=0, config={})
 
 
 def test_only_this_machine_is_served_unless_an_address_is_given(port: int) -> None:
