@@ -1,4 +1,4 @@
-"""Checks of the fields of every config: their ranges, and what fields are held to together.
+"""Checks of the fields of every config: types, ranges, and what fields are held to together.
 
 A range is given with a field's type, `depth: Annotated[int, DEPTHS] = 12`; a size past it would end
 in an allocation that fails, a library that aborts, or hours before the first step. Conditions on
@@ -13,8 +13,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import is_dataclass
 from functools import cache
-from numbers import Integral
-from typing import Any, Literal, get_args, get_type_hints
+from numbers import Integral, Real
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 NUMBERS = range(2**63)  # seeds, and steps between two events: they size nothing
 COUNTS = range(1, 2**63)
@@ -38,14 +40,21 @@ Gelu = Literal["gelu", "gelu_tanh", "quick_gelu"]
 Mlp = Literal["gelu", "gelu_tanh", "quick_gelu", "swiglu"]
 Recompute = Literal["none", "selective", "full"]
 
+_ABSTRACT = {int: Integral, float: Real}  # True is no number
+_IN_WORDS: dict[Any, str] = {
+    **{bool: "True or False", int: "a whole number", float: "a number", str: "text"},
+    **{Path: "a pathlib.Path", type(None): "None"},
+}
+
 _is_deferred: ContextVar[bool] = ContextVar("_is_deferred", default=False)
 
 
 class Checked:
     """A base of configs that refuse wrong values when they are made.
 
-    `__post_init__` raises ValueError for every number that is not finite or out of its range, and,
-    where there is none, for every one of the config's own `conflicts`.
+    `__post_init__` raises ValueError for every field of another type than its own and every number
+    that is not finite or out of its range, and, where there is none, for every one of the config's
+    own `conflicts`.
     """
 
     __slots__ = ()
@@ -55,7 +64,7 @@ class Checked:
             refuse([*self.wrong_numbers()] or self.conflicts(), self.place())
 
     def wrong_numbers(self) -> Iterable[Conflict]:
-        """Yield the numbers that are not finite, or out of their range."""
+        """Yield the fields of another type, and numbers that are not finite or out of range."""
         return out_of_range(self)
 
     def conflicts(self) -> Iterable[Conflict]:
@@ -126,7 +135,7 @@ def check_at_least(command: Any, **least: int) -> None:
 
 
 def check_fields(cfg: Any, prefix: str = "") -> None:
-    """Raise ValueError for the numbers that are not finite or out of their range.
+    """Raise ValueError for fields of another type, and numbers not finite or out of range.
 
     prefix: what the message puts before a field's name, "optim.".
     """
@@ -134,16 +143,50 @@ def check_fields(cfg: Any, prefix: str = "") -> None:
 
 
 def out_of_range(cfg: Any) -> Iterator[Conflict]:
-    """Yield the number fields of a dataclass that are not finite, or out of their range."""
+    """Yield the fields of a dataclass of another type than theirs, not finite or out of range."""
     kind: type = type(cfg)
-    for name, allowed in _ranges(kind).items():
+    for name, (hint, allowed) in _fields(kind).items():
         value = getattr(cfg, name)
+        if not _fits(value, hint):
+            yield name, f"expected {' or '.join(_names(hint))}, got {value!r}"
+            continue
         for number in value if isinstance(value, tuple) else (value,):
-            told = _wrong(number, allowed)
-            if told:
-                shown = repr(value) if told == "a whole number" else value
-                yield name, f"expected {told}, got {shown}"
+            if told := _wrong(number, allowed):
+                yield name, f"expected {told}, got {value}"
                 break
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Return whether a value is of a field's type, as far as it is one that configs have."""
+    origin, members = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, member) for member in members)
+    if origin is Literal:
+        return value in members
+    if origin is tuple:
+        if members[-1] is Ellipsis:
+            members = (members[0],) * len(value) if isinstance(value, tuple) else ()
+        return (
+            isinstance(value, tuple)
+            and len(value) == len(members)
+            and all(map(_fits, value, members))
+        )
+    if hint in _ABSTRACT:
+        return isinstance(value, _ABSTRACT[hint]) and not isinstance(value, bool)
+    return not isinstance(hint, type) or origin is not None or isinstance(value, hint)
+
+
+def _names(hint: Any) -> list[str]:
+    """Return what a field may be, in words."""
+    origin, members = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return [name for member in members for name in _names(member)]
+    if origin is Literal:
+        return [repr(member) for member in members]
+    if origin is tuple:
+        length = "" if members[-1] is Ellipsis else f"{len(members)} of "
+        return [f"a tuple of {length}{' or '.join(_names(members[0]))}"]
+    return [_IN_WORDS.get(hint, getattr(hint, "__name__", str(hint)))]
 
 
 def _wrong(number: Any, allowed: range | None) -> str:
@@ -152,8 +195,6 @@ def _wrong(number: Any, allowed: range | None) -> str:
         return "a finite number"
     if allowed is None or number is None:
         return ""
-    if not isinstance(number, Integral):
-        return "a whole number"
     return "" if int(number) in allowed else _told(allowed)
 
 
@@ -163,24 +204,19 @@ def mlp_ratio_conflicts(ratio: float) -> Iterator[Conflict]:
         yield "mlp_ratio", f"expected 0 < ratio <= {MAX_RATIO}, got {ratio}"
 
 
-def recompute_conflicts(value: object) -> Iterator[Conflict]:
-    """Yield what is wrong with a way to checkpoint activations."""
-    if value not in get_args(Recompute):
-        yield (
-            "activation_checkpointing",
-            f"expected none, selective or full, got {value!r}",
-        )
-
-
 @cache
-def _ranges(kind: type) -> dict[str, range | None]:
-    """Return the range of each field, None where it has none."""
-    hints = get_type_hints(kind, include_extras=True)
-    ranges = {}
-    for name in kind.__dataclass_fields__:  # type: ignore[attr-defined]
-        metadata = getattr(hints[name], "__metadata__", ())
-        ranges[name] = next((each for each in metadata if isinstance(each, range)), None)
-    return ranges
+def _fields(kind: type) -> dict[str, tuple[Any, range | None]]:
+    """Return the type of each field, and the range of its number, None where it has none."""
+    plain, hints = get_type_hints(kind), get_type_hints(kind, include_extras=True)
+    return {
+        name: (
+            plain[name],
+            next(
+                (r for r in getattr(hints[name], "__metadata__", ()) if isinstance(r, range)), None
+            ),
+        )
+        for name in kind.__dataclass_fields__  # type: ignore[attr-defined]
+    }
 
 
 def _told(allowed: range) -> str:

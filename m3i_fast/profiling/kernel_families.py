@@ -30,13 +30,13 @@ _PATTERNS = {
     "comm": r"nccl|c10d::|gloo|all_?reduce|all_?gather|reduce_?scatter|nvshmem|_SumOverRanks",
     **{op.name: _of_op(op) for op in OPS},
     "memcpy": r"memcpy|memset|^aten::(copy_|_to_copy|clone|contiguous)$",
-    "attention": r"flash_|fmha|attention|sdpa|softmax_warp",
-    "norm": r"layer_?norm|batch_?norm|group_?norm|rms_?norm|rsqrt|bn_(fw|bw)",
+    "attention": r"flash_|fmha|attention|sdpa",
+    "norm": r"layer_?norm|batch_?norm|group_?norm|rms_?norm|rsqrt|bn_(fw|bw)|\bln_(fwd|bwd)",
     "gemm": r"gemm|cutlass|xmma|nvjet|wgmma|winograd|implicit_convolve|convolve|fprop|dgrad|wgrad"
     r"|^aten::(mm|bmm|addmm|baddbmm|matmul|linear|addmv|mv|dot|einsum|_scaled_mm|convolution"
     r"|_convolution|convolution_backward|mkldnn_\w+|thnn_conv2d|slow_conv\w*|addbmm)$|gemv|mkldnn",
     "elementwise": r"elementwise|reduce_kernel|triton_(poi|red|per)|multi_tensor_apply|softmax"
-    r"|_foreach_|_fused_adam|loss|cat_array|^aten::(add|sub|rsub|mul|div|addcmul|addcdiv"
+    r"|_foreach_|_fused_adam|loss|cat_?array|chunk_cat|split_with_sizes_copy|^aten::(add|sub|rsub|mul|div|addcmul|addcdiv"
     r"|lerp|exp|log|sqrt|pow|neg|abs|sigmoid|tanh|gelu|relu|silu|where|clamp|maximum|minimum"
     r"|sum|mean|var|std|max|min|amax|amin|argmax|norm|linalg_vector_norm|logsumexp|fill_|zero_"
     r"|cat|stack|gt|lt|ge|le|eq|ne|isfinite|bitwise_\w+|logical_\w+|masked_fill|cumsum|square"

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 from m3i_fast.config import TrainConfig
+from m3i_fast.config.telemetry import TelemetryConfig
 from m3i_fast.costs.gpus import card_of
 from m3i_fast.durable_files import write_atomically
 from m3i_fast.engine.parallel.ranks import leave_world
@@ -117,7 +118,13 @@ def record(run: ProfileRun, profiler: Profiler, device: torch.device) -> Recordi
 
 def measure(run: ProfileRun, control: ProfilerControl) -> None:
     """Take the steps of a run that is thrown away, and leave windows.json in the folder."""
-    cfg = replace(run.config, checkpoint_every=run.config.num_steps)
+    cfg = replace(
+        run.config,
+        checkpoint_every=run.config.num_steps,
+        log_every=_log_every(run),
+        evaluate_every=0,
+        telemetry=TelemetryConfig(hz=0),  # its rows are of no run that anyone watches
+    )
     with tempfile.TemporaryDirectory(prefix="m3i-profile-") as folder:
         trainer = Trainer(cfg, Path(folder) / "run")
         try:
@@ -134,6 +141,12 @@ def measure(run: ProfileRun, control: ProfilerControl) -> None:
                 "waits": [asdict(wait) | {"stack": list(wait.stack)} for wait in measured.waits],
             },
         )
+
+
+def _log_every(run: ProfileRun) -> int:
+    """Return an interval of logged steps, whose monitors cost, that windows have alike or none."""
+    each = run.config.log_every
+    return each if run.windows.steps % each == 0 else run.config.num_steps
 
 
 def write_summary(

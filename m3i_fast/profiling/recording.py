@@ -14,6 +14,8 @@ STEP = "step"
 """Name of the range around a whole step."""
 BETWEEN = "between stages"
 """Name for the time of a step outside all stages."""
+LOADER = "loader"
+"""Name for what threads of the loader launched beside the steps, which is of no stage."""
 
 Spans = Sequence[tuple[int, int]]
 
@@ -38,7 +40,7 @@ class Activity:
     self_ns: int
     """Self time: of an operator without the operators that it calls, of a kernel all of it."""
     stage: str
-    """The innermost stage that it was launched in."""
+    """The innermost stage that it was launched in; LOADER of what other threads launched."""
     stream: Hashable = None
     flops: float = 0.0
     """Number of FLOPs; 0 where not known."""

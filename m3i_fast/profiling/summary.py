@@ -14,6 +14,7 @@ from m3i_fast.profiling.host_rows import loader_rows, thread_rows, wait_rows
 from m3i_fast.profiling.kernel_families import FAMILIES, family, normalised
 from m3i_fast.profiling.recording import (
     BETWEEN,
+    LOADER,
     Activity,
     Recording,
     length,
@@ -172,7 +173,7 @@ def _stages(recording: Recording, window: int, own: Mapping[str, float]) -> list
     on_device: dict[str, list[Activity]] = defaultdict(list)
     for activity in recording.activities if recording.device == "cuda" else ():
         on_device[activity.stage].append(activity)
-    order = [*STAGES, BETWEEN]
+    order = [*STAGES, *_OUTSIDE]
     names = sorted(set(host) | set(on_device), key=lambda name: (order.index(_key(name)), name))
     return [
         {
@@ -187,13 +188,16 @@ def _stages(recording: Recording, window: int, own: Mapping[str, float]) -> list
     ]
 
 
+_OUTSIDE = {BETWEEN: "Between stages", LOADER: "Loader, beside the steps"}
+
+
 def _key(stage: str) -> str:
-    return stage if stage == BETWEEN else family_of(stage)
+    return stage if stage in _OUTSIDE else family_of(stage)
 
 
 def _title(stage: str) -> str:
-    if stage == BETWEEN:
-        return "Between stages"
+    if stage in _OUTSIDE:
+        return _OUTSIDE[stage]
     if stage.startswith("loss."):
         return f"Loss, {stage.removeprefix('loss.')}"
     return STAGES[stage]

@@ -6,13 +6,14 @@ import gzip
 import re
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from m3i_fast.json_files import parse_json
 from m3i_fast.profiling.operator_costs import Event, argument, bytes_of, flops_of
 from m3i_fast.profiling.recording import (
+    LOADER,
     STEP,
     Activity,
     HostRange,
@@ -63,10 +64,17 @@ def _recording(events: Sequence[Event], source: str) -> Recording:
     operators = _within(steps, by_kind["cpu_op"])
     kernels = [event for kind in ON_DEVICE for event in by_kind[kind]]
     calls = _within(steps, [event for kind in CALLS for event in by_kind[kind]])
+    torchs = {thread, *(event["tid"] for event in by_kind["cpu_op"])}  # DALI's run no operators
+    stages_of_calls = {
+        argument(call, "correlation"): (
+            stage_at(_interval(call).begin) if call["tid"] in torchs else LOADER
+        )
+        for call in calls
+    }
     activities = (
-        _kernels(kernels, calls, operators, stage_at) if kernels else _calls(operators, stage_at)
+        _kernels(kernels, stages_of_calls, operators) if kernels else _calls(operators, stage_at)
     )
-    waits = calls if kernels else operators
+    waits = [call for call in calls if call["tid"] in torchs] if kernels else operators
     return Recording(
         source=source,
         device="cuda" if kernels else "cpu",
@@ -108,13 +116,12 @@ def _calls(operators: Sequence[Event], stage_at: StageLookup) -> Iterator[Activi
 
 
 def _kernels(
-    kernels: Sequence[Event],
-    calls: Sequence[Event],
-    operators: Sequence[Event],
-    stage_at: StageLookup,
+    kernels: Sequence[Event], stages: Mapping[Any, str], operators: Sequence[Event]
 ) -> Iterator[Activity]:
-    """Yield the kernels that the steps launched; the longest of an operator has its FLOPs."""
-    launched = {argument(call, "correlation"): _interval(call).begin for call in calls}
+    """Yield the kernels that were launched during the steps, in `stages` by their correlation.
+
+    The longest kernel of an operator has its FLOPs.
+    """
     by_id = {argument(event, "External id"): event for event in operators}
     longest: dict[Any, Event] = {}
     for kernel in kernels:
@@ -122,8 +129,8 @@ def _kernels(
         if number not in longest or kernel["dur"] > longest[number]["dur"]:
             longest[number] = kernel
     for kernel in kernels:
-        moment = launched.get(argument(kernel, "correlation"))
-        if moment is None:
+        stage = stages.get(argument(kernel, "correlation"))
+        if stage is None:
             continue
         interval, number = _interval(kernel), argument(kernel, "External id")
         operator = by_id.get(number) if longest[number] is kernel else None
@@ -133,7 +140,7 @@ def _kernels(
             begin=interval.begin,
             end=interval.end,
             self_ns=interval.end - interval.begin,
-            stage=stage_at(moment),
+            stage=stage,
             stream=argument(kernel, "stream"),
             flops=flops_of(operator) if operator else 0.0,
             num_bytes=copied or (bytes_of(operator) if operator else 0.0),

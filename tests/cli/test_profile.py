@@ -17,6 +17,7 @@ import torch
 
 from m3i_fast.cli import main
 from m3i_fast.config import TrainConfig
+from m3i_fast.config.telemetry import TelemetryConfig
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.observe.stages import StageTimer
 from m3i_fast.profiling.capture import HostWaitRecorder, NoProfiler, Windows, profile_steps
@@ -83,6 +84,33 @@ def test_a_real_profile_splits_the_step(profiled: Path) -> None:
     assert rows["aten::addmm"]["flop_s"] > 0
     # Of captions; categories are over columns alone.
     assert rows["m3i::boltzmann_grads"]["calls"] == rows["m3i::boltzmann_rows_pass"]["calls"] == 1
+
+
+@pytest.mark.parametrize(("log_every", "taken"), [(2, 2), (1, 1), (3, 20)])
+def test_windows_have_logged_steps_alike_and_nothing_is_sent(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_every: int, taken: int
+) -> None:
+    """A logged step costs its monitors; the rows of a profile are of no run that is watched."""
+    cfgs: list[TrainConfig] = []
+
+    def note(trainer: Trainer, *_: object) -> None:
+        cfgs.append(trainer.cfg)
+        raise SystemExit(3)
+
+    monkeypatch.setattr("m3i_fast.profiling.profile_run.profile_steps", note)
+    cfg = replace(
+        _config(dataset),
+        log_every=log_every,
+        evaluate_every=2,
+        telemetry=TelemetryConfig(mlflow_uri=f"file://{tmp_path}/store", prometheus_port=9400),
+    )
+    cfg.save(tmp_path / "tiny.json")
+    counts = ["--warmup", "1", "--steps", "2", "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit):
+        main(["profile", "--config", str(tmp_path / "tiny.json"), *counts])
+    (of_profile,) = cfgs
+    assert (of_profile.log_every, of_profile.evaluate_every) == (taken, 0)
+    assert of_profile.telemetry == TelemetryConfig(hz=0)
 
 
 def test_a_real_profile_finds_the_lines_that_wait(profiled: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import pytest
+from typeguard import TypeCheckError, check_type
 
 from m3i_fast.cli import main, train
 from m3i_fast.config import TrainConfig
@@ -68,6 +69,27 @@ def test_the_trees_hold_all_configs() -> None:
     ]
     named = {name for text in sources for name in re.findall(r"^class (\w+Config)\b", text, re.M)}
     assert named | {"Term"} == {kind.__name__ for kind in KINDS}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_field_takes_what_is_of_another_type(kind: type) -> None:
+    """A word that none of a choice's branches knows would take the last of them."""
+    node = KINDS[kind]
+    for name in node.__dataclass_fields__:
+        for wrong in (object(), "no-such-word", ("no-such-word",), 1.5, True):
+            if _takes(get_type_hints(kind)[name], wrong):
+                continue
+            with pytest.raises(ValueError, match=rf"\b{name}: expected .*, got "):
+                replace(node, **{name: wrong})
+
+
+def _takes(hint: Any, value: object) -> bool:
+    """Whether typeguard takes a value for a field."""
+    try:
+        check_type(value, hint)
+    except TypeCheckError:
+        return False
+    return True
 
 
 @pytest.mark.parametrize("recipe", TREES)

@@ -86,6 +86,38 @@ def test_waits_and_notes(schema: Schema, tmp_path: Path) -> None:
     assert summary["notes"] == told
 
 
+@pytest.mark.parametrize("schema", BOTH)
+def test_what_the_loader_launches_is_of_no_stage(schema: Schema, tmp_path: Path) -> None:
+    """DALI's threads run beside the steps; autograd's launch what a stage of them asked for."""
+    path = write_export(tmp_path / "report.sqlite", schema)
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("CREATE TABLE ThreadNames (globalTid, nameId)")
+        for thread, name in ((1, "python"), (5, "pt_autograd_0"), (6, "[DALI][Executor]")):
+            number = 100 + thread
+            database.execute("INSERT INTO StringIds VALUES (?, ?)", (number, name))
+            database.execute("INSERT INTO ThreadNames VALUES (?, ?)", (thread, number))
+        calls = "UPDATE CUPTI_ACTIVITY_KIND_RUNTIME SET globalTid ="
+        database.execute(f"{calls} 5 WHERE start % 1000000 IN (600000, 610000)")  # in bwd
+        database.execute(f"{calls} 6 WHERE start % 1000000 IN (360000, 920000)")  # fwd.text, none
+        database.commit()
+    summary = _summary(path)
+    rows = {s["name"]: (s["ms"], s["device_ms"], s["title"]) for s in summary["stages"]}
+    assert rows["bwd"][:2] == pytest.approx((0.4, 0.25))
+    assert rows["fwd.text"][:2] == pytest.approx((0.1, 0.0))
+    assert rows["loader"] == (0.0, pytest.approx(0.1), "Loader, beside the steps")
+    assert list(rows)[-1] == "loader" and summary["device_waits"] == []
+    assert "| loader |" in markdown_of(summary)
+
+
+def test_what_was_not_recorded_is_told_with_nsys_s_own_reason(tmp_path: Path) -> None:
+    path = write_export(tmp_path / "report.sqlite", "new")
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("DROP TABLE CUPTI_ACTIVITY_KIND_KERNEL")
+        database.commit()
+    with pytest.raises(ValueError, match=r"--trace=cuda; nsys: some events were dropped$"):
+        read_nsys(path)
+
+
 def test_without_a_gpu_calls_of_the_operating_system_are_read(tmp_path: Path) -> None:
     summary = _summary(write_cpu_export(tmp_path / "report.sqlite"))
     assert summary["kind"] == "cpu" and summary["gpu"] is None and summary["kernels"] == []

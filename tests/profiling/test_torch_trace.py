@@ -236,6 +236,25 @@ def test_a_gpus_step_is_split_by_what_ran_on_it(tmp_path: Path) -> None:
     assert wait["name"] == "cudaStreamSynchronize" and wait["ms"] == pytest.approx(0.02)
 
 
+def test_what_the_loader_launches_is_of_no_stage(tmp_path: Path) -> None:
+    """DALI's threads call the runtime, and no operator of torch's."""
+    events = _gpu_events()
+    for thread, moments in ((3, (600, 610)), (8, (360, 920))):  # autograd's, the loader's
+        for event in events:
+            if event.get("cat") == "cuda_runtime" and event["ts"] in moments:
+                event["tid"] = thread
+    events.append(_event("cpu_op", "aten::mm", 605, 606) | {"tid": 3})
+    path = _write(tmp_path / "trace.json", {"traceEvents": events})
+    summary = summarise(read_trace(path), **ABOUT)  # type: ignore[arg-type]
+    assert {row["name"]: row["device_ms"] for row in summary["stages"]} == {
+        "fwd.input": pytest.approx(0.34),
+        "bwd": pytest.approx(0.25),
+        "between stages": 0.0,
+        "loader": pytest.approx(0.1),
+    }
+    assert summary["device_waits"] == []
+
+
 def test_damaged_traces_are_named(tmp_path: Path, trace: Path) -> None:
     path = tmp_path / "trace.json"
     whole = trace.read_bytes()
@@ -304,6 +323,11 @@ def test_the_innermost_interval_is_found() -> None:
         ("void at::native::vectorized_layer_norm_kernel<float>", "norm"),
         ("transformer_engine::normalization::rmsnorm_fwd_tuned_kernel", "norm"),
         ("aten::native_layer_norm_backward", "norm"),
+        ("void transformer_engine::normalization::ln_bwd_finalize_tuned_kernel<>", "norm"),
+        ("void at::native::(anonymous namespace)::CatArrayBatchedCopy<>", "elementwise"),
+        ("void at::native::detail::chunk_cat_cuda_kernel<float, float>", "elementwise"),
+        ("void at::native::detail::split_with_sizes_copy_out_contiguous_kernel", "elementwise"),
+        ("void (anonymous namespace)::softmax_warp_forward<float, float, 8>", "elementwise"),
         ("aten::linalg_vector_norm", "elementwise"),
         ("m3i::dcnv3_bwd", "dcnv3"),
         ("void m3i::dcnv3_fwd_kernel<float>", "dcnv3"),

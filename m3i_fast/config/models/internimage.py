@@ -16,7 +16,6 @@ from m3i_fast.config.fields import (
     DropPathMode,
     Recompute,
     mlp_ratio_conflicts,
-    recompute_conflicts,
     unmet,
 )
 
@@ -104,7 +103,6 @@ class InternImageConfig(Checked):
             if width % groups:
                 yield f"groups[{stage}]", f"expected a divisor of {width}, got {groups}"
         yield from mlp_ratio_conflicts(self.mlp_ratio)
-        yield from recompute_conflicts(self.activation_checkpointing)
         yield from self._norm_conflicts()
 
     def _norm_conflicts(self) -> Iterator[Conflict]:

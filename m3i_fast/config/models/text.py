@@ -15,7 +15,6 @@ from m3i_fast.config.fields import (
     Gelu,
     Recompute,
     mlp_ratio_conflicts,
-    recompute_conflicts,
     unmet,
 )
 
@@ -59,4 +58,3 @@ class TextConfig(Checked):
             yield "dim", f"expected a multiple of num_heads = {self.num_heads}, got {self.dim}"
         yield from unmet(self, norm_eps=(0 < self.norm_eps < 1, "0 < eps < 1"))
         yield from mlp_ratio_conflicts(self.mlp_ratio)
-        yield from recompute_conflicts(self.activation_checkpointing)

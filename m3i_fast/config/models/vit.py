@@ -16,7 +16,6 @@ from m3i_fast.config.fields import (
     Mlp,
     Recompute,
     mlp_ratio_conflicts,
-    recompute_conflicts,
     unmet,
 )
 
@@ -101,7 +100,6 @@ class ViTConfig(Checked):
                 f"{self.dim} / {self.num_heads}",
             )
         yield from mlp_ratio_conflicts(self.mlp_ratio)
-        yield from recompute_conflicts(self.activation_checkpointing)
 
     @property
     def num_layers(self) -> int:

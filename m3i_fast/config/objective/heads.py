@@ -13,7 +13,6 @@ from m3i_fast.config.fields import (
     Conflict,
     Recompute,
     mlp_ratio_conflicts,
-    recompute_conflicts,
     unmet,
 )
 
@@ -74,7 +73,6 @@ class CaptionerConfig(Checked):
             yield "dim", f"expected a multiple of num_heads = {self.num_heads}, got {self.dim}"
         yield from unmet(self, parallel=(0 <= self.parallel <= 1, "in [0, 1]"))
         yield from mlp_ratio_conflicts(self.mlp_ratio)
-        yield from recompute_conflicts(self.activation_checkpointing)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -29,7 +29,6 @@ from m3i_fast.profiling.recording import (
 RANGES = "NVTX_EVENTS"
 RANGE_TYPES = (59, 60)
 """Of a thread, and from one thread to another; other events are marks, categories and domains."""
-DIAGNOSTICS = "DIAGNOSTIC_EVENT"
 LOADER = re.compile(r"\[DALI\]\[\w+ op\] Run (.+)")
 """Ranges in which DALI runs an operator of the loader."""
 
@@ -70,7 +69,7 @@ def _recording(tables: Tables) -> Recording:
         waits = tuple(device.waits(tables, steps, stage_at))
     else:
         activities, waits = (), tuple(host.os_calls(tables, steps, stage_at))
-    notes.extend(_diagnostics(tables))
+    notes.extend(tables.complaints())
     return Recording(
         source=str(tables.path),
         device="cuda" if on_gpu else "cpu",
@@ -112,15 +111,3 @@ def _loader(ranges: Sequence[HostRange], steps: Sequence[HostRange]) -> Iterator
         operator = LOADER.match(each.name)
         if operator and steps[0].begin <= each.begin < steps[-1].end:
             yield replace(each, name=operator[1])
-
-
-def _diagnostics(tables: Tables) -> list[str]:
-    """Return nsys's own complaints, once each, of severities above information."""
-    if DIAGNOSTICS not in tables:
-        return []
-    messages = [
-        text
-        for text, severity in tables.rows(DIAGNOSTICS, "text", "severity?")
-        if severity is None or severity >= 2
-    ]
-    return [f"nsys: {text}" for text in dict.fromkeys(map(tables.text, messages))]

@@ -30,6 +30,13 @@ def os_calls(
             yield SyncCall(name=tables.text(name), begin=begin, end=end, stage=stage_at(begin))
 
 
+def thread_names(tables: Tables) -> dict[int, str]:
+    """Return the names of the threads that were there as nsys read them, by their global ids."""
+    if NAMES not in tables:
+        return {}
+    return {number: tables.text(name) for number, name in tables.rows(NAMES, "globalTid", "nameId")}
+
+
 @dataclass(slots=True)
 class _Sums:
     threads: set[int] = field(default_factory=set)
@@ -42,11 +49,7 @@ def threads(tables: Tables, steps: Sequence[HostRange]) -> Iterator[ThreadUse]:
     begin, end, main = steps[0].begin, steps[-1].end, steps[0].thread
     if OS_CALLS not in tables or not isinstance(main, int):
         return
-    names = {}
-    if NAMES in tables:
-        names = {
-            number: tables.text(name) for number, name in tables.rows(NAMES, "globalTid", "nameId")
-        }
+    names = thread_names(tables)
     sums: dict[str, _Sums] = defaultdict(_Sums)
     for first, last, thread, name in tables.rows(OS_CALLS, "start", "end", "globalTid", "nameId"):
         inside = min(last, end) - max(first, begin)

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+DIAGNOSTICS = "DIAGNOSTIC_EVENT"
+
 
 class Tables:
     """The tables of an open export, and its strings."""
@@ -23,12 +25,24 @@ class Tables:
         return table in self._names
 
     def expect(self, table: str, trace: str) -> None:
-        """Raise ValueError, with what to run nsys with, where a table is absent."""
+        """Raise ValueError, with what nsys complains of and its flag, where a table is absent."""
         if table not in self:
+            told = "; ".join(["", *self.complaints()])
             raise ValueError(
                 f"{self.path}: expected a table {table}, got none, so nothing of it was recorded; "
-                f"run nsys with --trace={trace}"
+                f"run nsys with --trace={trace}{told}"
             )
+
+    def complaints(self) -> list[str]:
+        """Return nsys's own complaints, once each, of severities above information."""
+        if DIAGNOSTICS not in self:
+            return []
+        messages = [
+            text
+            for text, severity in self.rows(DIAGNOSTICS, "text", "severity?")
+            if severity is None or severity >= 2
+        ]
+        return [f"nsys: {text}" for text in dict.fromkeys(map(self.text, messages))]
 
     def rows(self, table: str, *columns: str) -> Iterator[tuple[Any, ...]]:
         """Yield columns of a table's rows; `a|b|c`: the first that exists, `a?`: NULL if absent.
