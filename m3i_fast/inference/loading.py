@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
@@ -105,11 +106,13 @@ def load(
         record = data_record(stored, cfg, Path(data))
     preprocessing = preprocessing_of(cfg) if record is None else record.preprocessing
 
-    with torch.device("meta"):
-        encoder = build_encoder(cfg.vision)
-        terms = _answering_terms(cfg, record) if which == "trained" else {}
-    parts = {f"terms.{name}.": term for name, term in terms.items()}
-    _read(stored.weights, {PREFIXES[which]: encoder, **parts})
+    with _default_dtype(torch.float32):
+        with torch.device("meta"):
+            encoder = build_encoder(cfg.vision)
+            terms = _answering_terms(cfg, record) if which == "trained" else {}
+        parts = {f"terms.{name}.": term for name, term in terms.items()}
+        with torch.device("cpu"):
+            _read(stored.weights, {PREFIXES[which]: encoder, **parts})
     captions = [term for term in terms.values() if isinstance(term, Caption)]
     others = [term for term in terms.values() if isinstance(term, Category | Labels | Numbers)]
     categories = [term for term in others if isinstance(term, Category) and not term.term.column]
@@ -124,6 +127,17 @@ def load(
         read_record=partial(_same, record) if record else partial(_from_data, stored, cfg),
     )
     return model.to(target).requires_grad_(False).eval()
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Let modules be built in the dtype of their weights, whatever torch.set_default_dtype says."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def has_average(run: str | os.PathLike[str]) -> bool:

@@ -256,14 +256,20 @@ class Model(nn.Module):
             pictures = pictures[None]
         if not _is_normalised(pictures):
             views = self.transform.views(pictures).to(self.device)
-            return normalise(views, self.compute_dtype)
+            return normalise(views, self.compute_dtype).to(self._input_dtype)
         assert isinstance(pictures, Tensor)
         if pictures.ndim != 4 or pictures.shape[1] != 3:
             raise ValueError(
                 f"pictures: expected [B, 3, H, W] floats, got {list(pictures.shape)} "
                 f"{pictures.dtype}"
             )
-        return pictures.to(self.device, self.compute_dtype)
+        return pictures.to(self.device, self._input_dtype)
+
+    @property
+    def _input_dtype(self) -> torch.dtype:
+        """Return autocast's, or that of the weights, which `half()` and `to(dtype)` change."""
+        weights = next(self.encoder.parameters()).dtype
+        return weights if self.compute_dtype == torch.float32 else self.compute_dtype
 
     def _num_tokens(self, token_ids: Tensor) -> Tensor:  # [B, T] -> [B] int64
         head = self._caption.text_encoder.cfg

@@ -51,8 +51,9 @@ class Transform:
         if isinstance(pictures, Tensor) and self._is_batch(pictures):
             return pictures
         size = self.preprocessing.size
-        empty = torch.empty(0, 3, size, size, dtype=torch.uint8)
-        return torch.cat([empty, *(self._view(picture) for picture in pictures)])
+        with torch.device("cpu"):  # whatever torch.set_default_device says
+            empty = torch.empty(0, 3, size, size, dtype=torch.uint8)
+            return torch.cat([empty, *(self._view(picture) for picture in pictures)])
 
     def _is_batch(self, pictures: Tensor) -> bool:
         """Return whether uint8 pictures have the encoder's size, so that nothing changes."""

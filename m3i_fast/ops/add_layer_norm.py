@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m3i_fast.ops.library import contiguous, m3i
+from m3i_fast.ops.library import contiguous, m3i, refuse_forward_mode
 
 MAX_WIDTH = 4096
 """The largest D."""
@@ -157,7 +157,7 @@ def add_layer_norm(
 
     Raises:
         RuntimeError: an argument is not as described; the message names it, what was expected and
-            what was given. Also where a second derivative is needed.
+            what was given. Also where a second derivative or one of forward mode is needed.
     """
     dtype = x.dtype if dtype is None else dtype
     wide = _accumulator(x.dtype)
@@ -165,6 +165,7 @@ def add_layer_norm(
     if torch.compiler.is_exporting():
         total = x if branch is None else x + branch
         return total, F.layer_norm(total.to(wide), weight.shape, weight, bias, eps).to(dtype)
+    refuse_forward_mode("add_layer_norm", x, branch, weight, bias)
     x = contiguous("add_layer_norm", "x", x)
     if branch is not None:
         branch = contiguous("add_layer_norm", "branch", branch)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m3i_fast.ops.library import contiguous, m3i
+from m3i_fast.ops.library import contiguous, m3i, refuse_forward_mode
 
 Pair = int | tuple[int, int]
 
@@ -255,9 +255,10 @@ def dcnv3(
 
     Raises:
         RuntimeError: an argument is not as described; the message names it, what was expected and
-            what was given. Also where a second derivative is needed.
+            what was given. Also where a second derivative or one of forward mode is needed.
         ValueError: a pair is neither an int nor two ints.
     """
+    refuse_forward_mode("dcnv3", x, offset, mask)
     device = x.device.type
     autocast_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     return m3i.dcnv3.default(

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from m3i_fast.ops.library import contiguous, m3i
+from m3i_fast.ops.library import contiguous, m3i, refuse_forward_mode
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -163,11 +163,12 @@ def gaussian(
 
     Raises:
         RuntimeError: an argument is not as described; the message names it, what was expected and
-            what was given. Also where a second derivative is needed.
+            what was given. Also where a second derivative or one of forward mode is needed.
         ValueError: z requires a gradient.
     """
     if z.requires_grad:
         raise ValueError("z: expected a target without gradient, got requires_grad; detach it")
+    refuse_forward_mode("gaussian", z_hat, z)
     z_hat, z = contiguous("gaussian", "z_hat", z_hat), contiguous("gaussian", "z", z)
     options = sigma, normalise, eps
     if process_group is None or not decorrelation_weight:

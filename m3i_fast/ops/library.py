@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 logger = logging.getLogger(__name__)
 
@@ -47,3 +48,14 @@ def contiguous(op: str, name: str, tensor: Tensor) -> Tensor:
             name,
         )
     return tensor.contiguous()
+
+
+def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
+    """Raise RuntimeError for a tensor with a tangent, which an op without a jvp would drop."""
+    if torch.compiler.is_compiling():
+        return
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise RuntimeError(
+            f"{op}: expected to be differentiated by backward, got a tangent of forward mode "
+            "(torch.func.jvp, jacfwd, hessian; torch.autograd.forward_ad), which it has no rule for"
+        )

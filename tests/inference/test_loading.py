@@ -489,6 +489,52 @@ print(json.dumps([name for name in sys.modules if "." not in name]))
 """
 
 
+def test_a_model_and_its_tokenizer_can_be_pickled(
+    model: m3i_fast.Model, pictures: list[Image.Image]
+) -> None:
+    """As workers of a service or of a DataLoader get them."""
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(again.encode_image(pictures), model.encode_image(pictures))
+    texts = ["a red bird", "ship"]
+    assert torch.equal(again.encode_text(texts), model.encode_text(texts))
+    tokenizer = pickle.loads(pickle.dumps(model.tokenizer))
+    assert torch.equal(tokenizer(texts), model.tokenizer(texts))
+
+
+def test_the_defaults_of_a_process_change_nothing(
+    run: Path, model: m3i_fast.Model, pictures: list[Image.Image]
+) -> None:
+    """What torch makes elsewhere, or in another dtype, where nothing says so."""
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        torch.set_default_device("meta")
+        other = m3i_fast.load(run, device="cpu")
+        assert {weight.dtype for weight in other.parameters()} == {torch.float32}
+        embedded, of_texts = other.encode_image(pictures), other.encode_text(["a red bird"])
+        assert torch.get_default_dtype() == torch.bfloat16
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(embedded, model.encode_image(pictures))
+    assert torch.equal(of_texts, model.encode_text(["a red bird"]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_may_be_cast(
+    run: Path, model: m3i_fast.Model, pictures: list[Image.Image], dtype: torch.dtype
+) -> None:
+    cast = m3i_fast.load(run, device="cpu").to(dtype)
+    for name in ("encode_image", "classify", "forward"):
+        expected, found = (getattr(each, name)(pictures).double() for each in (model, cast))
+        assert torch.cosine_similarity(found, expected).min() > 0.99, name
+    assert (
+        torch.cosine_similarity(
+            cast.encode_text(["ship"]).double(), model.encode_text(["ship"]).double()
+        ).min()
+        > 0.99
+    )
+
+
 def test_pictures_need_no_library_but_torch_and_safetensors(run: Path) -> None:
     """Neither the tokenizer's, whose import takes seconds, nor the loader's or the trackers'."""
     command = [sys.executable, "-c", PICTURES_ALONE, str(run)]

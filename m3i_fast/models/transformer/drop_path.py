@@ -82,7 +82,7 @@ class DropPath(nn.Module):
         """
         if rows is not None:
             branch = branch if scale is None else branch * scale
-            added = x.index_add(0, rows, branch.to(x.dtype), alpha=len(x) / len(rows))
+            added = x.index_add(0, rows, branch.to(x.dtype), alpha=len(x) / max(len(rows), 1))
             return Residual(added)
         branch = self(branch, priority)
         # one pass instead of two over the branch

@@ -66,15 +66,17 @@ def build_loss(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> Loss
 
 def category(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
     """Build the softmax over all categories, or a vocabulary; rows alone are sharded."""
+    return partial(_category, group=group)
 
-    def loss(z_hat: Tensor, z: Tensor, scale: Tensor, *, targets: Tensor) -> Tensor:
-        if group is None:
-            return boltzmann(z_hat, z, scale, targets=targets)
-        own = boltzmann(z_hat, z, scale, targets=targets, reduction="sum")
-        members = sum_over_ranks((targets != IGNORED).sum().to(own.dtype), group)
-        return sum_over_ranks(own, group) / members.clamp_min(1)
 
-    return loss
+def _category(
+    z_hat: Tensor, z: Tensor, scale: Tensor, *, targets: Tensor, group: Group
+) -> Tensor:  # []
+    if group is None:
+        return boltzmann(z_hat, z, scale, targets=targets)
+    own = boltzmann(z_hat, z, scale, targets=targets, reduction="sum")
+    members = sum_over_ranks((targets != IGNORED).sum().to(own.dtype), group)
+    return sum_over_ranks(own, group) / members.clamp_min(1)
 
 
 def caption(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
@@ -89,14 +91,20 @@ def caption_sigmoid(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) ->
 
 def _of_all_ranks(group: Group, **fixed: Any) -> LossFunction:
     """Return `boltzmann` over the rows of all ranks, as many on each or as many as `counts` say."""
+    return partial(_boltzmann_of_all_ranks, group=group, **fixed)
 
-    def loss(
-        z_hat: Tensor, z: Tensor, scale: Tensor, *, counts: Sequence[int] = (), **options: Any
-    ) -> Tensor:
-        sizes = sizes_of_ranks(z_hat, z, counts, group)
-        return boltzmann(z_hat, z, scale, process_group=group, **sizes, **options, **fixed)
 
-    return loss
+def _boltzmann_of_all_ranks(
+    z_hat: Tensor,
+    z: Tensor,
+    scale: Tensor,
+    *,
+    group: Group,
+    counts: Sequence[int] = (),
+    **options: Any,
+) -> Tensor:  # []
+    sizes = sizes_of_ranks(z_hat, z, counts, group)
+    return boltzmann(z_hat, z, scale, process_group=group, **sizes, **options)
 
 
 def labels(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:

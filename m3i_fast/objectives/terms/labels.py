@@ -144,7 +144,8 @@ class Category(Label):
 
     def logits(self, summary: Tensor) -> Tensor:  # [I, s, P] -> [I, K] fp32
         """Return the logits of the categories of images, whose softmax the loss is taken of."""
-        return _products(self.embed(summary), self.class_embeddings(), self.log_scale.exp())
+        rows = self.embed(summary)
+        return _products(rows, self.class_embeddings().to(rows.dtype), self.log_scale.exp())
 
     def forward(self, step: StepContext, monitor: Monitor | None) -> tuple[Tensor, Tensor | int]:
         batch, name = step.batch, self.term.column

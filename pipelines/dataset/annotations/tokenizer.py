@@ -69,6 +69,10 @@ class Tokenizer:
         self.num_merges = num_merges
         self.context_length = context_length
 
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[int | None, int]]:
+        """Pickle what it is built from: workers of a DataLoader build their own."""
+        return Tokenizer, (self.num_merges, self.context_length)
+
     @classmethod
     def from_info(cls, info: TokenizerInfo) -> Tokenizer:
         """Build the tokenizer of a manifest; ValueError where this machine's merges differ."""
@@ -139,7 +143,7 @@ class Tokenizer:
         import torch  # which the rest of this module does without
 
         rows = [self.encode(text) for text in ([texts] if isinstance(texts, str) else texts)]
-        token_ids = torch.zeros(len(rows), self.context_length, dtype=torch.int64)
+        token_ids = torch.zeros(len(rows), self.context_length, dtype=torch.int64, device="cpu")
         for row, ids in zip(token_ids, rows, strict=True):
             row[: len(ids)] = torch.from_numpy(ids)
         return token_ids
