@@ -85,9 +85,14 @@ def train(
     is not told. `m3i-fast train`, or `Trainer` for the former, has them. As it does, it leaves
     behind in the process what the config asks of it: the seed of torch's generators, its number of
     threads, and with `deterministic` its deterministic algorithms and their environment variables.
-    Raises as `take_data_fields` and `Trainer`; an error of one rank has to end its process
-    (`os._exit`), as the others wait for it.
+    Raises TypeError for a config of another type, and as `take_data_fields` and `Trainer`; an error
+    of one rank has to end its process (`os._exit`), as the others wait for it.
     """
+    if not isinstance(cfg, TrainConfig):
+        raise TypeError(
+            "cfg: expected a TrainConfig, such as m3i_fast.recipes.recipes()['demo'](), got "
+            f"{cfg!r}"
+        )
     had_joined = dist.is_initialized()
     trainer = Trainer(
         take_data_fields(cfg),

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+import m3i_fast
 from m3i_fast.cli import main
 from m3i_fast.cli.train import TrainCommand
 from m3i_fast.config import TrainConfig
@@ -54,6 +55,12 @@ def _wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
         assert process.poll() is None, f"ended with {process.returncode} before {path.name}"
         assert time.monotonic() < deadline, f"waited for {path}"
         time.sleep(0.005)
+
+
+def test_a_name_is_no_config(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"cfg: expected a TrainConfig, .*, got 'demo'$"):
+        m3i_fast.train("demo", tmp_path / "run")  # type: ignore[arg-type]
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_learns_and_leaves_its_files(whole_run: Path, dataset: Path) -> None:

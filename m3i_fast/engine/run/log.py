@@ -136,8 +136,9 @@ class RunLog:
     def read(self, step: int) -> dict[str, float]:
         """Return the row of the interval since the last read.
 
-        It holds means over steps and ranks, sums of members, images a second of all ranks, times of
-        the stages, reads of a bucket and, on the first rank, the values of `RunTelemetry`.
+        It holds means over steps and ranks, sums of members, images a second of all ranks, the
+        highest memory of any, times of this rank's stages, reads of a bucket and, on the first
+        rank, the values of `RunTelemetry`.
         """
         now, num_steps = time.monotonic(), step - self._began_step
         values = self.means.read()
@@ -155,7 +156,8 @@ class RunLog:
             values["throughput/tokens_s"] = tokens / self._seconds_of_steps(now)
         values["throughput/img_s"] = num_images / self._seconds_of_steps(now)
         if self._world.device.type == "cuda":
-            values["memory/peak_gib"] = self._highest_bytes() / 2**30
+            of_ranks = self._world.gather(self._highest_bytes())
+            values["memory/peak_gib"] = max(of_ranks) / 2**30
         if self._world.is_main:
             interval = LogInterval(
                 begin_s=self._began,

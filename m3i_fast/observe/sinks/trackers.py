@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -103,7 +103,7 @@ class MlflowSink:
         opened = _in_background(
             lambda: self._continued(uri, run_dir) or self._created(uri, run_dir, config)
         )
-        self._id = opened.result(timeout=CLOSE_SECONDS)
+        self._id = _within(CLOSE_SECONDS, opened)
         self._rows: queue.SimpleQueue[tuple[int, int, dict[str, float]] | None]
         self._rows = queue.SimpleQueue()
         self._ended: Ended = "complete"
@@ -155,12 +155,7 @@ class MlflowSink:
         """Wait until all rows are sent, for at most a minute; raise where some are missing."""
         self._ended = ended
         self._rows.put(None)
-        try:
-            self._sent.result(timeout=CLOSE_SECONDS)
-        except TimeoutError:
-            raise TimeoutError(
-                f"no answer within {CLOSE_SECONDS} s; the last rows are missing there"
-            ) from None
+        _within(CLOSE_SECONDS, self._sent)
 
     def _send(self) -> None:
         """Send rows in their order until `close`, then set how the run ended."""
@@ -181,12 +176,19 @@ def expect_mlflow(uri: str) -> None:
         MlflowClient(tracking_uri=uri).get_experiment_by_name(MlflowSink.EXPERIMENT)
 
     try:
-        _in_background(ask).result(timeout=_CHECK_SECONDS)
+        _within(_CHECK_SECONDS, _in_background(ask))
     except Exception as error:
-        got = error if str(error) else f"no answer within {_CHECK_SECONDS} s"
         raise ValueError(
-            f"telemetry.mlflow_uri: expected an MLflow server that answers, got {uri!r}: {got}"
+            f"telemetry.mlflow_uri: expected an MLflow server that answers, got {uri!r}: {error}"
         ) from error
+
+
+def _within(seconds: float, future: Future[T]) -> T:
+    """Return the result, or raise the error, of what has so many seconds left; or TimeoutError."""
+    wait([future], seconds)
+    if not future.done():
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    return future.result()
 
 
 def _in_background(work: Callable[[], T]) -> Future[T]:

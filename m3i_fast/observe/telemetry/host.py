@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
+_BLOCK = Path("/sys/block")
 REFRESH_S = 10.0  # between two searches for children, which read /proc of every process
 
 
@@ -27,8 +29,9 @@ class Host:
     def read(self) -> dict[str, float]:
         """Return cpu_percent of all cores, process_cpu_percent of one core, memory and counters.
 
-        Byte counters count from boot. process_cpu_percent and rss_bytes sum over the process tree,
-        in which memory that processes share counts for each of them.
+        Byte counters count from boot, of physical disks and of all network interfaces but loopback:
+        what a volume or an array reads is its disks'. process_cpu_percent and rss_bytes sum over
+        the process tree, in which memory that processes share counts for each of them.
         """
         psutil, now = self._psutil, time.monotonic()
         if now - self._searched_s >= REFRESH_S:
@@ -51,11 +54,19 @@ class Host:
             values["cpu_percent"] = share
         self._busy, self._read_s = busy, now
         values["memory_used_bytes"] = psutil.virtual_memory().used
-        if (disk := psutil.disk_io_counters()) is not None:
-            values["disk_read_bytes"] = disk.read_bytes
-        if (network := psutil.net_io_counters()) is not None:
-            values["network_received_bytes"] = network.bytes_recv
+        if disks := self._disks():
+            values["disk_read_bytes"] = sum(disk.read_bytes for disk in disks)
+        if networks := psutil.net_io_counters(pernic=True):
+            others = (of for name, of in networks.items() if name != "lo")
+            values["network_received_bytes"] = sum(of.bytes_recv for of in others)
         return values
+
+    def _disks(self) -> list[Any]:
+        """Return the counters of each disk that is a device, all of them as one where none is."""
+        counters = self._psutil.disk_io_counters(perdisk=True) or {}
+        devices = [of for name, of in counters.items() if (_BLOCK / name / "device").exists()]
+        whole = self._psutil.disk_io_counters()
+        return devices or ([] if whole is None else [whole])
 
 
 COUNTERS = ("disk_read_bytes", "network_received_bytes")

@@ -6,6 +6,7 @@ import ast
 import inspect
 import json
 import logging
+import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ import pynvml
 import pytest
 
 from m3i_fast.observe.telemetry import nvml as gpu
+from m3i_fast.observe.telemetry.host import Host
 from m3i_fast.observe.telemetry.nvml import Gpu, reason_names, uuid_hash
 from m3i_fast.observe.telemetry.sampler import Device, TelemetrySampler, cuda_devices
 from tests.shared.observe.recorded_nvml import BUS_IDS, UUIDS, Card, Recorded, counting, hopper
@@ -277,3 +279,29 @@ def test_a_card_that_tells_nothing() -> None:
     assert found.read(slow=True) == {}
     asked = sum(card.called.values())
     assert found.read(slow=True) == {} and sum(card.called.values()) == asked
+
+
+def _kernels_counters() -> tuple[int, int]:
+    """Bytes that the devices read, by sectors of 512, and that the interfaces received."""
+    lines = [line.split() for line in Path("/proc/diskstats").read_text().splitlines()]
+    sectors = [int(w[5]) for w in lines if Path("/sys/block", w[2], "device").exists()]
+    interfaces = [line.split(":") for line in Path("/proc/net/dev").read_text().splitlines()[2:]]
+    received = [int(rest.split()[0]) for name, rest in interfaces if name.strip() != "lo"]
+    return 512 * sum(sectors), sum(received)
+
+
+def test_disks_and_interfaces_count_once() -> None:
+    """A volume's reads are its disks'; what a process sends itself comes from no network."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        with socket.create_connection(server.getsockname()) as sender:
+            taker, _ = server.accept()
+            with taker:
+                before, host = _kernels_counters(), Host()
+                for _ in range(64):
+                    sender.sendall(bytes(2**16))
+                    taker.recv(2**16, socket.MSG_WAITALL)
+                found, after = host.read(), _kernels_counters()
+    for name, first, last in zip(
+        ("disk_read_bytes", "network_received_bytes"), before, after, strict=True
+    ):
+        assert first <= found[name] <= last, name
