@@ -16,7 +16,7 @@ import tyro
 from m3i_fast.cli import console
 from m3i_fast.cli.evaluate import print_figures
 from m3i_fast.cli.train import run as train
-from m3i_fast.config.fields import STEPS, out_of_range, refuse, unmet
+from m3i_fast.config.fields import STEPS, refuse, unmet, wrong_fields
 from m3i_fast.durable_files import expect_local
 from m3i_fast.engine.run.lock import RunLock
 from m3i_fast.recipes import demo, pack_demo
@@ -51,7 +51,7 @@ def run(command: DemoCommand) -> int:
     from m3i_fast.pipelines.sources.openmoji import expect_split_clusters
     from m3i_fast.planning.step_budget import calibrate
 
-    refuse([*out_of_range(command), *unmet(command, seconds=(command.seconds > 0, "> 0"))])
+    refuse([*wrong_fields(command), *unmet(command, seconds=(command.seconds > 0, "> 0"))])
     expect_local(command.out, "--out")
     if not is_dataset(command.data):
         console.rule("packing OpenMoji")

@@ -93,7 +93,7 @@ class TrainCommand(Checked):
     of the fastest) write the stacks of all threads to stacks-rankN.txt in --out and exit with 76;
     inf: never."""
 
-    def wrong_numbers(self) -> tuple[Conflict, ...]:
+    def wrong_values(self) -> tuple[Conflict, ...]:
         """Yield nothing: limits of time may be infinite, and `conflicts` has the rest."""
         return ()
 

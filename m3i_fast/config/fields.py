@@ -61,11 +61,11 @@ class Checked:
 
     def __post_init__(self) -> None:
         if not _is_deferred.get():
-            refuse([*self.wrong_numbers()] or self.conflicts(), self.place())
+            refuse([*self.wrong_values()] or self.conflicts(), self.place())
 
-    def wrong_numbers(self) -> Iterable[Conflict]:
+    def wrong_values(self) -> Iterable[Conflict]:
         """Yield the fields of another type, and numbers that are not finite or out of range."""
-        return out_of_range(self)
+        return wrong_fields(self)
 
     def conflicts(self) -> Iterable[Conflict]:
         """Yield what is wrong with fields whose numbers are finite and in their ranges."""
@@ -110,7 +110,7 @@ def all_conflicts(cfg: Any) -> list[Conflict]:
 
 def _walk(cfg: Any, path: str) -> tuple[bool, list[Conflict]]:
     """Return whether all numbers are in their ranges, and the conflicts."""
-    wrong = cfg.wrong_numbers() if isinstance(cfg, Checked) else ()
+    wrong = cfg.wrong_values() if isinstance(cfg, Checked) else ()
     conflicts = [(f"{path}{name}", told) for name, told in wrong]
     is_sound = not conflicts
     for name in cfg.__dataclass_fields__:
@@ -139,10 +139,10 @@ def check_fields(cfg: Any, prefix: str = "") -> None:
 
     prefix: what the message puts before a field's name, "optim.".
     """
-    refuse(out_of_range(cfg), prefix)
+    refuse(wrong_fields(cfg), prefix)
 
 
-def out_of_range(cfg: Any) -> Iterator[Conflict]:
+def wrong_fields(cfg: Any) -> Iterator[Conflict]:
     """Yield the fields of a dataclass of another type than theirs, not finite or out of range."""
     kind: type = type(cfg)
     for name, (hint, allowed) in _fields(kind).items():

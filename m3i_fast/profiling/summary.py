@@ -40,6 +40,8 @@ LONG_MS = 10.0
 """Length of a stage, in ms a step, from which its two times are compared; in a shorter one the
 microseconds between two readings of a clock count."""
 
+_OUTSIDE = {BETWEEN: "Between stages", LOADER: "Loader, beside the steps"}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Peak:
@@ -186,9 +188,6 @@ def _stages(recording: Recording, window: int, own: Mapping[str, float]) -> list
         }
         for name in names
     ]
-
-
-_OUTSIDE = {BETWEEN: "Between stages", LOADER: "Loader, beside the steps"}
 
 
 def _key(stage: str) -> str:

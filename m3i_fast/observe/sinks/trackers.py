@@ -73,13 +73,14 @@ def expect_wandb() -> None:
     if wandb.setup().settings.mode in ("offline", "dryrun", "disabled"):
         return
     try:
-        assert wandb.Api(timeout=_CHECK_SECONDS).viewer is not None
+        viewer = wandb.Api(timeout=_CHECK_SECONDS).viewer
     except Exception as error:
         raise ValueError(
             f"telemetry.wandb_project: expected a login at Weights & Biases, got: {error}; type "
             "wandb login or set WANDB_API_KEY, or set WANDB_MODE=offline to keep the rows in the "
             "run's directory"
         ) from error
+    logger.debug("Weights & Biases: logged in as %r", viewer)
 
 
 class MlflowSink:

@@ -29,7 +29,7 @@ from m3i_fast.profiling.recording import (
 RANGES = "NVTX_EVENTS"
 RANGE_TYPES = (59, 60)
 """Of a thread, and from one thread to another; other events are marks, categories and domains."""
-LOADER = re.compile(r"\[DALI\]\[\w+ op\] Run (.+)")
+DALI_OPERATOR = re.compile(r"\[DALI\]\[\w+ op\] Run (.+)")
 """Ranges in which DALI runs an operator of the loader."""
 
 
@@ -94,7 +94,7 @@ def _ranges(tables: Tables, notes: list[str]) -> list[HostRange]:
     for begin, end, text, text_id, thread, kind, domain in tables.rows(RANGES, *columns):
         name = text if text else tables.text(text_id)
         ours = not domain and (name == STEP or is_stage(name))
-        if not (ours or LOADER.match(name)) or kind not in (None, *RANGE_TYPES):
+        if not (ours or DALI_OPERATOR.match(name)) or kind not in (None, *RANGE_TYPES):
             continue
         if end is None or end < begin or end <= 0:
             num_open += ours
@@ -108,6 +108,6 @@ def _ranges(tables: Tables, notes: list[str]) -> list[HostRange]:
 def _loader(ranges: Sequence[HostRange], steps: Sequence[HostRange]) -> Iterator[HostRange]:
     """Yield the operators that the loader ran during the steps, by their own names."""
     for each in ranges:
-        operator = LOADER.match(each.name)
+        operator = DALI_OPERATOR.match(each.name)
         if operator and steps[0].begin <= each.begin < steps[-1].end:
             yield replace(each, name=operator[1])
