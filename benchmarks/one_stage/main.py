@@ -57,7 +57,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
-    plan: str = "second"
+    plan: str = "third"
     """Name of a file of benchmarks/one_stage/plans."""
     pack: bool = False
     """Write the plan's data sets, with --iconify and --countries, and run nothing."""
