@@ -1,8 +1,10 @@
-"""The page tells what the ledger's rows say of the plan that has ended, and nothing else."""
+"""The page tells what the ledger's rows say of the plans that have ended, and nothing else."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+import pytest
 
 from m3i_fast.benchmarks.one_stage.main import finished
 from m3i_fast.benchmarks.one_stage.plan import read_plan
@@ -12,8 +14,9 @@ from m3i_fast.benchmarks.one_stage.verdict import judge, page_table, sentences
 PAGE = Path(__file__).parents[3] / "docs/measure/one_stage.md"
 
 
-def test_the_tables_and_the_verdict_are_those_of_the_rows() -> None:
-    plan = read_plan("second")
+@pytest.mark.parametrize("name", ["second", "third"])
+def test_the_tables_and_the_verdict_are_those_of_the_rows(name: str) -> None:
+    plan = read_plan(name)
     rows = finished(plan, None)
     assert is_complete(plan, rows)
     compared = comparisons(plan, rows)
