@@ -242,6 +242,7 @@ def _figures(trainer: Trainer, ranks: list[dict[str, Series]]) -> dict[str, Any]
         "accumulate": cfg.parallel.accumulate,
         "precision": trainer.arithmetic.recipe,
         "backend": trainer.arithmetic.backend,
+        "attention": trainer.attention.kernel,
         "compile": cfg.compile,
         "data": data,
         "measurements": {name: asdict(each) for name, each in measured.items()},

@@ -73,6 +73,11 @@ def _unmet(cfg: TrainConfig) -> Iterator[Conflict]:
             "mask, since which tokens a subset leaves is not known on the host,",
             vision.drop_path_mode,
         ),
+        "vision.attention": (
+            not is_vit or vision.attention != "cudnn",
+            "auto, flash, fa3, fa4 or math, since cuDNN builds a plan for each new shape,",
+            "cudnn",
+        ),
         "precision": (
             not in_fp8 or not reads_text,
             "auto, fp32 or bf16, since captions are not of a multiple of 16 tokens,",

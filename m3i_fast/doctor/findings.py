@@ -115,6 +115,7 @@ def find_torch(machine: Machine) -> Finding:
     if facts["cuda"]:
         cudnn, nccl = facts["cudnn"], facts["nccl"]
         detail = f"{facts['version']}, CUDA {facts['cuda']}, cuDNN {cudnn}, NCCL {nccl}"
+        detail += f", FlashAttention {' and '.join(facts['flash_attention'])}"
     if not machine.gpus or facts["sees_gpu"]:
         return Finding(subject="torch", level="ok", detail=detail)
     if not facts["cuda"]:

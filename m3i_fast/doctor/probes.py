@@ -92,11 +92,23 @@ def torch_build() -> Facts:
         "cuda": cuda,
         "cudnn": torch.backends.cudnn.version(),
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if cuda else None,
+        "flash_attention": ["2", *filter(_has_flash_attention, "34")],
         "sees_gpu": torch.cuda.is_available(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "num_threads": torch.get_num_threads(),
         "bf16_units": bf16_units(),
     }
+
+
+def _has_flash_attention(version: str) -> bool:
+    """Return whether torch can use this version of FlashAttention; replaces torch's own."""
+    from torch.nn.attention import activate_flash_attention_impl
+
+    try:
+        activate_flash_attention_impl(f"FA{version}")
+    except (ImportError, RuntimeError, ValueError):
+        return False
+    return True
 
 
 def bf16_units(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str] | None:

@@ -31,6 +31,7 @@ from m3i_fast.durable_files import (
 )
 from m3i_fast.engine.parallel.ranks import World
 from m3i_fast.engine.precision.arithmetic import Arithmetic
+from m3i_fast.engine.precision.attention import choose_attention
 from m3i_fast.engine.precision.cpu_products import fast_cpu_products
 from m3i_fast.engine.precision.fp8 import forward_context
 from m3i_fast.engine.teacher import Teacher
@@ -123,7 +124,8 @@ def cache_teachers(
         assert isinstance(teacher, Teacher)
         found[name] = _folder_of(root, cfg, teacher, loader, world, arithmetic)
         products = fast_cpu_products(world.device, arithmetic.compute_dtype)
-        with forward_context(arithmetic, world.device), products:
+        attention = choose_attention(cfg, arithmetic, world.device).context()
+        with forward_context(arithmetic, world.device), products, attention:
             _fill(found[name], teacher, loader, world, name, on_progress)
         world.wait_for_all(on_progress)
         for number in range(found[name].num_files):
@@ -156,6 +158,7 @@ def _folder_of(
         "data": {"digest": loader.digest, "split": cfg.data.split, "rows": loader.num_rows},
         "decoder": decoder,
         "computes_in": str(arithmetic.compute_dtype),
+        "attention": choose_attention(cfg, arithmetic, world.device).kernel,
         "tokens": [tokens.shape[1], tokens.shape[2], str(tokens.dtype)],
         "rows_a_file": ROWS_A_FILE,
     }

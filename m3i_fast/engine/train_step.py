@@ -7,9 +7,9 @@ that they time, profile and predict the step that trains.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import cast
 
 import numpy as np
@@ -32,6 +32,7 @@ from m3i_fast.engine.parallel.accumulation import (
 from m3i_fast.engine.parallel.local_shards import GradientNorm
 from m3i_fast.engine.parallel.ranks import World, average_replicated, distribute
 from m3i_fast.engine.precision.arithmetic import Arithmetic
+from m3i_fast.engine.precision.attention import StepAttention, choose_attention
 from m3i_fast.engine.precision.cast_weights import cast_weights
 from m3i_fast.engine.precision.cpu_products import fast_cpu_products
 from m3i_fast.engine.precision.fp8 import (
@@ -162,9 +163,17 @@ class TrainStep:
         with self.matrix_products():
             return self._take(batches, monitor)
 
-    def matrix_products(self) -> AbstractContextManager[None]:
-        """Return the context of a step, in which this CPU multiplies matrices fastest."""
-        return fast_cpu_products(self.world.device, self.arithmetic.compute_dtype)
+    @cached_property
+    def attention(self) -> StepAttention:
+        """Return the kernels of attention; raise ValueError as `choose_attention`."""
+        return choose_attention(self.cfg, self.arithmetic, self.world.device)
+
+    @contextmanager
+    def matrix_products(self) -> Iterator[None]:
+        """Choose the kernels of attention, and this CPU's fastest matrix products."""
+        products = fast_cpu_products(self.world.device, self.arithmetic.compute_dtype)
+        with products, self.attention.context():
+            yield
 
     def _take(self, batches: Sequence[AnyBatch], monitor: bool) -> dict[str, Tensor]:
         step = self.steps_taken

@@ -34,6 +34,7 @@ from m3i_fast.engine.precision.arithmetic import (
     resolve_device,
     resolve_precision,
 )
+from m3i_fast.engine.precision.attention import choose_attention
 from m3i_fast.engine.precision.determinism import make_deterministic
 from m3i_fast.engine.run.data_fields import expect_data, take_data_fields
 from m3i_fast.engine.run.data_record import DataRecord, record_data
@@ -158,6 +159,7 @@ class Trainer:
             compiled=cfg.compile,
         )
         log_arithmetic(self.arithmetic)
+        self.attention = choose_attention(cfg, self.arithmetic, self.device)
         self.run = Run(run_dir, cfg, new_num_steps=new_num_steps, new_batch_size=new_batch_size)
         with ExitStack() as opened:  # closes what is open where the rest of this fails
             opened.callback(self.run.close)
@@ -200,7 +202,7 @@ class Trainer:
             self.initial = begin_from_weights(cfg, self.objective, self.world) if fresh else None
             self.world.wait_for_all()  # every rank has looked at the directory before it changes
             if saved is None:  # nothing is written before all of the above has succeeded
-                self.run.begin(self._data_record())
+                self.run.begin(self._data_record(), attention=self.attention.kernel)
                 if self.initial is not None and self.world.is_main:
                     self.initial.save(run_dir / INIT_FILE)
             else:

@@ -35,14 +35,16 @@ class Environment:
     num_cores: int
     gpu: str | None
     num_gpus: int
+    attention: str | None = None
+    """Kernel of attention in a training step; None without one."""
 
     def save(self, path: Path) -> None:
         """Write it to `path` as JSON."""
         write_atomically(path, (json.dumps(asdict(self), indent=2) + "\n").encode())
 
 
-def environment() -> Environment:
-    """Return the environment of this process."""
+def environment(attention: str | None = None) -> Environment:
+    """Return the environment of this process. attention: as the field of `Environment`."""
     num_gpus = torch.cuda.device_count()
     return Environment(
         command=shlex.join(["m3i-fast", *sys.argv[1:]]),
@@ -54,6 +56,7 @@ def environment() -> Environment:
         num_cores=num_cores(),
         gpu=gpu_name(0) if num_gpus else None,
         num_gpus=num_gpus,
+        attention=attention,
     )
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.columns import REGION_WIDTH, ColumnConfig
@@ -328,13 +329,15 @@ def _widen_norms(objective: nn.Module) -> None:
 class _StepOfMix(TrainStep):
     """A training step whose mix is given: a draw reads values, which fake tensors have none of.
 
-    Attention is fused, as on a GPU, whatever CPU this is.
+    Attention is fused, as on a GPU, unless the config asks for plain products.
     """
 
     mix: Mix
 
     def matrix_products(self) -> AbstractContextManager[None]:
-        return nullcontext()
+        vision = self.cfg.vision
+        plain = isinstance(vision, ViTConfig) and vision.attention == "math"
+        return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
 
     def draw_mix(self, batch: AnyBatch) -> Mix:
         return self.mix

@@ -195,7 +195,13 @@ TWO_NODES = {
 def gpu_node(**changes: Any) -> Machine:
     """An H100 with everything in place, or with one thing changed."""
     fused = {"optimizers": ["FusedAdam", "FusedLAMB"]}
-    torch_build = {"version": "2.15.0", "cuda": "13.2", "cudnn": 92600, "nccl": "2.30.3"}
+    torch_build = {
+        "version": "2.15.0",
+        "cuda": "13.2",
+        "cudnn": 92600,
+        "nccl": "2.30.3",
+        "flash_attention": ["2", "3"],
+    }
     facts = {
         "driver": {"cuda": [13, 0], "gpus": [{"name": "H100", "capability": [9, 0]}]},
         "torch_build": {
@@ -266,7 +272,13 @@ def test_a_wrong_product_in_fp8_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
 
 T4 = {"cuda": [13, 0], "gpus": [{"name": "T4", "capability": [7, 5]}]}
 A100_OLD_DRIVER = {"cuda": [12, 8], "gpus": [{"name": "A100", "capability": [8, 0]}]}
-BLIND_TORCH = {"version": "2.15.0", "cuda": "13.2", "cudnn": 92600, "nccl": "2.30.3"}
+BLIND_TORCH = {
+    "version": "2.15.0",
+    "cuda": "13.2",
+    "cudnn": 92600,
+    "nccl": "2.30.3",
+    "flash_attention": ["2", "3"],
+}
 BLIND_TORCH |= {"sees_gpu": False, "cpu_capability": "AVX2", "num_threads": 8}
 BLIND_TORCH |= {"bf16_units": []}
 

@@ -36,7 +36,12 @@ from m3i_fast.ops import IMAGENET_MEAN, IMAGENET_STD
 from tests.export.models_to_export import perturb
 
 # What training alone reads, which no weight and no feature in evaluation depends on.
-TRAINING = {"drop_path_rate": 0.5, "drop_path_mode": "subset", "activation_checkpointing": "full"}
+TRAINING = {
+    "drop_path_rate": 0.5,
+    "drop_path_mode": "subset",
+    "activation_checkpointing": "full",
+    "attention": "math",
+}
 
 VIT = ViTConfig(image_size=32, patch_size=8, dim=48, depth=2, num_heads=2)
 VIT_FIELDS: dict[str, list[Any]] = {

@@ -20,7 +20,7 @@ LEFT_OUT = {"NVTE_FUSED_ATTN": "0", "NVTE_TORCH_COMPILE": "0"}
 def steady_step(folder: Path, *flags: str) -> StepTrace:
     """Train the demo for six steps on the null H100; return its fifth, when the allocator rests."""
     trace = folder / "trace.jsonl"
-    variables = environment(ROOT / "build" / "null", trace=trace, root=ROOT, cudnn=1)
+    variables = environment(ROOT / "build" / "null", trace=trace, root=ROOT)
     command = [sys.executable, "-m", "m3i_fast.benchmarks.launches.one_run", "demo"]
     command += ["--num-steps", "6", "--log-every", "6", "--checkpoint-every", "6"]
     done = subprocess.run(

@@ -2,9 +2,6 @@
 #include <cudnn_version.h>
 #include <library_types.h>
 
-#include <cstdlib>
-#include <string>
-
 #include "libraries/library.h"
 
 M3I_EXPORT int cudnnCreate(void** handle) {
@@ -17,12 +14,9 @@ M3I_EXPORT int cudnnSetStream(void* handle, cudaStream_t stream) {
   return 0;
 }
 
-// By this number torch decides whether cuDNN computes attention; none of its engines is here.
-// Transformer Engine refuses to be imported with another than the real one: NULL_CUDA_CUDNN=1.
-M3I_EXPORT size_t cudnnGetVersion() {
-  const char* text = std::getenv("NULL_CUDA_CUDNN");
-  return text != nullptr && std::string(text) == "1" ? CUDNN_VERSION : 0;
-}
+// By this number torch decides whether cuDNN computes attention, as on a card. None of its engines
+// is here, so that a run which chooses cuDNN fails.
+M3I_EXPORT size_t cudnnGetVersion() { return CUDNN_VERSION; }
 
 // By these it decides whether the library is the one that it was built with.
 M3I_EXPORT int cudnnGetProperty(libraryPropertyType type, int* value) {

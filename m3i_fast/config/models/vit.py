@@ -20,6 +20,7 @@ from m3i_fast.config.fields import (
 )
 
 Position = Literal["absolute", "rotary"]
+AttentionKernel = Literal["auto", "flash", "fa3", "fa4", "cudnn", "math"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +77,11 @@ class ViTConfig(Checked):
     activation_checkpointing: Recompute = "none"
     """Activations that each block recomputes in the backward pass. selective: norms and GELU, which
     costs little; full: all of it, the least memory for about a third more compute."""
+    attention: AttentionKernel = "auto"
+    """Kernel of attention in training. auto: flash on a GPU, the fastest exact one on a CPU. flash:
+    FlashAttention 2, part of torch. fa3, fa4: FlashAttention 3 or 4, if installed. cudnn: cuDNN's,
+    not with --deterministic and not for views of any size. math: plain matrix products. A kernel
+    that the device cannot run is refused."""
 
     def conflicts(self) -> Iterator[Conflict]:
         yield from unmet(

@@ -23,8 +23,8 @@ def make_deterministic(cfg: TrainConfig, device: torch.device) -> None:
 
     torch then raises RuntimeError where an operation has no deterministic form, and DCNv3 sums its
     gradient in integers; the other compiled ops have one order of summation in any case. The
-    memory-efficient attention kernels have no deterministic backward pass, so on a GPU flash or
-    plain attention runs. Raises ValueError as `expect_deterministic`.
+    attention of cuDNN and torch's memory-efficient attention have no deterministic backward pass,
+    so on a GPU flash or plain attention runs. Raises ValueError as `expect_deterministic`.
     """
     expect_deterministic(cfg, device)
     for name, values in _ENVIRONMENT.items():
@@ -32,6 +32,7 @@ def make_deterministic(cfg: TrainConfig, device: torch.device) -> None:
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
     torch.backends.cuda.enable_mem_efficient_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def expect_deterministic(cfg: TrainConfig, device: torch.device) -> None:
@@ -43,6 +44,11 @@ def expect_deterministic(cfg: TrainConfig, device: torch.device) -> None:
                 f"--deterministic: expected {name}={' or '.join(values)} or no {name} in the "
                 f"environment, got {got}"
             )
+    if isinstance(cfg.vision, ViTConfig) and cfg.vision.attention == "cudnn":
+        raise ValueError(
+            "--deterministic: expected vision.attention auto, flash, fa3, fa4 or math, got cudnn, "
+            "whose backward pass is not deterministic"
+        )
     local = cfg.data.local_views
     if device.type == "cuda" and isinstance(cfg.vision, ViTConfig) and local is not None:
         if local.size != cfg.vision.image_size:

@@ -150,12 +150,13 @@ class Run:
             raise FileNotFoundError(f"{self.path} {_ENDED_EARLY}")
         return config
 
-    def begin(self, data: DataRecord | None = None) -> None:
+    def begin(self, data: DataRecord | None = None, attention: str | None = None) -> None:
         """Create the directory of a new run and lock it.
 
-        data: what is kept of the data; None where they come of no data set.
+        data: what is kept of the data; None where they come of no data set. attention: kernel of
+        attention, for env.json.
         """
-        on_first_rank(self.saver.group, lambda: self._begin(data))
+        on_first_rank(self.saver.group, lambda: self._begin(data, attention))
 
     def resume(self, num_ranks: int = 1) -> Checkpoint:
         """Return the newest good checkpoint of the run, to continue on so many ranks.
@@ -199,11 +200,11 @@ class Run:
         self.saver.forget_after(saved)
         return saved
 
-    def _begin(self, data: DataRecord | None) -> None:
+    def _begin(self, data: DataRecord | None, attention: str | None) -> None:
         make_directories(self.path)
         self._lock.acquire()
         self.expect_new()
-        environment().save(self.path / "env.json")
+        environment(attention).save(self.path / "env.json")
         if data is not None:
             data.save(self.path)
         self._cfg.save(self.config_path)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from m3i_fast.config.fields import DropPathMode, Mlp, Recompute
 from m3i_fast.models.activation_checkpointing import Checkpoint, torch_checkpoint
@@ -141,9 +142,9 @@ def runs_varlen(q: Tensor) -> bool:  # [T, H, D / H]
     """Return whether `torch.nn.attention.varlen` computes the attention of these queries.
 
     That is FlashAttention: on a GPU of compute capability 8.0 or newer, in fp16 or bf16, of heads
-    of at most 256 features, a multiple of 8.
+    of at most 256 features, a multiple of 8. With `vision.attention` = math it is turned off.
     """
-    if not q.is_cuda or q.dtype not in VARLEN_DTYPES:
+    if not q.is_cuda or q.dtype not in VARLEN_DTYPES or not torch.backends.cuda.flash_sdp_enabled():
         return False
     fits = q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
     return fits and torch.cuda.get_device_capability(q.device) >= VARLEN_CAPABILITY
@@ -156,11 +157,13 @@ def varlen_attention(
     ends: Tensor,  # [N + 1] int32, of the sequences, from 0
     longest: int,
 ) -> Tensor:  # [T, H, D / H]
-    """Attend by torch's own kernel from every token to those of its own sequence."""
+    """Attend by FlashAttention from every token to those of its own sequence."""
     # Here, since it imports torch's compiler, which no start needs.
     from torch.nn.attention.varlen import varlen_attn
 
-    out = varlen_attn(q, k, v, ends, ends, longest, longest)
+    # Torch 2.15 prefers cuDNN, which would build and keep a plan for each new set of lengths.
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        out = varlen_attn(q, k, v, ends, ends, longest, longest)
     assert isinstance(out, Tensor)
     return out
 

@@ -24,10 +24,12 @@ def as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in NAMES:
         monkeypatch.setenv(name, "")  # so that it is put back
         monkeypatch.delenv(name)
-    efficient = torch.backends.cuda.mem_efficient_sdp_enabled()
+    cuda = torch.backends.cuda
+    efficient, cudnn = cuda.mem_efficient_sdp_enabled(), cuda.cudnn_sdp_enabled()
     yield
     torch.use_deterministic_algorithms(False)
-    torch.backends.cuda.enable_mem_efficient_sdp(efficient)
+    cuda.enable_mem_efficient_sdp(efficient)
+    cuda.enable_cudnn_sdp(cudnn)
 
 
 def _config(dataset: Path, cfg: TrainConfig) -> TrainConfig:
@@ -44,6 +46,7 @@ def test_a_run_has_only_operations_that_repeat(recipe: str, dataset: Path, tmp_p
         assert torch.are_deterministic_algorithms_enabled()
         assert not torch.is_deterministic_algorithms_warn_only_enabled()
         assert not torch.backends.cuda.mem_efficient_sdp_enabled()
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
         assert [os.environ[n] for n in NAMES] == [":4096:8", "0", "Ring"]
         trainer.train()
         ends.append(trainer.objective.state_dict())
@@ -83,3 +86,10 @@ def test_views_whose_positions_are_resampled_are_refused_on_a_gpu() -> None:
     expect_deterministic(cfg, torch.device("cpu"))
     expect_deterministic(replace(cfg, data=replace(cfg.data, local_views=None)), gpu)
     expect_deterministic(recipes()["demo_internimage"](), gpu)
+
+
+def test_attention_by_cudnn_is_refused() -> None:
+    cfg = demo()
+    cfg = replace(cfg, vision=replace(cfg.vision, attention="cudnn"))
+    with pytest.raises(ValueError, match=r"vision\.attention"):
+        expect_deterministic(cfg, torch.device("cpu"))

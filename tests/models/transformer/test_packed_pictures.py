@@ -222,7 +222,7 @@ def one_kernel(contract: list[tuple[int, int]]) -> Callable[..., Tensor]:
         assert max(lengths) == max_q == max_k
         contract.append((len(lengths), max_q))
         parts = [
-            F.scaled_dot_product_attention(*(x[a:b].transpose(0, 1) for x in (q, k, v)))
+            F.scaled_dot_product_attention(*(x[None, a:b].transpose(1, 2) for x in (q, k, v)))[0]
             for a, b in zip(bounds, bounds[1:], strict=False)
         ]
         return torch.cat([part.transpose(0, 1) for part in parts])
