@@ -11,7 +11,7 @@ import math
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
@@ -87,10 +87,11 @@ class Kept(OrderedDict[Key, Value]):
 
 
 class Answers:
-    """Searches some pictures by one model; its methods are called by one thread at a time.
+    """Searches some pictures by one model; its methods may be called by any thread.
 
-    `thumbnail` and `picture`, which use no model, may be called by any. Methods raise ValueError
-    for a request that cannot be answered, and `Forgotten` for what it names and is not there.
+    The model computes in one thread, so that requests take their turn. Pictures are decoded in
+    others, so that nobody waits for the decoding of another's picture. Methods raise ValueError for
+    a request that cannot be answered, and `Forgotten` if it names something that is not there.
     """
 
     def __init__(
@@ -102,7 +103,7 @@ class Answers:
         model_name: str,
         num_threads: int = 1,
     ) -> None:
-        """model_name: as the page calls the model. num_threads: that read pictures."""
+        """model_name: as the page calls the model. num_threads: that decode pictures."""
         self._model, self._pictures, self._features = model, pictures, features
         self._model_name = model_name
         self._by_features = Index(features.mean)
@@ -113,11 +114,13 @@ class Answers:
         self._queries: Kept[str, Query] = Kept(KEPT_QUERIES)
         self._tokens: Kept[int, Tensor] = Kept(KEPT_TOKENS)
         self._readers = start_pool(num_threads, "m3i-pictures")
+        self._model_thread = start_pool(1, "m3i-search")
         self.thumbnail = lru_cache(KEPT_THUMBNAILS)(self._thumbnail)
 
     def close(self) -> None:
-        """Stop the threads that read pictures."""
+        """Stop the threads that decode pictures and compute."""
         self._readers.shutdown(cancel_futures=True)
+        self._model_thread.shutdown(cancel_futures=True)
 
     def about(self) -> Answer:
         """Return what the page says of model and data, and which of its controls there are."""
@@ -158,7 +161,7 @@ class Answers:
     def add_picture(self, content: bytes) -> Answer:
         """Encode a picture of the user, and return the query to search for."""
         started = time.perf_counter()
-        query = self._query(content, None)
+        query = self._new_query(content, None)
         return {"query": self._told(query), "encode_ms": _ms(started)}
 
     def search(self, request: Request) -> Answer:
@@ -177,14 +180,14 @@ class Answers:
         among = self._among(request.get("class"))
         started, query, note = time.perf_counter(), None, ""
         if "words" in request:
-            index, vector, note = self._words(request["words"])
+            index, vector, note = self._in_turn(self._words, request["words"])
         else:
             query = self._asked(request)
             index, vector = self._by_features, query.described.mean[0]
             if query.row is not None:
                 among[query.row] = False
         encode_ms, started = _ms(started), time.perf_counter()
-        rows, similarity = index.nearest(vector, num, among)
+        rows, similarity = self._in_turn(index.nearest, vector, num, among)
         search_ms = _ms(started)
         results = [
             self._result(*each) for each in zip(rows.tolist(), similarity.tolist(), strict=True)
@@ -198,20 +201,26 @@ class Answers:
             "note": note,
         }
 
+    def _in_turn(self, call: Callable[..., Value], *arguments: object) -> Value:
+        """Call a function in the thread of the model, which alone changes what is kept."""
+        return self._model_thread.submit(call, *arguments).result()
+
     def _asked(self, request: Request) -> Query:
         """Return the query that is named, or make one of a picture of the data."""
         if "row" in request:
-            return self._query(self._content(request["row"]), request["row"])
+            return self._new_query(self._content(request["row"]), request["row"])
         query = self._queries.get(request["query"])
         if query is None:
             raise Forgotten("this picture was searched too long ago: give it again")
-        self._queries.keep(query.identity, query)
-        return query
+        return self._in_turn(self._keep, query)
 
-    def _query(self, content: bytes, row: int | None) -> Query:
-        view = view_of(self._model, content)
+    def _new_query(self, content: bytes, row: int | None) -> Query:
+        view = self._readers.submit(view_of, self._model, content).result()
         pixels = view[0].permute(1, 2, 0).contiguous().numpy()
-        query = Query(secrets.token_hex(8), pixels, describe(self._model, view), row)
+        described = self._in_turn(describe, self._model, view)
+        return self._in_turn(self._keep, Query(secrets.token_hex(8), pixels, described, row))
+
+    def _keep(self, query: Query) -> Query:
         self._queries.keep(query.identity, query)
         return query
 
@@ -303,35 +312,37 @@ class Answers:
         for row in rows:
             self._expect_picture(row)
         started = time.perf_counter()
-        missing = [row for row in dict.fromkeys(rows) if row not in self._tokens]
-        for row in set(rows) - set(missing):
-            self._tokens.move_to_end(row)  # which keeps them while others are added
-        encoded = 0
-        for first in range(0, len(missing), PATCH_BATCH):
-            encoded += self._encode(missing[first : first + PATCH_BATCH])
-        wanted = self._about_mean(query.described.cells[0])[cell]
-        found = [self._tokens.get(row) for row in rows]
+        kept = {row: self._tokens.get(row) for row in rows}
+        missing = [row for row, tokens in kept.items() if tokens is None]
+        read = zip(missing, self._readers.map(self._view, missing), strict=True)
+        views = {row: view for row, view in read if view is not None}
+        similarity = self._in_turn(self._compare, query, cell, kept, views)
         return {
-            "similarity": [
-                None if tokens is None else [round(v, 3) for v in (tokens @ wanted).tolist()]
-                for tokens in found
-            ],
-            "encoded": encoded,
+            "similarity": [similarity[row] for row in rows],
+            "encoded": len(views),
             "ms": _ms(started),
         }
 
-    def _encode(self, rows: Sequence[int]) -> int:
-        """Keep the tokens of some pictures, about their means and of unit length.
+    def _compare(
+        self, query: Query, cell: int, kept: dict[int, Tensor | None], views: dict[int, Tensor]
+    ) -> dict[int, list[float] | None]:
+        """Return the similarity of each row's patches to one of the query.
 
-        Returns how many they are: those that can no longer be read are left out.
+        kept: tokens of the rows, about their means and of unit length. views: of the rows whose
+        tokens are to be computed. A row with neither can no longer be read.
         """
-        read = zip(rows, self._readers.map(self._view, rows), strict=True)
-        views = {row: view for row, view in read if view is not None}
-        if views:
-            cells = self._about_mean(describe(self._model, torch.cat([*views.values()])).cells)
-            for row, of_row in zip(views, cells, strict=True):
-                self._tokens.keep(row, of_row.clone())
-        return len(views)
+        found = {row: tokens for row, tokens in kept.items() if tokens is not None}
+        for first in range(0, len(views), PATCH_BATCH):
+            rows = [*views][first : first + PATCH_BATCH]
+            described = describe(self._model, torch.cat([views[row] for row in rows]))
+            cells = self._about_mean(described.cells)
+            found |= {row: tokens.clone() for row, tokens in zip(rows, cells, strict=True)}
+        for row, tokens in found.items():
+            self._tokens.keep(row, tokens)
+        wanted = self._about_mean(query.described.cells[0])[cell]
+        return dict.fromkeys(kept) | {
+            row: [round(v, 3) for v in (tokens @ wanted).tolist()] for row, tokens in found.items()
+        }
 
     def _view(self, row: int) -> Tensor | None:  # [1, 3, S, S] uint8
         try:

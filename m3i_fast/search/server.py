@@ -13,10 +13,11 @@ import json
 import logging
 import re
 import socket
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -25,7 +26,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from m3i_fast.json_files import parse_json
-from m3i_fast.pipelines.threads import start_pool
 from m3i_fast.report import template
 from m3i_fast.search.answers import Answer, Answers, Encoded, Forgotten
 
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 MOST_PICTURE_BYTES = 32 << 20
 MOST_JSON_BYTES = 64 << 10
+MOST_AT_ONCE = 16  # questions that are being answered; one more gets 503
 LINGER_BYTES = 256 << 20  # of a refused body, read so that the browser sees the answer
 LINGER_S = 3.0  # in all
 JSON_TYPE, PICTURE_TYPE = "application/json", "application/octet-stream"
@@ -59,8 +60,7 @@ class SearchServer(ThreadingHTTPServer):
     """Serves the page of some answers.
 
     It listens from its making on, so that a port in use is told before features are computed.
-    Each connection has a thread; what the model computes has one for all, so that requests take
-    their turn.
+    Each connection has a thread; at most MOST_AT_ONCE of them have a question answered at once.
     """
 
     daemon_threads = True
@@ -71,13 +71,12 @@ class SearchServer(ThreadingHTTPServer):
     def __init__(self, host: str, port: int) -> None:
         """Listen at an address; ValueError where that cannot be, such as a port in use."""
         self.host = host
-        self._thread: ThreadPoolExecutor = start_pool(1, "m3i-search")
+        self.places = threading.BoundedSemaphore(MOST_AT_ONCE)
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
             self.address_family, address = found[0][0], found[0][4]
             super().__init__(address[:2], _Handler)  # type: ignore[arg-type]
         except OSError as error:
-            self._thread.shutdown()
             raise ValueError(_why_not(host, port, error)) from error
         self._names = {host.lower(), "localhost"}
         if not self.is_local:
@@ -105,15 +104,6 @@ class SearchServer(ThreadingHTTPServer):
         """Bind without asking a name server for this machine's name, as HTTPServer does."""
         TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
-
-    def server_close(self) -> None:
-        """Stop listening, and the thread that computes."""
-        super().server_close()
-        self._thread.shutdown(cancel_futures=True)
-
-    def compute(self, call: Callable[..., Answer], *arguments: object) -> Answer:
-        """Call one of the answers' methods in the thread that computes."""
-        return self._thread.submit(call, *arguments).result()
 
     def may_be_called(self, name: str) -> bool:
         """Return whether a name in a Host header is this server's.
@@ -225,17 +215,24 @@ class _Handler(BaseHTTPRequestHandler):
     def _post(self) -> Encoded:
         answers = self.server.answers
         if self.path == "/add":
-            content = self._body(PICTURE_TYPE, MOST_PICTURE_BYTES)
-            answer = self.server.compute(answers.add_picture, content)
+            answer = partial(answers.add_picture, self._body(PICTURE_TYPE, MOST_PICTURE_BYTES))
         elif self.path in ("/search", "/patches"):
             content = self._body(JSON_TYPE, MOST_JSON_BYTES)
             call = answers.search if self.path == "/search" else answers.patches
-            answer = self.server.compute(call, parse_json(content, dict, "body"))
+            answer = partial(call, parse_json(content, dict, "body"))
         else:
             raise Wrong(
                 HTTPStatus.NOT_FOUND, f"there is nothing at {self.path[:100]!r}", closes=True
             )
-        return Encoded(json.dumps(answer).encode(), JSON_TYPE)
+        if not self.server.places.acquire(blocking=False):
+            raise Wrong(
+                HTTPStatus.SERVICE_UNAVAILABLE,
+                f"{MOST_AT_ONCE} questions are being answered: try again in a moment",
+            )
+        try:
+            return Encoded(json.dumps(answer()).encode(), JSON_TYPE)
+        finally:
+            self.server.places.release()
 
     def _body(self, kind: str, most: int) -> bytes:
         """Read the body of a request."""

@@ -7,14 +7,16 @@ import json
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
+from m3i_fast.search import answers as answers_module
 from m3i_fast.search import server as server_module
 from m3i_fast.search.answers import Answers
 from m3i_fast.search.pictures import Pictures
-from m3i_fast.search.server import JSON_TYPE, PICTURE_TYPE, SearchServer
+from m3i_fast.search.server import JSON_TYPE, MOST_AT_ONCE, PICTURE_TYPE, SearchServer
 
 JSON = {"Content-Type": JSON_TYPE}
 PICTURE = {"Content-Type": PICTURE_TYPE}
@@ -103,6 +105,66 @@ def test_many_ask_at_once(server: SearchServer) -> None:
     for thread in threads:
         thread.join()
     assert found == [200] * 12
+
+
+@pytest.mark.parametrize("path", ["/add", "/search", "/patches"])
+def test_decoding_a_picture_lets_other_questions_pass(
+    path: str,
+    server: SearchServer,
+    answers: Answers,
+    pictures: Pictures,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    status, first = search(server, {"row": 0})
+    question: dict[str, Any] = {"query": first["query"]["id"], "cell": 0, "rows": [7]}
+    question = question if path == "/patches" else {"row": 7}
+    body = pictures.read(7) if path == "/add" else json.dumps(question).encode()
+    begun, goes_on, decode = threading.Event(), threading.Event(), answers_module.view_of
+    monkeypatch.setattr(answers, "_tokens", answers_module.Kept(4))
+
+    def slow(*decoded: Any) -> Any:
+        begun.set()
+        assert goes_on.wait(60)
+        return decode(*decoded)
+
+    monkeypatch.setattr(answers_module, "view_of", slow)
+    with ThreadPoolExecutor(2) as clients:
+        try:
+            other = clients.submit(
+                ask, server, "POST", path, body, PICTURE if path == "/add" else JSON
+            )
+            assert begun.wait(30)
+            passing = clients.submit(search, server, {"words": "a red heart"})
+            assert passing.result(20)[0] == 200 and not other.done()
+        finally:
+            goes_on.set()
+        assert other.result()[0] == 200
+
+
+def test_a_question_too_many_is_refused(
+    server: SearchServer, answers: Answers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    all_in, goes_on = threading.Barrier(MOST_AT_ONCE + 1), threading.Event()
+
+    def slow(content: bytes) -> dict[str, str]:
+        all_in.wait(30)
+        assert goes_on.wait(60)
+        return {}
+
+    monkeypatch.setattr(answers, "add_picture", slow)
+    with ThreadPoolExecutor(MOST_AT_ONCE) as clients:
+        asked = [
+            clients.submit(ask, server, "POST", "/add", b"x", PICTURE) for _ in range(MOST_AT_ONCE)
+        ]
+        try:
+            all_in.wait(30)
+            status, found = search(server, {"row": 0})
+            assert status == 503 and f"{MOST_AT_ONCE} questions" in found["error"]
+            assert ask(server, "GET", "/thumbnail/0")[0] == 200
+        finally:
+            goes_on.set()
+        assert [question.result()[0] for question in asked] == [200] * MOST_AT_ONCE
+    assert search(server, {"row": 0})[0] == 200
 
 
 # ---- Whom it does not answer ---------------------------------------------------------------------
