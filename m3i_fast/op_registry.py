@@ -8,10 +8,13 @@ the package is built, and a process of `m3i-fast bench compare` beside another v
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,14 +34,65 @@ class GpuBenchmark:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Call:
+    """A call of an op that is compared with the op's plain-torch reference in float64."""
+
+    what: str
+    op: Callable[..., Any]
+    reference: Callable[..., Any]
+    inputs: dict[str, Any]
+    """Arguments of both by name, tensors on the CPU. In float64 an argument that is a dtype is
+    float64, too."""
+    leaves: tuple[str, ...] = ()
+    """Inputs whose gradients are compared, too."""
+
+    def results(self, device: str, *, exact: bool = False) -> list[Tensor]:
+        """Return the op's results and gradients on a device; exact: the reference's in float64."""
+        import torch
+
+        def placed(name: str, value: Any) -> Any:
+            if isinstance(value, torch.dtype):
+                return torch.float64 if exact else value
+            if not isinstance(value, torch.Tensor):
+                return value
+            dtype = torch.float64 if exact and value.is_floating_point() else value.dtype
+            return value.to(device, dtype, copy=True).requires_grad_(name in self.leaves)
+
+        given = {name: placed(name, value) for name, value in self.inputs.items()}
+        made = (self.reference if exact else self.op)(**given)
+        results = [made] if isinstance(made, torch.Tensor) else list(made)
+        if not self.leaves:
+            return results
+        weights = [  # from -1 to 1, which every dtype holds exactly
+            ((torch.arange(r.numel(), device=r.device) * 37 % 255 - 127) / 128).to(r.dtype).view_as(r)
+            for r in results
+        ]
+        grads = torch.autograd.grad(results, [given[name] for name in self.leaves], weights)
+        return [*(result.detach() for result in results), *grads]
+
+    def error(self, device: str) -> float:
+        """Return the largest error of a result or gradient; 1 is the largest that is right."""
+        import torch
+
+        # Of the largest number of a result. A half type rounds results and what kernels exchange.
+        allowed = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.uint8: 1 / 255}
+        pairs = zip(self.results(device), self.results("cpu", exact=True), strict=True)
+        errors = [
+            (ours.cpu().double() - truth).abs().max() / (allowed[ours.dtype] * truth.abs().max())
+            for ours, truth in pairs
+        ]
+        return float(torch.stack(errors).max())  # which is NaN if one of them is
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class OpSpec:
     """One op, by the name that all of its files share."""
 
     name: str
     title: str
     """What pages call it."""
-    is_right: Callable[[str], bool]
-    """Run the op on a small input on `cpu` or `cuda`; False where the result is wrong."""
+    calls: Callable[[bool], Iterator[Call]]
+    """Calls that launch every kernel of the op in a step; True: in a GPU's sizes, too."""
     work: Callable[[], Callable[[], object]]
     """Prepare a call on the CPU, whose time `m3i-fast bench compare` compares between versions."""
     measures: str
@@ -54,6 +108,10 @@ class OpSpec:
     """Expression for more names of kernels and operators of a profile that are the op's, beside
     those that begin with its own; empty: there are none."""
 
+    def is_right(self, device: str) -> bool:
+        """Compare the results of small calls on `cpu` or `cuda`."""
+        return all(call.error(device) <= 1 for call in self.calls(False))
+
     @property
     def module(self) -> str:
         """Return the benchmark's module below benchmarks/."""
@@ -68,19 +126,29 @@ class OpSpec:
 # ---- mask_mix ------------------------------------------------------------------------------------
 
 
-def _mask_mix_is_right(device: str) -> bool:
-    """Two views in quarters, each pixel that of the view which its cell chose."""
+def _mask_mix_calls(large: bool) -> Iterator[Call]:
     import torch
 
-    from m3i_fast.ops import mask_mix
+    from m3i_fast.ops import mask_mix, reference
 
-    views = torch.arange(2 * 3 * 4 * 4, dtype=torch.uint8, device=device).reshape(2, 3, 4, 4)
-    choice = torch.tensor([[[0, 1], [1, 0]]], dtype=torch.uint8, device=device)
-    members = torch.tensor([[0, 1]], device=device)
-    mixed = mask_mix(views, choice, members, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-    cells = choice.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, None]
-    expected = torch.where(cells == 0, views[:1], views[1:]).float() / 255
-    return torch.allclose(mixed, expected)
+    rng = torch.Generator().manual_seed(0)
+    exact = partial(reference.mask_mix, compute_dtype=torch.float64)
+    # A thread has as many pixels as a cell's width allows.
+    sizes = [(6, 16, 4, 5), (6, 4, 15, 9), (6, 3, 5, 7)] + [(128, 16, 14, 14)] * large
+    for dtype in (torch.bfloat16, torch.float32):
+        for pictures, patch, rows, columns in sizes:
+            height, width = rows * patch, columns * patch
+            views = torch.randint(
+                256, (pictures, 3, height, width), dtype=torch.uint8, generator=rng
+            )
+            choice = torch.randint(2, (pictures, rows, columns), dtype=torch.uint8, generator=rng)
+            members = torch.randint(pictures, (pictures, 2), generator=rng)
+            yield Call(
+                what=f"{dtype}, {pictures} x {height} x {width}, cells of {patch}",
+                op=mask_mix,
+                reference=exact,
+                inputs={"views": views, "choice": choice, "members": members, "dtype": dtype},
+            )
 
 
 def _mask_mix_work() -> Callable[[], object]:
@@ -99,18 +167,26 @@ def _mask_mix_work() -> Callable[[], object]:
 # ---- dcnv3 ---------------------------------------------------------------------------------------
 
 
-def _dcnv3_is_right(device: str) -> bool:
-    """Every pixel takes half of what lies half a pixel to its right."""
+def _dcnv3_calls(large: bool) -> Iterator[Call]:
     import torch
 
-    from m3i_fast.ops import dcnv3
+    from m3i_fast.ops import dcnv3, reference
 
-    x = torch.arange(8.0, device=device).reshape(1, 1, 8, 1)
-    offset = torch.tensor([0.5, 0.0], device=device).repeat(1, 1, 8, 1)
-    mask = torch.full_like(x, 0.5)
-    out = dcnv3(x, offset, mask, kernel_size=1, stride=1, padding=0, dilation=1, groups=1)
-    expected = [0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3.25, 1.75]  # beyond the last pixel lie zeros
-    return out.flatten().tolist() == expected
+    rng = torch.Generator().manual_seed(0)
+    geometry = {"kernel_size": 3, "stride": 1, "padding": 1, "dilation": 1, "softmax": True}
+    for dtype in (torch.bfloat16, torch.float32):
+        for batch, side, groups in [(2, 14, 4)] + [(8, 56, 8)] * large:
+            sizes = 16 * groups, 18 * groups, 9 * groups
+            x, offset, mask = (
+                torch.randn(batch, side, side, size, generator=rng).to(dtype) for size in sizes
+            )
+            yield Call(
+                what=f"{dtype}, {batch} x {side} x {side} x {sizes[0]}",
+                op=dcnv3,
+                reference=reference.dcnv3,
+                inputs={"x": x, "offset": offset, "mask": mask, "groups": groups, **geometry},
+                leaves=("x", "offset", "mask"),
+            )
 
 
 def _dcnv3_work() -> Callable[[], object]:
@@ -131,19 +207,51 @@ def _dcnv3_work() -> Callable[[], object]:
 # ---- boltzmann -----------------------------------------------------------------------------------
 
 
-def _boltzmann_is_right(device: str) -> bool:
-    """Two pairs at right angles: each row tells its own from the other by odds of e to 1."""
+def _boltzmann_calls(large: bool) -> Iterator[Call]:
     import torch
+    from torch.nn.functional import normalize
 
-    from m3i_fast.ops import boltzmann
+    from m3i_fast.ops import boltzmann, reference
 
-    rows = torch.eye(2, device=device).requires_grad_()
-    value = boltzmann(rows, rows.detach(), torch.ones((), device=device))
-    (gradient,) = torch.autograd.grad(value, rows)
-    other = 1 / (1 + math.e)
-    grad = torch.tensor([[-other, other], [other, -other]], device=device) / 2
-    expected = torch.tensor(-math.log(1 - other), device=device)
-    return torch.allclose(value, expected) and torch.allclose(gradient, grad)
+    rng = torch.Generator().manual_seed(0)
+    bf16, fp32 = torch.bfloat16, torch.float32
+
+    def call(
+        what: str,
+        rows: int,
+        columns: int,
+        dim: int,
+        dtype: torch.dtype = bf16,
+        scale: float = 10.0,
+        gap: float = 0.0,  # of a direction that rows have and columns have negated
+        **options: Any,
+    ) -> Call:
+        z = torch.randn(columns, dim, generator=rng) / dim**0.5
+        z_hat = z[torch.arange(rows) % columns] + torch.randn(rows, dim, generator=rng) / dim**0.5
+        apart = gap * normalize(torch.randn(dim, generator=rng), dim=0)
+        features = (normalize(each, dim=1).to(dtype) for each in (z_hat + apart, z - apart))
+        leaves = ("z_hat", "z", *(name for name in ("bias",) if name in options))
+        if not gap:  # with it the gradient by the scale is a sum of equal numbers that cancel
+            leaves += ("scale",)
+        return Call(
+            what=f"{dtype}, {rows} x {columns} x {dim}, {what}",
+            op=boltzmann,
+            reference=reference.boltzmann,
+            inputs=dict(zip(("z_hat", "z"), features, strict=True))
+            | {"scale": torch.tensor(scale), **options},
+            leaves=leaves,
+        )
+
+    ids, classes = torch.arange(300) % 37, torch.arange(520) % 37
+    labels = {"row_ids": ids.masked_fill(ids == 3, -1), "col_ids": classes}
+    yield call("labels", 300, 520, 264, **labels)
+    # The largest logit of a row is 200 below the largest possible: sums by one shift a row.
+    yield call("sums once more", 300, 520, 264, scale=100.0, gap=10.0, **labels)
+    yield call("classes", 300, 520, 264, targets=torch.arange(300) % 11 - 1)
+    yield call("sigmoid", 300, 300, 264, form="sigmoid", bias=torch.tensor(-4.5))
+    yield call("pairs", 33, 33, 17, fp32)
+    if large:  # of several blocks of C, and of clusters that wait for each other
+        yield call("pairs", 4608, 4608, 512)
 
 
 def _boltzmann_work() -> Callable[[], object]:
@@ -164,18 +272,23 @@ def _boltzmann_work() -> Callable[[], object]:
 # ---- gaussian ------------------------------------------------------------------------------------
 
 
-def _gaussian_is_right(device: str) -> bool:
-    """Of a row that is its own layer-norm, against zeros."""
+def _gaussian_calls(large: bool) -> Iterator[Call]:
     import torch
 
-    from m3i_fast.ops import gaussian
+    from m3i_fast.ops import gaussian, reference
 
-    z_hat = torch.zeros(3, 4, device=device, requires_grad=True)
-    z = torch.tensor([3.0, 5.0, 3.0, 5.0], device=device).expand(3, 4).contiguous()
-    value = gaussian(z_hat, z, normalise=True, eps=1e-12)
-    (gradient,) = torch.autograd.grad(value, z_hat)
-    grad = torch.tensor([1.0, -1.0, 1.0, -1.0], device=device).expand(3, 4) / 12
-    return torch.allclose(value, torch.full_like(value, 0.5)) and torch.allclose(gradient, grad)
+    rng = torch.Generator().manual_seed(0)
+    shapes = [(5, 30, 264)] + [(64, 196, 768)] * large
+    for dtype, shape in [(torch.bfloat16, shape) for shape in shapes] + [(torch.float32, (3, 17))]:
+        z_hat, z = (torch.randn(*shape, generator=rng) for _ in range(2))
+        for weight in (0.0, 0.05):
+            yield Call(
+                what=f"{dtype}, {list(shape)}, decorrelation {weight}",
+                op=partial(gaussian, normalise=True, decorrelation_weight=weight),
+                reference=partial(reference.gaussian, normalise=True, decorrelation_weight=weight),
+                inputs={"z_hat": z_hat.to(dtype), "z": 3 * z + 2},
+                leaves=("z_hat",),
+            )
 
 
 def _gaussian_work() -> Callable[[], object]:
@@ -193,22 +306,24 @@ def _gaussian_work() -> Callable[[], object]:
 # ---- add_layer_norm ------------------------------------------------------------------------------
 
 
-def _add_layer_norm_is_right(device: str) -> bool:
-    """Of a row and a branch whose sum is its own layer norm."""
+def _add_layer_norm_calls(large: bool) -> Iterator[Call]:
     import torch
 
-    from m3i_fast.ops import add_layer_norm
+    from m3i_fast.ops import add_layer_norm, reference
 
-    x = torch.tensor([2.0, -3.0, 2.0, -3.0], device=device).expand(3, 4).contiguous()
-    branch = torch.tensor([-1.0, 2.0, -1.0, 2.0], device=device).expand(3, 4).contiguous()
-    x.requires_grad_()
-    weight, bias = torch.full((4,), 2.0, device=device), torch.ones(4, device=device)
-    total, normed = add_layer_norm(x, branch, weight, bias, eps=1e-12)
-    (gradient,) = torch.autograd.grad(normed[:, 0].sum(), x)
-    expected = torch.tensor([1.0, -1.0, 1.0, -1.0], device=device).expand(3, 4)
-    grad = torch.tensor([1.0, 0.0, -1.0, 0.0], device=device).expand(3, 4)
-    values = torch.allclose(total, expected) and torch.allclose(normed, 2 * expected + 1)
-    return values and torch.allclose(gradient, grad, atol=1e-6)
+    rng = torch.Generator().manual_seed(0)
+    for dtype in (torch.bfloat16, torch.float32):
+        for shape in [(3, 50, 264)] + [(64, 196, 768)] * large:
+            x, branch = (torch.randn(*shape, generator=rng) for _ in range(2))
+            weight, bias = (torch.randn(shape[-1], generator=rng) for _ in range(2))
+            inputs = {"x": x, "branch": branch.to(dtype), "weight": weight, "bias": bias}
+            yield Call(
+                what=f"{dtype}, {list(shape)}",
+                op=add_layer_norm,
+                reference=reference.add_layer_norm,
+                inputs=inputs | {"dtype": dtype},
+                leaves=tuple(inputs),
+            )
 
 
 def _add_layer_norm_work() -> Callable[[], object]:
@@ -232,22 +347,37 @@ def _add_layer_norm_work() -> Callable[[], object]:
 # ---- views ---------------------------------------------------------------------------------------
 
 
-def _views_is_right(device: str) -> bool:
-    """Two pixels, twice, at their own size, mirrored and solarized."""
+def _views_calls(large: bool) -> Iterator[Call]:
     import torch
 
     from m3i_fast.config.data import ViewConfig
-    from m3i_fast.ops import views
+    from m3i_fast.ops import reference, views
 
-    picture = torch.tensor([[[10, 200, 127], [90, 128, 250]]] * 2, dtype=torch.uint8, device=device)
-    offset = torch.zeros(1, 1, dtype=torch.int64, device=device)
-    size = torch.full((1, 1, 2), 2, device=device)
-    row = [0.0, 0.0, 2.0, 2.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0]
-    params = torch.tensor([[row]], device=device)
-    specs = views.view_specs(ViewConfig(count=1, size=2))
-    (view,) = views.make_views(picture.flatten(), offset, size, params, views=specs)
-    row_of = [[90, 10], [127, 55], [5, 127]]
-    return view[0].tolist() == [[channel, channel] for channel in row_of]
+    rng = torch.Generator().manual_seed(0)
+    for pictures, side in [(3, 40)] + [(16, 224)] * large:
+        pixels = torch.randint(256, (pictures, 75, 100, 3), dtype=torch.uint8, generator=rng)
+        sizes = torch.tensor([75, 100]).expand(pictures, 1, 2).contiguous()
+        # No colours, whose steps round to the level below.
+        cfg = ViewConfig(
+            size=side,
+            blur_probability=0.5,
+            solarize_probability=0.5,
+            gray_probability=0.0,
+            jitter_probability=0.0,
+        )
+        specs = views.view_specs(cfg)
+        inputs = {
+            "pixels": pixels.flatten(),
+            "offset": torch.arange(pictures).view(-1, 1) * pixels[0].numel(),
+            "image_size": sizes,
+            "params": views.draw_views(sizes, torch.arange(pictures), seed=0, views=specs),
+        }
+        yield Call(
+            what=f"{pictures} pictures, views of {side}",
+            op=partial(views.make_views, views=specs),
+            reference=partial(reference.views, views=specs),
+            inputs=inputs,
+        )
 
 
 def _views_work() -> Callable[[], object]:
@@ -272,7 +402,7 @@ OPS: tuple[OpSpec, ...] = (
     OpSpec(
         name="mask_mix",
         title="Mixing and masking",
-        is_right=_mask_mix_is_right,
+        calls=_mask_mix_calls,
         work=_mask_mix_work,
         measures="mask, mix and normalise views: ours beside the torch expressions it replaces",
         gpu=GpuBenchmark(worth=5, limit_s=60, small=("--num-samples", "2", "--no-compile")),
@@ -281,7 +411,7 @@ OPS: tuple[OpSpec, ...] = (
     OpSpec(
         name="dcnv3",
         title="DCNv3",
-        is_right=_dcnv3_is_right,
+        calls=_dcnv3_calls,
         work=_dcnv3_work,
         measures="deformable convolution v3: ours beside grid_sample and torchvision",
         gpu=GpuBenchmark(worth=2, limit_s=240, skipped_small="takes minutes without a GPU"),
@@ -290,7 +420,7 @@ OPS: tuple[OpSpec, ...] = (
     OpSpec(
         name="boltzmann",
         title="Boltzmann likelihood",
-        is_right=_boltzmann_is_right,
+        calls=_boltzmann_calls,
         work=_boltzmann_work,
         measures="the Boltzmann likelihood beside ClipLoss, SigLipLoss and F.cross_entropy",
         benchmark="ops.boltzmann.main",
@@ -305,7 +435,7 @@ OPS: tuple[OpSpec, ...] = (
     OpSpec(
         name="gaussian",
         title="Gaussian likelihood",
-        is_right=_gaussian_is_right,
+        calls=_gaussian_calls,
         work=_gaussian_work,
         measures="the Gaussian likelihood: ours beside torch's layer_norm and mse_loss",
         gpu=GpuBenchmark(worth=4, limit_s=90, small=("--num-samples", "2", "--no-compile")),
@@ -314,7 +444,7 @@ OPS: tuple[OpSpec, ...] = (
     OpSpec(
         name="views",
         title="Views of pictures",
-        is_right=_views_is_right,
+        calls=_views_calls,
         work=_views_work,
         measures="crops, resized and changed in colour: ours beside torchvision's transforms",
         gpu=GpuBenchmark(worth=6, limit_s=60, small=("--num-samples", "2", "--batch-size", "4")),
@@ -324,7 +454,7 @@ OPS: tuple[OpSpec, ...] = (
     OpSpec(
         name="add_layer_norm",
         title="Residual sum and layer norm",
-        is_right=_add_layer_norm_is_right,
+        calls=_add_layer_norm_calls,
         work=_add_layer_norm_work,
         measures="a branch's sum and layer norm: ours beside torch's add and layer_norm",
         gpu=GpuBenchmark(worth=7, limit_s=60, small=("--num-samples", "2", "--no-compile")),

@@ -1,10 +1,16 @@
-"""Traces of the null CUDA runtime: read, checked against their schema, and summed up by step."""
+"""Traces of the null CUDA runtime: read, checked against their schema, and summed up by step.
+
+Also the names of the kernels that a call launches, on the null runtime or on a GPU.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -141,3 +147,42 @@ def peak_device_bytes(records: Iterable[Record]) -> int:
 def lines_of(records: Iterable[Record]) -> Counter[str]:
     """Return how often each Python line stands in the records; "?" where a record has none."""
     return Counter(record.get("line", "?") for record in records)
+
+
+# ---- Kernels of a call ---------------------------------------------------------------------------
+
+
+def launched(call: Callable[[], object]) -> list[str]:
+    """Return the names of the kernels that a call launches on the current GPU.
+
+    On a GPU torch's profiler names them; on the null runtime the trace of NULL_CUDA_TRACE, with
+    the calls of libraries.
+    """
+    mark = getattr(ctypes.CDLL(None), "null_cuda_mark", None)
+    if mark is None:
+        return _profiled(call)
+    mark(b"counted")
+    call()
+    mark(b"end")
+    steps = split_at_marks(read_trace(Path(os.environ["NULL_CUDA_TRACE"])))
+    counted = [step for step in steps if step.name == "counted"][-1]
+    names = [record["name"] for record in counted.of("launch")]
+    return names + [record["call"] for record in counted.of("library")]
+
+
+def _profiled(call: Callable[[], object]) -> list[str]:
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        call()
+        torch.cuda.synchronize()
+    events: Any = profiled.events()
+    names = [event.name for event in events if event.device_type.name == "CUDA"]
+    return [name for name in names if not name.startswith(("Memcpy", "Memset"))]
+
+
+def our_kernel(symbol: str) -> str | None:
+    """Return the name of a kernel of ours with its template arguments; None for others."""
+    found = re.search(r"(\w+(?:<.*>)?)\(", symbol)
+    return found[1].replace("m3i::", "") if found and "m3i::" in symbol else None

@@ -200,9 +200,11 @@ void write(char* begin, int value, size_t bytes) {
 cudaError_t fill(void* pointer, int value, size_t bytes, Stream& stream) {
   Record record("fill");
   record.number("bytes", static_cast<long long>(bytes)).number("stream", stream.id);
+  Capture* capture = capture_of(stream);
+  if (capture != nullptr) record.number("capture", static_cast<long long>(capture->id));
   next_operation(stream);
   add_to_capture(stream, false);
-  if (capture_of(stream) == nullptr) write(static_cast<char*>(pointer), value, bytes);
+  if (capture == nullptr) write(static_cast<char*>(pointer), value, bytes);
   return cudaSuccess;
 }
 

@@ -1,61 +1,115 @@
-"""Call every op once on a device, each in a process of its own, and tell which results are right.
+"""Compare calls of every op with its reference in float64, each op in a process of its own.
 
     python first_kernels.py cuda|cpu [--launch-only]
 
-Prints `check ` and JSON for each, as scripts/gpu/reading.py reads it. --launch-only: a call that
-returns is enough, whatever it computed.
+Prints `check ` and JSON for each call, as scripts/gpu/reading.py reads it. On a GPU the kernels of
+a training step (scripts/gpu/expected.json) must be among those whose results were compared.
+--launch-only: a call that returns is enough, whatever it computed.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
+from typing import Any
 
 LIMIT_S = 120.0
-CALL = """
-import os
-import sys
-from m3i_fast import op_registry
-(op,) = (op for op in op_registry.OPS if op.name == sys.argv[1])
-print("right" if op.is_right(sys.argv[2]) else "wrong")
-if sys.argv[2] == "cuda":
+EXPECTED = Path(__file__).resolve().parents[1] / "expected.json"
+CALL, LAUNCH_ONLY = "--call", "--launch-only"
+
+
+def run_calls(op_name: str, device: str, *, launch_only: bool) -> None:
+    """Run the calls of an op; prints a line of JSON for each."""
     import torch
-    torch.cuda.synchronize()
-sys.stdout.flush()
-os._exit(0)  # an autograd thread that still frees what Python holds would abort while it finalises
-"""
+
+    from m3i_fast import op_registry
+    from m3i_fast.benchmarks.launches.trace import launched, our_kernel
+
+    (op,) = (op for op in op_registry.OPS if op.name == op_name)
+    on_gpu = device == "cuda"
+    for call in op.calls(on_gpu):
+        names = launched(lambda call=call: call.results(device)) if on_gpu else []
+        row = {
+            "what": call.what,
+            "error": None if launch_only else call.error(device),
+            "kernels": sorted({kernel for name in names if (kernel := our_kernel(name))}),
+            "capability": torch.cuda.get_device_capability() if on_gpu else None,
+        }
+        print(json.dumps(row), flush=True)
+    os._exit(0)  # an autograd thread that still frees what Python holds would abort at the end
 
 
-def answer(op: str, device: str) -> str:
-    """Return `right`, `wrong`, or the last line of the error of a call in a child process."""
-    command = [sys.executable, "-c", CALL, op, device]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
-    except subprocess.TimeoutExpired:
-        return f"no answer in {LIMIT_S:.0f} s"
-    if done.returncode:
-        return (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-    return done.stdout.split()[-1]
+def answers(op_name: str, device: str, options: list[str]) -> tuple[list[dict[str, Any]], str]:
+    """Return what a child process found of each call, and why it ended before the last one."""
+    command = [sys.executable, __file__, CALL, op_name, device, *options]
+    with tempfile.TemporaryDirectory() as folder:
+        trace = {"NULL_CUDA_TRACE": f"{folder}/trace.jsonl"}
+        child = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **trace},
+        )
+        try:
+            output, errors = child.communicate(timeout=LIMIT_S)
+            status = f"exit status {child.returncode}" if child.returncode else ""
+        except subprocess.TimeoutExpired:
+            child.kill()
+            output, errors = child.communicate()
+            status, errors = f"no answer in {LIMIT_S:.0f} s", ""
+    rows = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    return rows, status and (errors.strip().splitlines() or [status])[-1]
+
+
+def tell(what: str, expected: str, got: str, holds: bool | None, source: str) -> bool:
+    """Print a check; returns whether it is wrong."""
+    check = {"what": what, "expected": expected, "got": got, "holds": holds, "source": source}
+    print(f"check {json.dumps(check)}", flush=True)
+    return holds is False
+
+
+def tell_compared(capability: str, compared: set[str]) -> bool:
+    """Tell which kernels of a step were in no call; returns whether there are any."""
+    expected = json.loads(EXPECTED.read_text()).get(capability)
+    what, source = "kernels of a bf16 step that a call has", "scripts/gpu/expected.json"
+    if expected is None:
+        return tell(what, f"no list for {capability}", ", ".join(sorted(compared)), None, source)
+    left = sorted(expected["kernels"].keys() - compared)
+    got = f"all but {', '.join(left)}" if left else f"all {len(expected['kernels'])}"
+    return tell(what, f"all {len(expected['kernels'])}", got, not left, source)
 
 
 def main() -> None:
-    """Print a check for each op; exits with 1 where one is not as expected."""
+    """Print the checks; exits with 1 where one is not as expected."""
+    if sys.argv[1] == CALL:
+        run_calls(*sys.argv[2:4], launch_only=LAUNCH_ONLY in sys.argv)
     from m3i_fast.op_registry import OPS
 
-    device, launch_only = sys.argv[1], "--launch-only" in sys.argv
-    failed = False
+    device, *options = sys.argv[1:]
+    launch_only, failed = LAUNCH_ONLY in options, False
+    compared, capability = set[str](), "of this card"
     for op in OPS:
-        got = answer(op.name, device)
-        holds = got == "right"
-        expected = "right, as on the CPU"
-        if launch_only:
-            expected, holds = "launched", got in ("right", "wrong")
-            got = "launched; what it computed was not looked at" if holds else got
-        failed |= not holds
-        check = {"what": f"{op.title} on {device}", "expected": expected, "got": got}
-        source = {"source": "m3i_fast/op_registry.py, is_right", "holds": holds}
-        print(f"check {json.dumps(check | source)}", flush=True)
+        rows, why = answers(op.name, device, options)
+        for row in rows:
+            compared |= set(row["kernels"])
+            if row["capability"]:
+                capability = "{}.{}".format(*row["capability"])
+            expected, got, holds = "launched", "launched; its results were not looked at", True
+            if not launch_only:
+                expected = "an error of 1 at most, of what the dtype allows beside float64"
+                got, holds = f"{row['error']:.2g}", row["error"] <= 1
+            source = "m3i_fast/op_registry.py, calls"
+            failed |= tell(f"{op.title} on {device}: {row['what']}", expected, got, holds, source)
+        if why:
+            what = f"{op.title} on {device}, after {len(rows)} calls"
+            failed |= tell(what, "no error", why, False, "m3i_fast/op_registry.py, calls")
+    if device == "cuda":
+        failed |= tell_compared(capability, compared)
     sys.exit(failed)
 
 

@@ -9,10 +9,7 @@ it; scripts/gpu/expected.json has what the null runtime counted. --launch-only c
 
 from __future__ import annotations
 
-import ctypes
 import json
-import os
-import re
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -23,8 +20,8 @@ from typing import Any
 import torch
 
 from m3i_fast.benchmarks.core.random_batch import draw_batch
+from m3i_fast.benchmarks.launches.trace import launched, our_kernel
 from m3i_fast.benchmarks.training.step import Config, build_our_step, our_step, train_config
-from m3i_fast.observe.environment import is_null_runtime
 from m3i_fast.planning.step_memory import trace
 
 EXPECTED = Path(__file__).resolve().parents[1] / "expected.json"
@@ -62,42 +59,6 @@ def compare_losses() -> None:
     tell("losses of three steps, fp32", *numbers, close, f"the CPU here, to {TOLERANCE:g} of each")
 
 
-def short_name(kernel: str) -> str | None:
-    """Return the name of one of our kernels without its arguments; None for those of others."""
-    if "m3i::" not in kernel:
-        return None
-    return re.sub(r"[<(].*", "", kernel.removeprefix("void ")).rsplit("::", 1)[-1]
-
-
-def counted_by_profiler(step: Callable[[], object]) -> list[str]:
-    """Return the names of the kernels that a step ran, by torch's profiler."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        step()
-        torch.cuda.synchronize()
-    events: Any = profiled.events()
-    names = [event.name for event in events if event.device_type.name == "CUDA"]
-    return [name for name in names if not name.startswith(("Memcpy", "Memset"))]
-
-
-def counted_by_null_runtime(step: Callable[[], object]) -> list[str]:
-    """Return the names of the kernels and library calls that a step launched, from the trace."""
-    from m3i_fast.benchmarks.launches.trace import read_trace, split_at_marks
-
-    mark = ctypes.CDLL(None).null_cuda_mark
-    mark(b"counted")
-    step()
-    mark(b"end")
-    (counted,) = (
-        part
-        for part in split_at_marks(read_trace(Path(os.environ["NULL_CUDA_TRACE"])))
-        if part.name == "counted"
-    )
-    launched = [record["name"] for record in counted.of("launch")]
-    return launched + [record["call"] for record in counted.of("library")]
-
-
 def refuse_synchronisation(step: Callable[[], object]) -> None:
     """Tell whether a step makes the host wait for the device, as torch notices it."""
     torch.cuda.set_sync_debug_mode("error")
@@ -119,8 +80,8 @@ def count_step() -> dict[str, Any]:
         step()
     refuse_synchronisation(step)
     torch.cuda.reset_peak_memory_stats()
-    names = (counted_by_null_runtime if is_null_runtime() else counted_by_profiler)(step)
-    ours = Counter(name for kernel in names if (name := short_name(kernel)))
+    names = launched(step)
+    ours = Counter(name for kernel in names if (name := our_kernel(kernel)))
     capability = "{}.{}".format(*torch.cuda.get_device_capability())
     wanted = json.loads(EXPECTED.read_text()).get(capability)
     source = "scripts/gpu/expected.json, counted on the null runtime"
