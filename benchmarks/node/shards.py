@@ -11,7 +11,8 @@ from typing import Any
 
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.parallel.ranks import World
-from m3i_fast.pipelines.dataset.manifest import Manifest, is_dataset, is_free, quoted, read_manifest
+from m3i_fast.engine.run.data_fields import take_data_fields
+from m3i_fast.pipelines.dataset.manifest import Manifest, is_dataset, is_free, quoted
 from m3i_fast.pipelines.sources import synthetic
 
 PLACE = Path("synthetic")  # what a row says of shards that are gone
@@ -26,8 +27,8 @@ def shards_of(
     """Give the config with data that exist; make: in a temporary folder, removed at the end.
 
     num_pictures: to be made; 0: as many as EPOCH_BATCHES of all ranks have.
-    Classes and vocabulary are then those of the pictures. Raises FileNotFoundError where there are
-    no shards and none are to be made.
+    Classes, vocabulary and terms are those of the data, as in training. Raises FileNotFoundError
+    where there are no shards and none are to be made, and as `take_data_fields`.
     """
     if not make:
         path = cfg.data.path
@@ -38,7 +39,7 @@ def shards_of(
                 f"m3i-fast data synthetic {place}, or add --synthetic-data, which makes some for "
                 "this run alone"
             )
-        yield cfg
+        yield take_data_fields(cfg)
         return
     with shared_folder(world) as folder:
         path = folder / "shards"
@@ -51,23 +52,7 @@ def shards_of(
                 context_length=text.context_length,
             )
         world.wait_for_all()
-        yield fit(cfg, path)
-
-
-def fit(cfg: TrainConfig, path: Path) -> TrainConfig:
-    """Return the config with the classes, token ids and captions of the data set."""
-    manifest = read_manifest(path)
-    tokenizer = manifest.tokenizer
-    return replace(
-        cfg,
-        num_classes=len(manifest.class_names),
-        text=replace(
-            cfg.text,
-            vocab_size=tokenizer.vocab_size,
-            context_length=tokenizer.context_length,
-        ),
-        data=replace(cfg.data, path=path, split="train"),
-    )
+        yield take_data_fields(replace(cfg, data=replace(cfg.data, path=path, split="train")))
 
 
 def describe(manifest: Manifest, split: str) -> dict[str, Any]:

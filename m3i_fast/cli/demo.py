@@ -20,6 +20,7 @@ from m3i_fast.config.fields import STEPS, refuse, unmet, wrong_fields
 from m3i_fast.durable_files import expect_local
 from m3i_fast.engine.run.lock import RunLock
 from m3i_fast.recipes import demo, pack_demo
+from m3i_fast.terminal import progress_bar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ def main(argv: list[str]) -> int:
 def run(command: DemoCommand) -> int:
     """Train the demo and write its page; return the exit code."""
     from m3i_fast.engine.run.data_fields import take_data_fields
-    from m3i_fast.pipelines.dataset.manifest import is_dataset
+    from m3i_fast.pipelines.dataset.manifest import is_dataset, read_manifest
     from m3i_fast.pipelines.sources.openmoji import expect_split_clusters
     from m3i_fast.planning.step_budget import calibrate
 
@@ -56,9 +57,23 @@ def run(command: DemoCommand) -> int:
     if not is_dataset(command.data):
         console.rule("packing OpenMoji")
         pack_demo(command.data)
+    else:
+        found = read_manifest(command.data)
+        console.print(
+            f"found {found.name} in {command.data}: {found.split('train').num_samples:,} pictures "
+            f"to train on, a vocabulary of {found.tokenizer.vocab_size:,}",
+            soft_wrap=True,
+        )
     expect_split_clusters(command.data)
     cfg = take_data_fields(demo(data=command.data, seed=command.seed))
-    num_steps = command.num_steps or calibrate(cfg, command.seconds)
+    num_steps = command.num_steps
+    if num_steps is None:
+        console.rule(f"measuring how many steps take {command.seconds:g} s")
+        with progress_bar("steps", None, console=console) as update:
+            num_steps = calibrate(
+                cfg, command.seconds, lambda done, total: update(completed=done, total=total)
+            )
+        console.print(f"--num-steps {num_steps} repeats this run")
     cfg = replace(cfg, num_steps=num_steps)
     set_aside(command.out)
     console.rule(f"training {num_steps} steps")

@@ -109,7 +109,7 @@ def load(
     with _default_dtype(torch.float32):
         with torch.device("meta"):
             encoder = build_encoder(cfg.vision)
-            terms = _answering_terms(cfg, record) if which == "trained" else {}
+            terms = _answering_terms(cfg) if which == "trained" else {}
         parts = {f"terms.{name}.": term for name, term in terms.items()}
         with torch.device("cpu"):
             _read(stored.weights, {PREFIXES[which]: encoder, **parts})
@@ -183,11 +183,8 @@ def _expect_choices(run: Path, cfg: TrainConfig, which: str, dtype: torch.dtype 
         raise ValueError(f"dtype: expected torch.float32, torch.bfloat16 or None, got {dtype}")
 
 
-def _answering_terms(cfg: TrainConfig, record: DataRecord | None) -> dict[str, TermModule]:
-    """Build the terms whose heads answer for a picture by themselves, by name.
-
-    A head of captions that has seen none is as it began, and is left out.
-    """
+def _answering_terms(cfg: TrainConfig) -> dict[str, TermModule]:
+    """Build the terms whose heads answer for a picture by themselves, by name."""
     sizes = Sizes(
         vision=cfg.vision,
         text=cfg.text,
@@ -200,12 +197,7 @@ def _answering_terms(cfg: TrainConfig, record: DataRecord | None) -> dict[str, T
         term.name: build_term(term, cfg.objective, sizes)
         for term in cfg.objective.active_terms
         if term.target in ANSWERS
-        and not (term.target == "caption" and not term.column and _had_no_captions(record))
     }
-
-
-def _had_no_captions(record: DataRecord | None) -> bool:
-    return record is not None and record.num_captioned == 0
 
 
 @torch.no_grad()
@@ -231,8 +223,8 @@ def _read(stored: Shards, modules: Mapping[str, nn.Module]) -> None:
 def _without_heads(run: Path, which: str, record: DataRecord | None) -> str:
     if which == "ema":
         return "the moving average has none, and those that were trained go with which='trained'"
-    of_captions = ", and its data had no captions" if _had_no_captions(record) else ""
-    return f"{run} trained no such term{of_captions}"
+    has_none = record is not None and record.num_captioned == 0
+    return f"{run} trained no such term{', and its data had no captions' if has_none else ''}"
 
 
 def _same(record: DataRecord) -> DataRecord:

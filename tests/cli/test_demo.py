@@ -64,6 +64,19 @@ def test_evaluation_has_every_figure(out: Path) -> None:
     assert json.loads((out / "config.json").read_text())["num_steps"] == 3
 
 
+def test_the_demo_tells_its_data_and_how_to_repeat_its_steps(
+    out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("m3i_fast.planning.step_budget.step_seconds", lambda *_: 100.0)
+    monkeypatch.setattr("m3i_fast.cli.demo.report", lambda run: ({}, run / "report.html"))
+    data = str(out.parent / "data")
+    assert main(["demo", "--data", data, "--out", str(out.parent / "timed")]) == 0
+    printed = " ".join("".join(capsys.readouterr()).split())
+    assert re.search(rf"found openmoji\S* in {data}: [0-9]+ pictures to train on", printed)
+    assert "--num-steps 12 repeats this run" in printed
+    assert json.loads((out.parent / "timed" / "config.json").read_text())["num_steps"] == 12
+
+
 def test_evaluate_prints_what_it_writes(
     out: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

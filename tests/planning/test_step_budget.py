@@ -34,23 +34,50 @@ def test_steps_are_seconds_over_those_of_a_step(
     monkeypatch.setattr(calibration, "NUM_WARM", 3)
     monkeypatch.setattr(calibration, "NUM_TIMED", 5)
     taken: list[int] = []  # threads, by step
-    read_at: list[int] = []
     step = TrainStep.__call__
 
     def count(train_step: TrainStep, *arguments: object) -> object:
         taken.append(torch.get_num_threads())
         return step(train_step, *arguments)  # type: ignore[arg-type]
 
-    def clock() -> float:  # 0.1 s a step
-        read_at.append(len(taken))
-        return 100.0 + len(taken) / 10
+    def clock() -> float:  # 0.1 s a step, but 5 s the sixth
+        return 100.0 + len(taken) / 10 + 4.9 * (len(taken) >= 6)
 
     monkeypatch.setattr(TrainStep, "__call__", count)
-    monkeypatch.setattr(calibration, "time", SimpleNamespace(perf_counter=clock))
-    assert calibrate(cfg, 9.0) == 90
-    assert read_at == [3, 8] and taken == [2] * 8
+    timer = SimpleNamespace(perf_counter=clock, process_time=clock)
+    monkeypatch.setattr(calibration, "time", timer)
+    told: list[tuple[int, int]] = []
+    assert calibrate(cfg, 9.0, lambda done, total: told.append((done, total))) == 90
+    assert taken == [2] * 8 and told == [(done, 8) for done in range(1, 9)]
     assert list(tmp_path.iterdir()) == []
     assert calibrate(cfg, 0.1) == 5  # never fewer than were timed
+
+
+@pytest.mark.parametrize(("cpu", "warned"), [(0.7, False), (0.5, True)])
+def test_steps_are_timed_again_on_a_busy_machine(
+    cpu: float,
+    warned: bool,
+    cfg: TrainConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    taken = 0
+    step = TrainStep.__call__
+
+    def count(train_step: TrainStep, *arguments: object) -> object:
+        nonlocal taken
+        taken += 1
+        return step(train_step, *arguments)  # type: ignore[arg-type]
+
+    def clock() -> float:  # 1 s a step, and 0.25 s when they are timed again
+        return min(taken, 20) + 0.25 * max(taken - 20, 0)
+
+    monkeypatch.setattr(TrainStep, "__call__", count)
+    timer = SimpleNamespace(perf_counter=clock, process_time=lambda: cpu * clock())
+    monkeypatch.setattr(calibration, "time", timer)
+    assert calibrate(cfg, 100.0) == (400 if warned else 100)
+    assert taken == (32 if warned else 20)
+    assert [r.levelname for r in caplog.records] == ["WARNING"] * warned
 
 
 @pytest.mark.parametrize("seconds", [0.0, math.nan, math.inf])

@@ -115,3 +115,18 @@ def test_a_config_that_does_not_fit_together_is_named(tmp_path: Path) -> None:
         TrainConfig.load(path)
     with pytest.raises(FileNotFoundError, match="--config"):
         TrainConfig.load(tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize("name", ["vit_ti", "vit_s"])
+def test_text_encoder_and_decoder_are_in_proportion_to_a_small_encoder(name: str) -> None:
+    """Without embeddings CLIP's text encoder has 0.44 of the parameters of its ViT-B/16."""
+    cfg = RECIPES[name]()
+    with torch.device("meta"):
+        objective = build_objective(cfg)
+    encoder, text, decoder = (
+        sum(p.numel() for key, p in objective.named_parameters() if key.startswith(prefix))
+        for prefix in ("encoder.blocks.", "terms.caption.text_encoder.blocks.", "decoders.")
+    )
+    assert text / encoder == pytest.approx(0.5, abs=0.01)
+    assert 0 < decoder < encoder
+    assert cfg.text.dim == 64 * cfg.text.num_heads == cfg.vision.dim

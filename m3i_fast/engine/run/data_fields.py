@@ -1,4 +1,4 @@
-"""Fields of a config that the data decide: classes, token ids, tokens and named columns.
+"""Fields of a config that the data decide: classes, token ids, tokens, columns, terms that are on.
 
 A recipe's values stand for the data set it was written for, so that its cost can be planned without
 one. A verb that reads the data takes what their manifest says instead. Loads no torch.
@@ -32,9 +32,10 @@ _SAID_BY: dict[str, Callable[[Described], int]] = {
 def take_data_fields(cfg: TrainConfig, typed: Collection[str] = ()) -> TrainConfig:
     """Return the config with what the manifests of the data it names decide, and log the values.
 
+    A term of classes or captions gets the weight 0 if no picture has any.
+
     typed: the flags that a person gave, as `typed_flags` returns them. Raises ValueError for those
-    of them that contradict the manifest and for terms that need classes where there are none, and
-    as `read_described`.
+    of them that contradict the manifest and if no term is left, and as `read_described`.
     """
     file, manifest = _source(cfg), read_described(cfg.data)
     refused = [
@@ -45,11 +46,24 @@ def take_data_fields(cfg: TrainConfig, typed: Collection[str] = ()) -> TrainConf
     ]
     if refused:
         raise ValueError("; ".join(refused))
-    _expect_classes(cfg, manifest, file)
-    _warn_of_captions(cfg, manifest, file)
+    absent = _absent(cfg, manifest)
+    terms = tuple(replace(t, weight=0.0) if t.name in absent else t for t in cfg.objective.terms)
+    left = [term.name for term in terms if term.weight > 0]
+    if not left:
+        raise ValueError(
+            f"objective.terms: expected data with {' or '.join(sorted(set(absent.values())))} for "
+            f"{', '.join(absent)}, got none in {file}: pack the data with them, or train another "
+            "recipe"
+        )
     columns = columns_of(cfg, manifest)
     _expect_columns(cfg, columns, file)
     logger.info("from %s: %s", file, _told(cfg, manifest))
+    off = [
+        f"{term.name} ({f'no {absent[term.name]}' if term.name in absent else 'weight 0'})"
+        for term in terms
+        if term.name not in left
+    ]
+    logger.info("terms: %s", ", ".join(left) + (f"; off: {', '.join(off)}" if off else ""))
     tokenizer = manifest.tokenizer
     try:
         text = replace(
@@ -57,7 +71,13 @@ def take_data_fields(cfg: TrainConfig, typed: Collection[str] = ()) -> TrainConf
             vocab_size=tokenizer.vocab_size,
             context_length=tokenizer.context_length,
         )
-        return replace(cfg, num_classes=len(manifest.class_names), columns=columns, text=text)
+        return replace(
+            cfg,
+            num_classes=len(manifest.class_names),
+            columns=columns,
+            text=text,
+            objective=replace(cfg.objective, terms=terms),
+        )
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
 
@@ -79,7 +99,6 @@ def expect_data(cfg: TrainConfig, manifest: Described) -> None:
     ]
     if wrong:
         raise ValueError("; ".join(wrong) + " (take_data_fields takes them from the data)")
-    _expect_classes(cfg, manifest, file)
     if (columns := columns_of(cfg, manifest)) != cfg.columns:
         raise ValueError(
             f"columns: expected {_names(columns)} with sizes and statistics as {file} says, got "
@@ -149,34 +168,26 @@ def _source(cfg: TrainConfig) -> str:
     return " and ".join(f"{place_of(path)}/{MANIFEST_NAME}" for path in paths)
 
 
-def _differences(cfg: TrainConfig, manifest: Described) -> dict[str, tuple[int, int]]:
+def _differences(cfg: TrainConfig, manifest: Described) -> dict[str, tuple[float, float]]:
     """Return (the config's value, the data's) of every field in which they differ."""
-    pairs = {name: (_value(cfg, name), said(manifest)) for name, said in _SAID_BY.items()}
+    pairs: dict[str, tuple[float, float]] = {
+        name: (_value(cfg, name), said(manifest)) for name, said in _SAID_BY.items()
+    }
+    weights = {term.name: term.weight for term in cfg.objective.terms}
+    for name in _absent(cfg, manifest):
+        pairs[f"objective.terms.{name}.weight"] = weights[name], 0
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def _expect_classes(cfg: TrainConfig, manifest: Described, file: str) -> None:
-    if manifest.class_names:
-        return
-    for term in cfg.objective.terms:
-        if term.weight > 0 and term.target == "category" and not term.column:
-            raise ValueError(
-                f"term {term.name!r}: expected data with classes, got none in {file}: leave the "
-                f"term out by --objective.terms.{term.name}.weight 0, or pack the data with classes"
-            )
-
-
-def _warn_of_captions(cfg: TrainConfig, manifest: Described, file: str) -> None:
-    """Say which term has nothing to learn from: its text encoder stays as it began."""
-    if num_captioned(cfg, manifest):
-        return
-    for term in cfg.objective.terms:
-        if term.weight > 0 and term.target == "caption" and not term.column:
-            logger.warning(
-                "term %r: no picture has a caption in %s: the term learns nothing, and the model "
-                "will have no text encoder; leave it out by --objective.terms.%s.weight 0",
-                *(term.name, file, term.name),
-            )
+def _absent(cfg: TrainConfig, data: Described) -> dict[str, str]:
+    """Return what no picture of the data has, classes or captions, by the terms that predict it."""
+    num_labels = sum(manifest.split(split).num_labels for manifest, split in used_splits(cfg, data))
+    there = {"class": num_labels, "text": num_captioned(cfg, data)}
+    return {
+        term.name: {"class": "classes", "text": "captions"}[term.kind.column]
+        for term in cfg.objective.active_terms
+        if term.kind.has_default and not term.column and not there[term.kind.column]
+    }
 
 
 def _told(cfg: TrainConfig, manifest: Described) -> str:

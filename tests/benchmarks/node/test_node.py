@@ -33,6 +33,8 @@ from m3i_fast.cli import main
 from m3i_fast.config import TrainConfig
 from m3i_fast.costs.traffic import Nodes
 from m3i_fast.engine.parallel.ranks import World
+from m3i_fast.pipelines.dataset.manifest import read_manifest
+from m3i_fast.pipelines.sources import openmoji
 from m3i_fast.recipes import demo, recipes, shrink
 from tests.shared.engine.small_run import TEXT
 
@@ -326,3 +328,16 @@ def test_pictures_for_one_run_are_refused_over_several_nodes(
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     with pytest.raises(ValueError, match="--synthetic-data: expected one node, .* got 2: make"):
         node_main.measure_node(demo(), Schedule(), make_data=True)
+
+
+def test_the_demo_is_measured_on_drawings_of_another_vocabulary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `m3i-fast data openmoji` packs them by default."""
+    monkeypatch.setattr(ledger, "results_dir", lambda: tmp_path)
+    data = openmoji.build(tmp_path / "openmoji", limit=40)
+    flags = f"--data.path {data} --data.batch-size 4 --device cpu".split()
+    assert main(["bench", "node", "demo", *flags, *QUICK]) == 0
+    vocabulary = read_manifest(data).tokenizer.vocab_size
+    assert vocabulary != demo().text.vocab_size
+    assert _row()["config"]["text"]["vocab_size"] == vocabulary

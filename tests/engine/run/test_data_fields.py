@@ -13,6 +13,7 @@ import pytest
 
 from m3i_fast.cli import main
 from m3i_fast.config import TrainConfig, differences
+from m3i_fast.engine.checkpoint.checkpoints import latest
 from m3i_fast.engine.run.data_fields import expect_data, take_data_fields
 from m3i_fast.pipelines.dataset.manifest import read_manifest
 from m3i_fast.pipelines.dataset.pack import write_dataset
@@ -114,30 +115,54 @@ def test_what_the_data_do_not_decide_stays(pictures: Path) -> None:
     assert names == ["num_classes", "text.vocab_size", "text.context_length"]
 
 
-def test_data_without_classes_refuse_a_term_that_needs_them(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("absent", "changes", "trained"),
+    [
+        ("category", {"label": -1}, ["intra", "inter", "caption"]),
+        ("caption", {"captions": ()}, ["intra", "inter", "category"]),
+    ],
+)
+def test_a_term_that_the_data_do_not_support_is_off(
+    absent: str,
+    changes: dict[str, Any],
+    trained: list[str],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    path, out = packed(tmp_path / "unlabelled", class_names=()), tmp_path / "run"
-    assert _train(path, out) == 2
-    said = capsys.readouterr().err
-    assert "term 'category': expected data with classes, got none in" in said
-    assert f"{path}/manifest.json" in said and "--objective.terms.category.weight 0" in said
-    assert _train(path, out, "--objective.terms.category.weight=0") == 0
-    assert json.loads((out / "config.json").read_text())["num_classes"] == 0
+    caplog.set_level(logging.INFO)
+    pictures = [encode_image(smooth_picture(i, 40, 48)) for i in range(8)]
+    samples = [sample(i, picture, **changes) for i, picture in enumerate(pictures)]
+    path, out = tmp_path / "data", tmp_path / "run"
+    write_dataset(path, {"train": samples}, info(), seed=0, samples_per_shard=8)
+    assert _train(path, out) == 0
+    cfg = TrainConfig.load(out / "config.json")
+    assert [term.name for term in cfg.objective.active_terms] == trained
+    [told] = [r.getMessage() for r in caplog.records if r.getMessage().startswith("terms: ")]
+    assert told.startswith(f"terms: {', '.join(trained)}; off: {absent} (no ")
+    assert not any("learns nothing" in r.getMessage() for r in caplog.records)
+    stored = latest(out / "checkpoints").shards("model").sizes
+    assert not any(f"terms.{absent}." in key for key in stored)
+    assert _train(path, out, "--resume") == 0
+    assert _train(path, tmp_path / "other", f"--objective.terms.{absent}.weight=2") == 2
+    assert f"--objective.terms.{absent}.weight: expected 0 as" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+    unresolved = replace(cfg, objective=on(path).objective)
+    with pytest.raises(ValueError, match=f"objective.terms.{absent}.weight: expected 0 as"):
+        expect_data(unresolved, read_manifest(path))
 
 
-def test_data_without_captions_say_which_term_learns_nothing(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_recipe_of_which_the_data_support_no_term_is_refused(tmp_path: Path) -> None:
+    path = packed(tmp_path / "unlabelled", class_names=())
+    with pytest.raises(ValueError, match=r"objective\.terms: expected data with classes for cat"):
+        take_data_fields(on(path, "demo_supervised"))
+
+
+def test_captions_written_word_by_word_need_captions_too(tmp_path: Path) -> None:
     samples = [sample(i, encode_image(smooth_picture(i, 40, 48)), captions=()) for i in range(8)]
     path = write_dataset(tmp_path / "bare", {"train": samples}, info(), seed=0, samples_per_shard=8)
-    assert _train(path, tmp_path / "run") == 0
-    assert f"'caption': no picture has a caption in {path}/manifest.json" in caplog.text
-    assert "--objective.terms.caption.weight 0" in caplog.text
-    assert json.loads((tmp_path / "run" / "data.json").read_text())["num_captioned"] == 0
-    caplog.clear()
-    assert _train(path, tmp_path / "image", "--objective.terms.caption.weight=0") == 0
-    assert "no picture has a caption" not in caplog.text
+    active = take_data_fields(on(path, "demo_siglip2")).objective.active_terms
+    assert active and not {"caption", "caption_tokens"} & {term.target for term in active}
 
 
 def test_the_demos_recipes_are_resolved_to_themselves(tmp_path: Path) -> None:
