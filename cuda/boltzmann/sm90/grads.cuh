@@ -229,10 +229,11 @@ __device__ inline void add_half(const Half& sum, void* to, int64_t row, int64_t 
 }
 
 // A half tile of grad_z_hat (+)= G z of a block's rows, or of grad_z (+)= G^T z_hat of its columns.
+// The turn is the copying thread's, which waited for it before it filled the ring: who has
+// multiplied knows what was added to these elements for the block before.
 template <class T>
 __device__ inline void add_feature_grads(const BoltzmannGradsParams& params, const Work& work,
-                                         const HopperGradsMemory& memory, Ring& ring,
-                                         RingPlace& place, int consumer) {
+                                         Ring& ring, RingPlace& place, int consumer) {
   const BoltzmannInput& input = params.input;
   const Block block = work.block();
   const int64_t column = int64_t{work.across()} * kHopperTile.columns;
@@ -240,12 +241,10 @@ __device__ inline void add_feature_grads(const BoltzmannGradsParams& params, con
   Half sum;
   if (work.is_of_rows()) {
     multiply_half<T, Major::kK, Major::kMN>(ring, place, consumer, steps, sum);
-    wait_for_turn(work, memory.counters);
     add_half(sum, params.grad_z_hat, block.row_begin + row, column, input.rows, input.width,
              block.column_begin == 0);
   } else {
     multiply_half<T, Major::kMN, Major::kMN>(ring, place, consumer, steps, sum);
-    wait_for_turn(work, memory.counters);
     add_half(sum, params.grad_z, block.column_begin + row, column, input.columns, input.width,
              block.row_begin == 0);
   }
@@ -307,7 +306,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
           if (work.is_logits) {
             add_logit_grads<T, kSigmoid>(params, work, memory, shared, place, consumer, steps);
           } else {
-            add_feature_grads<T>(params, work, memory, ring, place, consumer);
+            add_feature_grads<T>(params, work, ring, place, consumer);
           }
           end_turn(memory.counters);
         }

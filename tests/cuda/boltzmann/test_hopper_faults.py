@@ -135,28 +135,73 @@ FAULTS = {
     ),
 }
 
+# Two clusters share the blocks of C of a backward.
+ORDER_FAULTS = {
+    "G is overwritten while other clusters multiply it": Fault(
+        "sm90/grads.cuh",
+        "  wait_for_turn(work, memory.counters);  // G of the block before was multiplied\n",
+        "",
+        "boltzmann_grads",
+        r"data race: write of 16 bytes .* which an asynchronous operation read",
+    ),
+    "a half is done before all warps have stored it": Fault(
+        "sm90/work.cuh",
+        "  sync_warpgroup();\n  if (threadIdx.x % kWarpgroupThreads == 0) counter_add",
+        "  if (threadIdx.x % kWarpgroupThreads == 0) counter_add",
+        "boltzmann_grads",
+        r"data race: read of 128 bytes .* of block \(1, 0, 0\) wrote without a barrier",
+    ),
+    "stores of G are not fenced": Fault(
+        "sm90/work.cuh",
+        "  fence_proxy_async_global();\n  sync_warpgroup();",
+        "  sync_warpgroup();",
+        "boltzmann_grads",
+        r"a tensor copy .* of block \(1, 0, 0\) wrote without fence_proxy_async_global of its own",
+    ),
+    "copies of G are not fenced": Fault(
+        "sm90/grads.cuh",
+        "            fence_proxy_async_global();\n",
+        "",
+        "boltzmann_grads",
+        r"a tensor copy .* wrote without fence_proxy_async_global of the copying thread",
+    ),
+}
+
 
 def test_every_fault_is_of_a_line_that_is_there_once() -> None:
     """Also one that is planted by night."""
-    for fault in FAULTS.values():
+    for fault in (*FAULTS.values(), *ORDER_FAULTS.values()):
         fault.planted((emulator.CUDA / "boltzmann" / fault.source).read_text())
+
+
+def expect_report(
+    fault: Fault, folder: Path, shape: tuple[int, int, int], clusters: int = 1
+) -> None:
+    copied = folder / "boltzmann"
+    shutil.copytree(emulator.CUDA / "boltzmann", copied)
+    shrink(copied)
+    limit_blocks(copied, clusters)
+    fault.plant(copied / fault.source)
+    call = make(shape, torch.bfloat16, "shared", labels=True)
+    run = {"boltzmann_sums": call.sums, "boltzmann_grads": call.grads}[fault.launcher]
+    with (
+        emulator.emulated("boltzmann", folder=folder, architecture=90),
+        emulator.clusters_at_once(clusters),
+        pytest.raises(RuntimeError, match=f"(?s){fault.report}.*boltzmann"),
+    ):
+        run()
 
 
 @pytest.mark.parametrize("fault", a_third_by_day(FAULTS))
 def test_planted_fault_is_reported(fault: Fault, tmp_path: Path) -> None:
     """Six steps go round the ring of four stages; one cluster takes all tiles."""
-    folder = tmp_path / "boltzmann"
-    shutil.copytree(emulator.CUDA / "boltzmann", folder)
-    shrink(folder)
-    limit_blocks(folder, 1)
-    fault.plant(folder / fault.source)
-    call = make((140, 150, 328), torch.bfloat16, "shared", labels=True)
-    run = {"boltzmann_sums": call.sums, "boltzmann_grads": call.grads}[fault.launcher]
-    with (
-        emulator.emulated("boltzmann", folder=tmp_path, architecture=90),
-        pytest.raises(RuntimeError, match=f"(?s){fault.report}.*boltzmann"),
-    ):
-        run()
+    expect_report(fault, tmp_path, (140, 150, 328))
+
+
+@pytest.mark.parametrize("fault", a_third_by_day(ORDER_FAULTS))
+def test_planted_fault_between_clusters_is_reported(fault: Fault, tmp_path: Path) -> None:
+    """Three blocks of C one after the other, of two tiles or one, and the clusters take turns."""
+    expect_report(fault, tmp_path, (530, 290, 328), clusters=2)
 
 
 def test_a_stage_too_many_for_the_shared_memory_is_refused(tmp_path: Path) -> None:

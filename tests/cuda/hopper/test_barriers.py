@@ -153,6 +153,14 @@ def test_remote_arrivals_hand_slots_over(blocks: int, cluster: int) -> None:
     assert torch.equal(out[:, takes], values.flip(1)[:, None].expand(-1, int(takes.sum()), -1))
 
 
+@pytest.mark.parametrize(("at_once", "takers"), [(1, [0] * 9), (3, [0, 1, 2] * 3)])
+def test_clusters_take_turns_at_each_ticket(at_once: int, takers: list[int]) -> None:
+    tickets, drawn = emulator.guarded(torch.zeros(1, dtype=INT)), integers(9)
+    with emulator.clusters_at_once(at_once):
+        run("cluster", "tickets", tickets, drawn, 6, 2, 9)
+    assert drawn.tolist() == takers
+
+
 @pytest.mark.parametrize(
     ("blocks", "cluster", "architecture", "error"),
     [(4, 3, 90, 9), (9, 9, 90, 912), (4, 0, 90, 912), (4, 2, 80, 801)],

@@ -306,6 +306,19 @@ def delayed_copies() -> Iterator[None]:
         runtime().m3i_emulator_delay_copies(False)
 
 
+@contextmanager
+def clusters_at_once(number: int) -> Iterator[None]:
+    """Within it, so many clusters of a launch run in turns, each until it waits or arrives.
+
+    A GPU orders them by what the kernel waits for alone, and so does the race check.
+    """
+    runtime().m3i_emulator_run_clusters(number)
+    try:
+        yield
+    finally:
+        runtime().m3i_emulator_run_clusters(1)
+
+
 def emulated_operators(
     op: str, *, folder: Path = CUDA, architecture: int = 80
 ) -> dict[str, Callable[..., object]]:

@@ -24,9 +24,9 @@ bool issuers_know(const AsyncRead& operation, Stamp stamp) {
   return true;
 }
 
-// The writer's first call of fence_proxy_async after it wrote with this stamp; 0 if there is none.
-Stamp fence_after(Stamp write) {
-  const std::vector<Stamp>& fences = running_cluster->thread(thread_of(write)).proxy_fences;
+// The first of the writer's fences after it wrote with this stamp; 0 if there is none.
+Stamp fence_after(Stamp write, std::vector<Stamp> Thread::* kind = &Thread::proxy_fences) {
+  const std::vector<Stamp>& fences = running_cluster->thread(thread_of(write)).*kind;
   const auto fence = std::lower_bound(fences.begin(), fences.end(), write & ~kFlag);
   return fence == fences.end() ? 0 : *fence;
 }
@@ -105,6 +105,27 @@ void check_overwritten(const Region& region, uintptr_t address, size_t size, Sit
   }
 }
 
+void check_fenced_in_global(const Region& region, uintptr_t address, size_t size, Site site) {
+  if (!region.shadow.writes) return;  // no kernel has touched it
+  const Stamp* written = region.shadow.writes + (address - region.begin);
+  Stamp checked = 0;
+  for (size_t i = 0; i < size; ++i) {
+    const Stamp write = of_this_cluster(written[i]);
+    if (write == checked) continue;
+    checked = write;
+    if (write == 0 || thread_of(write) >= running_cluster->num_threads()) continue;
+    const Stamp fence = fence_after(write, &Thread::global_proxy_fences);
+    const bool by_writer = fence != 0 && ordered(fence);
+    if (by_writer && known_at_global_fence(*running, fence)) continue;
+    fail_with(cudaErrorLaunchFailure,
+              "a tensor copy of " + describe_memory(region, address + i, 1) + ", which " +
+                  who(write) + " wrote without fence_proxy_async_global of " +
+                  (by_writer ? "the copying thread after it heard of that"
+                             : "its own and a barrier after it"),
+              site);
+  }
+}
+
 bool is_being_read(const Region& region, uintptr_t address, size_t size) {
   if (region.kind != Region::Kind::kDynamicShared) return false;
   const std::vector<uint16_t>& being_read = running_cluster->blocks[region.block].being_read;
@@ -117,6 +138,7 @@ bool is_being_read(const Region& region, uintptr_t address, size_t size) {
 }
 
 void fence_proxy_async() { note_proxy_fence(*running); }
+void fence_proxy_async_global() { note_global_proxy_fence(*running); }
 
 uint32_t shared_offset(const void* shared) {
   const auto address = reinterpret_cast<uintptr_t>(shared);

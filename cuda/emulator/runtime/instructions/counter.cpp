@@ -19,7 +19,7 @@ void counter_add_release(uint64_t* counter, uint64_t value) {
   *counter += value;
 }
 
-// Clusters run one after another: of those before the running one, all is known.
+// Of clusters that ended before the running one began, all is known.
 uint64_t counter_load_acquire(uint64_t* counter) {
   check_access(counter, sizeof(*counter), Access::kAtomicRead, __builtin_return_address(0));
   acquire(*running, clock_of(counter));

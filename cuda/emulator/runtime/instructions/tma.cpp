@@ -133,8 +133,12 @@ void check_target(Region& region, const BoxLoad& load, Site site) {
 void load_to_block(const BoxLoad& load, Site site) {
   check_place(load.box, load.to, site);
   Region& region = *region_at(load.to);
-  mbarrier_for_copy(load.mbarrier, site);
+  const Mbarrier& barrier = mbarrier_for_copy(load.mbarrier, site);
   check_target(region, load, site);
+  // Who overwrites the source has to have heard of the phase, and so of the copy's end.
+  for_each_row(load.box, [&](uint32_t, uintptr_t from, uint32_t size) {
+    note_read(*region_at(from), from, size, agent_stamp(barrier.agent, barrier.phase + 1));
+  });
   if (delayed) {
     mark_in_flight(region, load.to, total_bytes(load.box));
     running_cluster->blocks[region.block].box_loads.push_back(load);
@@ -146,6 +150,7 @@ void load_to_block(const BoxLoad& load, Site site) {
 void check_source(const Box& box, Site site) {
   for_each_row(box, [&](uint32_t, uintptr_t from, uint32_t size) {
     check_at(from, size, Access::kRead, reinterpret_cast<uintptr_t>(site.instruction));
+    check_fenced_in_global(*region_at(from), from, size, site);
   });
 }
 
@@ -197,7 +202,7 @@ void tma_load_2d(void* shared, const void* map, int row, int column, void* barri
 void tma_load_2d_multicast(void* shared, const void* map, int row, int column, void* barrier,
                            uint16_t blocks) {
   const Site site = caller(__builtin_return_address(0));
-  const size_t size = running_cluster->blocks.size();
+  const uint32_t size = running_cluster->size;
   if (blocks == 0 || blocks >> size != 0) {
     fail(("a tensor copy to the blocks " + hex(blocks) + " of a cluster that has " +
           std::to_string(size))
@@ -229,6 +234,7 @@ void tma_store_2d(const void* map, int row, int column, const void* shared, bool
     std::memcpy(store.bytes.data() + i, chunk, kChunk);
   }
   for_each_row(store.box, [&](uint32_t, uintptr_t to, uint32_t size) {
+    check_fenced_in_global(*region_at(to), to, size, site);
     check_at(to, size, add ? Access::kUpdate : Access::kWrite,
              reinterpret_cast<uintptr_t>(site.instruction));
   });

@@ -1,4 +1,4 @@
-// Launches: CUDA's limits, then one cluster of blocks after another.
+// Launches: CUDA's limits, then one cluster of blocks after another, or several in turns.
 #include "emulator/launch.h"
 
 #include "runtime/launch/device.h"
@@ -12,6 +12,7 @@
 #include "runtime/threads/registers.h"
 #include "runtime/threads/scheduler.h"
 
+#include <algorithm>
 #include <map>
 #include <mutex>
 
@@ -23,6 +24,7 @@ namespace {
 
 std::mutex one_launch_at_a_time;
 cudaError_t last_error = cudaSuccess;
+uint32_t clusters_at_once = 1;
 // Dynamic shared memory that a kernel has been allowed by its attribute.
 std::map<const void*, size_t> allowed_dynamic;
 
@@ -94,33 +96,41 @@ cudaError_t check_launch(const cudaLaunchConfig_t& config, const void* kernel) {
 }
 
 // Whose first block is this one.
-Cluster make_cluster(uint3 first, dim3 extents, uint32_t registers) {
-  Cluster cluster;
-  cluster.blocks.resize(size_t{extents.x} * extents.y * extents.z);
-  for (uint32_t rank = 0; rank < cluster.blocks.size(); ++rank) {
-    Block& block = cluster.blocks[rank];
-    block.rank = rank;
-    block.index = {first.x + rank % extents.x, first.y + rank / extents.x % extents.y,
-                   first.z + rank / extents.x / extents.y};
+void add_cluster(Cluster& cluster, uint3 first, dim3 extents, uint32_t registers) {
+  for (uint32_t i = 0; i < cluster.size; ++i) {
+    Block& block = cluster.blocks.emplace_back();
+    block.rank = static_cast<uint32_t>(cluster.blocks.size()) - 1;
+    block.index = {first.x + i % extents.x, first.y + i / extents.x % extents.y,
+                   first.z + i / extents.x / extents.y};
     block.launch_registers = registers;
   }
-  return cluster;
+}
+
+// Clusters that run at once. Blocks without a cluster run alone.
+uint32_t most_at_once(uint32_t cluster_size) {
+  return cluster_size == 1 ? 1 : std::min(clusters_at_once, kMostClusterBlocks / cluster_size);
 }
 
 void run_grid(const cudaLaunchConfig_t& config, const Call& call, uint32_t registers) {
   gridDim = config.gridDim;
   begin_launch_epoch();
-  const dim3 grid = config.gridDim, extents = cluster_of(config);
-  for (unsigned z = 0; z < grid.z; z += extents.z) {
-    for (unsigned y = 0; y < grid.y; y += extents.y) {
-      for (unsigned x = 0; x < grid.x; x += extents.x) {
-        Cluster cluster = make_cluster({x, y, z}, extents, registers);
-        scramble_shared();
-        run_cluster(cluster, config.blockDim, call);
-        finish_requests();
-        if (launch_error() != cudaSuccess) return;
-      }
+  const dim3 extents = cluster_of(config);
+  const dim3 grid(gridDim.x / extents.x, gridDim.y / extents.y, gridDim.z / extents.z);
+  const uint32_t size = extents.x * extents.y * extents.z;
+  const uint64_t all = uint64_t{grid.x} * grid.y * grid.z;
+  for (uint64_t next = 0; next < all;) {
+    Cluster cluster;
+    cluster.size = size;
+    for (uint32_t n = 0; n < most_at_once(size) && next < all; ++n, ++next) {
+      const auto x = static_cast<unsigned>(next % grid.x * extents.x);
+      const auto y = static_cast<unsigned>(next / grid.x % grid.y * extents.y);
+      const auto z = static_cast<unsigned>(next / grid.x / grid.y * extents.z);
+      add_cluster(cluster, {x, y, z}, extents, registers);
     }
+    scramble_shared();
+    run_cluster(cluster, config.blockDim, call);
+    finish_requests();
+    if (launch_error() != cudaSuccess) return;
   }
 }
 
@@ -135,7 +145,8 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
   if (error == cudaSuccess && !skips_launches()) {
     const Module* module = module_of(kernel);
     const dim3 cluster = cluster_of(config);
-    set_shared(cluster.x * cluster.y * cluster.z, config.dynamicSmemBytes, module->shared_base(),
+    const uint32_t size = cluster.x * cluster.y * cluster.z;
+    set_shared(size * most_at_once(size), config.dynamicSmemBytes, module->shared_base(),
                module->shared_bytes);
     begin_reports(kernel);
     const auto address = reinterpret_cast<uintptr_t>(kernel);
@@ -166,6 +177,11 @@ void* dynamic_shared() {
 }
 
 void thread_fence() { running_block->fenced = true; }
+
+// How many clusters of a launch run at once, taking turns, where blocks are in clusters.
+extern "C" M3I_EMULATOR_API void m3i_emulator_run_clusters(uint32_t at_once) {
+  clusters_at_once = at_once;
+}
 
 }  // namespace m3i::emulator
 

@@ -111,8 +111,12 @@ Region& shared_region(uintptr_t address, uintptr_t instruction) {
 
 void check_access(const volatile void* address, size_t size, Access access,
                   const void* return_address) {
-  check_aligned(reinterpret_cast<uintptr_t>(address), size, access,
-                reinterpret_cast<uintptr_t>(return_address));
+  const auto instruction = reinterpret_cast<uintptr_t>(return_address);
+  check_aligned(reinterpret_cast<uintptr_t>(address), size, access, instruction);
+  // Clusters draw their tickets in turn.
+  if (running && access == Access::kUpdate && running_cluster->barriers.size() > 1) {
+    give_way(at(instruction));
+  }
 }
 
 void check_range(const void* address, size_t size, Access access, const void* return_address) {

@@ -344,6 +344,19 @@ void note_proxy_fence(Thread& thread) {
   ++thread.clock;
 }
 
+void note_global_proxy_fence(Thread& thread) {
+  const uint32_t* row = row_of(thread.id);
+  thread.known_at_fence.assign(row, row + width);
+  thread.global_proxy_fences.push_back(stamp_of(thread));
+  ++thread.clock;
+}
+
+bool known_at_global_fence(const Thread& thread, Stamp stamp) {
+  const uint32_t other = thread_of(stamp);
+  if (other == thread.id || epoch_of(stamp) < epoch) return true;
+  return other < thread.known_at_fence.size() && thread.known_at_fence[other] >= clock_of(stamp);
+}
+
 void hear_of_agent(const Thread& thread, uint32_t agent, uint32_t phase) {
   uint32_t& clock = row_of(thread.id)[agent];
   clock = std::max(clock, phase);

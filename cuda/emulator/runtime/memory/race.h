@@ -76,5 +76,8 @@ void hear_of_agent(const Thread& thread, uint32_t agent, uint32_t phase);
 void note_read(Region& region, uintptr_t address, size_t size, Stamp stamp);
 // Makes the thread's writes so far visible to the asynchronous proxy, after a barrier.
 void note_proxy_fence(Thread& thread);
+void note_global_proxy_fence(Thread& thread);
+// The thread had heard of what `stamp` marks at its last global fence, or it is its own.
+bool known_at_global_fence(const Thread& thread, Stamp stamp);
 
 }  // namespace m3i::emulator

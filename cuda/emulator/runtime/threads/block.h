@@ -72,7 +72,9 @@ struct Thread {
   bool products_fenced = false;
   // Of the race check: counts the thread's synchronisations since the block's last barrier
   uint32_t clock = 1;
-  std::vector<uint64_t> proxy_fences;  // stamps of its calls of fence_proxy_async
+  std::vector<uint64_t> proxy_fences;         // stamps of its calls of fence_proxy_async
+  std::vector<uint64_t> global_proxy_fences;  // and of fence_proxy_async_global
+  std::vector<uint32_t> known_at_fence;       // clocks that it knew at the last of those
 };
 
 struct Warp {
@@ -117,7 +119,7 @@ struct Mbarrier {
 
 struct Block {
   uint3 index{};
-  uint32_t rank = 0;  // in the cluster
+  uint32_t rank = 0;  // among the blocks that run at once
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   uint32_t alive = 0;
@@ -152,19 +154,26 @@ struct Block {
   }
 };
 
-// A cluster, the blocks that run at the same time; a single one by default.
-struct Cluster {
-  std::vector<Block> blocks;
-  std::map<uintptr_t, Mbarrier> mbarriers;  // by their address
-  std::map<uintptr_t, SyncClock> counters;  // in global memory: what those knew who added to them
-
-  // Its barrier: threads that have not returned, and of them those that have arrived
+// The barrier of a cluster: threads that have not returned, and of them those that have arrived.
+struct ClusterBarrier {
   uint32_t alive = 0;
   uint32_t arrived = 0;
   uint32_t phase = 0;
   SyncClock arrivals, completed;
   std::vector<uint32_t> waiting;  // ids
+};
 
+// The blocks that run at the same time: a cluster, of a single block by default, or several
+// clusters that take turns.
+struct Cluster {
+  std::vector<Block> blocks;
+  uint32_t size = 1;                        // blocks of one cluster
+  std::vector<ClusterBarrier> barriers;     // of each cluster
+  std::map<uintptr_t, Mbarrier> mbarriers;  // by their address
+  std::map<uintptr_t, SyncClock> counters;  // in global memory: what those knew who added to them
+  uint32_t alive = 0;                       // threads that have not returned
+
+  ClusterBarrier& barrier_of(const Block& block) { return barriers[block.rank / size]; }
   uint32_t threads_of_block() const { return static_cast<uint32_t>(blocks[0].threads.size()); }
   uint32_t num_threads() const { return threads_of_block() * static_cast<uint32_t>(blocks.size()); }
   Thread& thread(uint32_t id) {

@@ -14,21 +14,23 @@ namespace {
 
 std::string name_of(const Block& block) { return "block " + to_string(block.index); }
 
-void pass_if_all_arrived(Cluster& cluster) {
-  if (cluster.arrived < cluster.alive || cluster.arrived == 0) return;
-  cluster.arrived = 0;
-  ++cluster.phase;
-  cluster.completed = cluster.arrivals;
-  for (const uint32_t id : cluster.waiting) {
-    Thread& thread = cluster.thread(id);
+ClusterBarrier& own_barrier() { return running_cluster->barrier_of(*running_block); }
+
+void pass_if_all_arrived(ClusterBarrier& barrier) {
+  if (barrier.arrived < barrier.alive || barrier.arrived == 0) return;
+  barrier.arrived = 0;
+  ++barrier.phase;
+  barrier.completed = barrier.arrivals;
+  for (const uint32_t id : barrier.waiting) {
+    Thread& thread = running_cluster->thread(id);
     thread.block->make_ready(thread);
   }
-  cluster.waiting.clear();
+  barrier.waiting.clear();
 }
 
 // Arrived in the phase that is not complete yet.
-bool is_counted(const Cluster& cluster, const Thread& thread) {
-  return thread.arrived_at_cluster && thread.cluster_phase == cluster.phase;
+bool is_counted(const ClusterBarrier& barrier, const Thread& thread) {
+  return thread.arrived_at_cluster && thread.cluster_phase == barrier.phase;
 }
 
 }  // namespace
@@ -41,12 +43,13 @@ uintptr_t map_to_rank(uintptr_t address, uint32_t rank, Site site) {
              .c_str(),
          site);
   }
-  if (rank >= running_cluster->blocks.size()) {
+  if (rank >= cluster_size()) {
     fail(("rank " + std::to_string(rank) + " of a cluster of " + std::to_string(cluster_size()))
              .c_str(),
          site);
   }
-  return dynamic_shared_begin(rank) + (address - region->begin);
+  return dynamic_shared_begin(running_block->rank - cluster_rank() + rank) +
+         (address - region->begin);
 }
 
 void check_reachable(const Region& region, uintptr_t address, Site site) {
@@ -65,10 +68,11 @@ void visit(const Region& region, uintptr_t address, Site site) {
 }
 
 void leave_cluster(Thread& thread) {
-  Cluster& cluster = *running_cluster;
-  if (is_counted(cluster, thread)) --cluster.arrived;
-  --cluster.alive;
-  pass_if_all_arrived(cluster);
+  ClusterBarrier& barrier = own_barrier();
+  if (is_counted(barrier, thread)) --barrier.arrived;
+  --barrier.alive;
+  --running_cluster->alive;
+  pass_if_all_arrived(barrier);
 }
 
 void check_visitors_are_done(const Block& block) {
@@ -82,34 +86,34 @@ void check_visitors_are_done(const Block& block) {
   }
 }
 
-uint32_t cluster_rank() { return running_block->rank; }
-uint32_t cluster_size() { return static_cast<uint32_t>(running_cluster->blocks.size()); }
+uint32_t cluster_rank() { return running_block->rank % running_cluster->size; }
+uint32_t cluster_size() { return running_cluster->size; }
 
 void cluster_arrive() {
   const Site site = at(reinterpret_cast<uintptr_t>(__builtin_return_address(0)));
   require_architecture(90, "cluster_arrive", site);
   Thread& thread = *running;
-  Cluster& cluster = *running_cluster;
+  ClusterBarrier& barrier = own_barrier();
   if (thread.arrived_at_cluster) fail("cluster_arrive without a cluster_wait since the last", site);
   thread.arrived_at_cluster = true;
-  thread.cluster_phase = cluster.phase;
+  thread.cluster_phase = barrier.phase;
   thread.site = site;
-  release(thread, cluster.arrivals);
-  ++cluster.arrived;
-  pass_if_all_arrived(cluster);
+  release(thread, barrier.arrivals);
+  ++barrier.arrived;
+  pass_if_all_arrived(barrier);
 }
 
 void cluster_wait() {
   const Site site = at(reinterpret_cast<uintptr_t>(__builtin_return_address(0)));
   Thread& thread = *running;
-  Cluster& cluster = *running_cluster;
+  ClusterBarrier& barrier = own_barrier();
   if (!thread.arrived_at_cluster) fail("cluster_wait without a cluster_arrive before", site);
-  if (is_counted(cluster, thread)) {
-    cluster.waiting.push_back(thread.id);
+  if (is_counted(barrier, thread)) {
+    barrier.waiting.push_back(thread.id);
     wait(Thread::State::kAtCluster, site);
   }
   thread.arrived_at_cluster = false;
-  acquire(thread, cluster.completed);
+  acquire(thread, barrier.completed);
 }
 
 void* map_shared_rank(const void* pointer, uint32_t rank) {

@@ -154,7 +154,11 @@ void abandon_block() {
 }
 
 void run_cluster(Cluster& cluster, dim3 block_size, const Call& kernel_call) {
-  for (Block& block : cluster.blocks) prepare(block, block_size);
+  cluster.barriers.resize(cluster.blocks.size() / cluster.size);
+  for (Block& block : cluster.blocks) {
+    prepare(block, block_size);
+    cluster.barrier_of(block).alive += block.alive;
+  }
   cluster.alive = cluster.num_threads();
   call = &kernel_call;
   running_cluster = &cluster;

@@ -19,7 +19,9 @@ __device__ inline void fence_proxy_async() {
 // Likewise of global memory, between ordinary accesses and tensor copies: by who stored, before a
 // release, and by who copies, after the acquire.
 __device__ inline void fence_proxy_async_global() {
-#ifndef M3I_EMULATOR
+#ifdef M3I_EMULATOR
+  emulator::fence_proxy_async_global();
+#else
   M3I_ASM_90("fence.proxy.async.global;" :: : "memory");
 #endif
 }

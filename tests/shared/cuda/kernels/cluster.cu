@@ -1,7 +1,7 @@
 // Kernels of clusters, for the tests of the emulator.
 #include "m3i/gpu/cluster.cuh"
-#include "m3i/host/launch.h"
 #include "m3i/gpu/shared.cuh"
+#include "m3i/host/launch.h"
 
 namespace {
 
@@ -32,6 +32,17 @@ __global__ void __launch_bounds__(kThreads) put_kernel(const int* values, int* o
   m3i::cluster_sync();
   __syncthreads();
   out[i] = own[kThreads - 1 - threadIdx.x];
+}
+
+// takers[ticket] = the cluster that drew it, of as many tickets as there are.
+__global__ void __launch_bounds__(kThreads)
+    tickets_kernel(unsigned* next, int* takers, unsigned num_tickets) {
+  if (threadIdx.x > 0 || m3i::cluster_rank() > 0) return;
+  for (;;) {
+    const unsigned ticket = atomicAdd(next, 1u);
+    if (ticket >= num_tickets) return;
+    takers[ticket] = static_cast<int>(blockIdx.x / m3i::cluster_size());
+  }
 }
 
 struct Slot {
@@ -87,4 +98,10 @@ M3I_TEST_API cudaError_t broadcast(const int* values, int* out, int blocks, int 
                                    int num_steps) {
   return m3i::launch_cluster(broadcast_kernel, blocks, cluster, kThreads, sizeof(Slot), nullptr,
                              values, out, num_steps);
+}
+
+M3I_TEST_API cudaError_t tickets(unsigned* next, int* takers, int blocks, int cluster,
+                                 unsigned num_tickets) {
+  return m3i::launch_cluster(tickets_kernel, blocks, cluster, kThreads, 0, nullptr, next, takers,
+                             num_tickets);
 }

@@ -27,6 +27,8 @@ M3I_EMULATOR_API void wgmma_wait(int groups);
 // Makes the running thread's writes visible to wgmma and tensor copies that a barrier orders after
 // this.
 M3I_EMULATOR_API void fence_proxy_async();
+// Likewise those to global memory; and makes visible to its own tensor copies what it has heard of.
+M3I_EMULATOR_API void fence_proxy_async_global();
 
 // The hardware's address of a byte of dynamic shared memory, counted from its first byte.
 M3I_EMULATOR_API uint32_t shared_offset(const void* shared);
