@@ -63,9 +63,10 @@ class Call:
         results = [made] if isinstance(made, torch.Tensor) else list(made)
         if not self.leaves:
             return results
+        steps = (torch.arange(r.numel(), device=r.device).view_as(r) for r in results)
         weights = [  # from -1 to 1, which every dtype holds exactly
-            ((torch.arange(r.numel(), device=r.device) * 37 % 255 - 127) / 128).to(r.dtype).view_as(r)
-            for r in results
+            ((step * 37 % 255 - 127) / 128).to(r.dtype)
+            for step, r in zip(steps, results, strict=True)
         ]
         grads = torch.autograd.grad(results, [given[name] for name in self.leaves], weights)
         return [*(result.detach() for result in results), *grads]
@@ -243,7 +244,7 @@ def _boltzmann_calls(large: bool) -> Iterator[Call]:
         )
 
     ids, classes = torch.arange(300) % 37, torch.arange(520) % 37
-    labels = {"row_ids": ids.masked_fill(ids == 3, -1), "col_ids": classes}
+    labels: dict[str, Any] = {"row_ids": ids.masked_fill(ids == 3, -1), "col_ids": classes}
     yield call("labels", 300, 520, 264, **labels)
     # The largest logit of a row is 200 below the largest possible: sums by one shift a row.
     yield call("sums once more", 300, 520, 264, scale=100.0, gap=10.0, **labels)

@@ -62,6 +62,7 @@ def any_shape_conflicts(cfg: TrainConfig) -> Iterator[Conflict]:
 def _unmet(cfg: TrainConfig) -> Iterator[Conflict]:
     """Yield the settings that need batches of one shape."""
     vision, drops = cfg.vision, cfg.vision.drop_path_rate > 0
+    attention = vision.attention if isinstance(vision, ViTConfig) else ""
     is_vit = isinstance(vision, ViTConfig)
     in_fp8 = cfg.precision not in ("auto", "fp32", "bf16")
     reads_text = any(term.kind.column == "text" for term in cfg.objective.active_terms)
@@ -74,7 +75,7 @@ def _unmet(cfg: TrainConfig) -> Iterator[Conflict]:
             vision.drop_path_mode,
         ),
         "vision.attention": (
-            not is_vit or vision.attention != "cudnn",
+            attention != "cudnn",
             "auto, flash, fa3, fa4 or math, since cuDNN builds a plan for each new shape,",
             "cudnn",
         ),

@@ -10,7 +10,7 @@ torch.compile changes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -334,10 +334,12 @@ class _StepOfMix(TrainStep):
 
     mix: Mix
 
-    def matrix_products(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def matrix_products(self) -> Iterator[None]:
         vision = self.cfg.vision
         plain = isinstance(vision, ViTConfig) and vision.attention == "math"
-        return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
+        with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
+            yield
 
     def draw_mix(self, batch: AnyBatch) -> Mix:
         return self.mix

@@ -138,7 +138,8 @@ from tests.shared.cuda import emulator
 
 (op,) = (op for op in OPS if op.name == sys.argv[1])
 major, minor = torch.cuda.get_device_capability()
-held = held_operators([op.name], emulator.CUDA, 10 * major + minor)
+# Margin 2: the CPU's kernels, too, may differ from float64 by as much as is right.
+held = held_operators([op.name], emulator.CUDA, 10 * major + minor, margin=2.0)
 for call in op.calls(False):
     kernels = {our_kernel(name) for name in launched(lambda: call.results("cuda"))} - {None}
     with ComputeOnHost(held):

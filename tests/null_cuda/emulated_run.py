@@ -69,6 +69,7 @@ class Held:
     by_cuda: Any
     by_cpu: Any
     architecture: int
+    margin: float
     calls: int = 0
     error: float = 0.0
 
@@ -97,7 +98,7 @@ class Held:
     def _compare(self, place: int, ours: Tensor, expected: Tensor, of: torch.dtype) -> None:
         if not expected.numel():
             return
-        tolerance = max(TOLERANCE.get(dtype, 0) for dtype in (of, expected.dtype))
+        tolerance = self.margin * max(TOLERANCE.get(dtype, 0) for dtype in (of, expected.dtype))
         numbers = expected.double().where(expected.isfinite(), 0.0)
         largest = numbers.abs().max().item()
         # A scalar is a sum over all pairs, of numbers of about 1 that may cancel.
@@ -165,18 +166,21 @@ def _means_nothing(operator: Any, args: tuple[Any, ...]) -> bool:
     return run is not None and not run.item()
 
 
-def held_operators(ops: list[str], folder: Path, architecture: int) -> dict[Any, Held]:
+def held_operators(
+    ops: list[str], folder: Path, architecture: int, margin: float = 1.0
+) -> dict[Any, Held]:
     """Return the operators of these ops by overload; the ops' sources are in folder/OP.
 
     architecture: the emulated card's compute capability, times ten. Kernels are those that it would
-    run of build/cuda: 9.0's own, or 8.0's, whose PTX later cards compile.
+    run of build/cuda: 9.0's own, or 8.0's, whose PTX later cards compile. margin: multiplies
+    TOLERANCE.
     """
     held, compiled = {}, 90 if architecture == 90 else 80
     for op in ops:
         found = emulator.emulated_operators(op, folder=folder, architecture=compiled)
         for name, by_cuda in found.items():
             overload = getattr(torch.ops.m3i, name).default
-            held[overload] = Held(name, by_cuda, overload, architecture)
+            held[overload] = Held(name, by_cuda, overload, architecture, margin)
     return held
 
 

@@ -156,9 +156,11 @@ ADDED = {
     ],
     "m3i_fast/op_registry.py": [
         ("# ---- The list", '''\
-def _scale_is_right(device: str) -> bool:
-    from m3i_fast.ops import scale
-    return _scale_work()().tolist() == [3.0]
+def _scale_calls(large: bool) -> Iterator[Call]:
+    import torch
+    from m3i_fast.ops import reference, scale
+    inputs = {"x": torch.tensor([1.5]), "factor": 2.0}
+    yield Call(what="a number", op=scale, reference=reference.scale, inputs=inputs)
 
 
 def _scale_work() -> Callable[[], Any]:
@@ -172,7 +174,7 @@ def _scale_work() -> Callable[[], Any]:
 }  # fmt: skip
 SPEC = """\
     OpSpec(
-        name="scale", title="Scaling", is_right=_scale_is_right, work=_scale_work,
+        name="scale", title="Scaling", calls=_scale_calls, work=_scale_work,
         measures="a product", sanitizer="tests/ops/scale/test_scale.py",
         gpu=GpuBenchmark(worth=8, limit_s=1.0),
     ),
