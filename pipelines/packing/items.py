@@ -6,8 +6,9 @@ import errno
 import math
 import re
 import stat as modes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -17,6 +18,7 @@ MAX_FILE_BYTES = 1 << 30
 """Most bytes of an encoded picture."""
 Place = tuple[str | int, ...]  # where a reader finds the bytes of a picture
 Stamp = tuple[int, int]  # bytes and time of the last change in ns
+UNKNOWN: Stamp = (0, 0)
 
 
 class Refusal(NamedTuple):
@@ -39,6 +41,10 @@ class Refused(ValueError):
         return Refusal(name, self.reason, self.what_to_do)
 
 
+class SourceChanged(OSError):
+    """A file of a source is not as it was when the source was listed."""
+
+
 # What an error says of one file, while its storage is there.
 _OF_THE_FILE = frozenset(
     (
@@ -59,6 +65,8 @@ def refusal_of(error: OSError, source: Path | None = None) -> Refused:
     Raises OSError where the error is of the storage: a pack that left its pictures out would be
     whole without them.
     """
+    if isinstance(error, SourceChanged):
+        raise error
     is_gone = error.errno == errno.ENOENT and source is not None and not _holds_files(source)
     if is_gone or (error.errno is not None and error.errno not in _OF_THE_FILE):
         raise OSError(
@@ -84,7 +92,7 @@ class Item(NamedTuple):
     captions: tuple[str, ...] = ()
     label: int = -1  # -1: none
     group: str = ""  # pictures of one group are near-duplicates; empty: a group of its own
-    stamp: Stamp = (0, 0)  # of the file, where a picture is one
+    stamp: Stamp = UNKNOWN  # of the file, where a picture is one
     columns: tuple[tuple[str, Any], ...] = ()  # named ones, as JSON; texts are not tokenised
 
 
@@ -102,11 +110,6 @@ class Listing:
     def refuse(self, file: str, reason: str, what_to_do: str) -> None:
         """Record what is not packed."""
         self.refusals.append(Refusal(file, reason, what_to_do))
-
-    def forget_times(self) -> None:
-        """Leave out when files were changed, which a copy of the source may not have kept."""
-        self.items = [item._replace(stamp=(item.stamp[0], 0)) for item in self.items]
-        self.files = {name: (size, 0) for name, (size, _) in self.files.items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,12 +138,20 @@ class SourceOptions:
 class Reader(Protocol):
     """Lists a source, and reads its pictures in any order, in any process."""
 
+    @property
+    def folder(self) -> Path:
+        """Return the folder that names in `Listing.files` are relative to."""
+        ...
+
     def list(self) -> Listing:
         """List all pictures; ValueError where the source as a whole cannot be used."""
         ...
 
-    def read(self, place: Place) -> bytes:
-        """Read the encoded picture at a place; raises Refused or OSError."""
+    def read(self, place: Place, listed: Stamp = UNKNOWN) -> bytes:
+        """Read the encoded picture at a place; raises Refused or OSError.
+
+        listed: the item's stamp. Raises SourceChanged if the picture is a file with another stamp.
+        """
         ...
 
 
@@ -154,6 +165,40 @@ def stamp(path: Path) -> Stamp:
     """Return the stamp of a file."""
     status = path.stat()
     return status.st_size, status.st_mtime_ns
+
+
+def check_listed(folder: Path, files: Mapping[str, Stamp]) -> None:
+    """Raise SourceChanged if a file has another size or time than when it was listed."""
+    for name, listed in files.items():
+        try:
+            now = stamp(folder / name)
+        except FileNotFoundError:
+            raise changed(folder / name, "gone") from None
+        if now != listed:
+            was, is_now = (
+                f"{size:,} bytes written at {datetime.fromtimestamp(ns / 1e9):%F %T.%f}"
+                for size, ns in (listed, now)
+            )
+            raise changed(folder / name, f"{is_now}, and was {was}")
+
+
+def changed(path: Path, how: str) -> SourceChanged:
+    """Return the error of a file that is not as it was listed."""
+    return SourceChanged(
+        f"{path} was changed after SOURCE was listed: it is {how}. Start again when nothing writes "
+        "to it: SOURCE is listed again, and what is done and did not change is kept"
+    )
+
+
+def keyed(items: Sequence[Item], files: Mapping[str, Stamp], *, is_shared: bool) -> list[Any]:
+    """Return items and the files that hold many of them for the key of a result.
+
+    is_shared: leave out when files were changed, which a copy of the source may not have kept.
+    """
+    if is_shared:
+        items = [item._replace(stamp=(item.stamp[0], 0)) for item in items]
+        files = {name: (size, 0) for name, (size, _) in files.items()}
+    return [items, files]
 
 
 def check_files(files: Sequence[Path], options: SourceOptions, listing: Listing) -> dict[str, Path]:
@@ -178,13 +223,19 @@ def check_files(files: Sequence[Path], options: SourceOptions, listing: Listing)
     return found
 
 
-def read_picture(path: Path) -> bytes:
-    """Read a picture's file; raises Refused for what is none, or too large to be one."""
+def read_picture(path: Path, listed: Stamp = UNKNOWN) -> bytes:
+    """Read a picture's file; raises Refused for what is none, or too large to be one.
+
+    listed: as of `Reader.read`.
+    """
     status = path.stat()
     if not modes.S_ISREG(status.st_mode):
         raise Refused("expected a file, got a device, pipe or folder", "remove it")
     check_num_bytes(status.st_size)
-    return path.read_bytes()
+    content = path.read_bytes()
+    if listed != UNKNOWN:  # after the read: it may be written to meanwhile
+        check_listed(path.parent, {path.name: listed})
+    return content
 
 
 def check_num_bytes(size: int) -> None:

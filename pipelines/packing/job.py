@@ -24,7 +24,7 @@ from m3i_fast.pipelines.dataset.manifest import PACKED, REFUSED_NAME, Manifest
 from m3i_fast.pipelines.dataset.pack import DatasetInfo, write_manifest
 from m3i_fast.pipelines.packing.bucket_output import BucketOutput
 from m3i_fast.pipelines.packing.class_shares import share_columns, told, with_shares
-from m3i_fast.pipelines.packing.items import Listing, Refusal, SourceOptions
+from m3i_fast.pipelines.packing.items import Listing, Refusal, SourceChanged, SourceOptions
 from m3i_fast.pipelines.packing.near_duplicates import Grouped, HashTask, group, hash_tasks
 from m3i_fast.pipelines.packing.output import FolderOutput, Output
 from m3i_fast.pipelines.packing.plan import (
@@ -44,7 +44,7 @@ from m3i_fast.pipelines.packing.shard_task import (
     finished,
     forget_sources,
 )
-from m3i_fast.pipelines.packing.state import check_unchanged
+from m3i_fast.pipelines.packing.state import SETTINGS, check_unchanged
 from m3i_fast.pipelines.packing.workers import Run
 from m3i_fast.pipelines.storage.objects import url_of
 from m3i_fast.pipelines.storage.requests import Stop, request_pool
@@ -103,6 +103,9 @@ def pack(
             packed = _pack_locked(replace(settings, source=source), where, run, console, why)
             is_whole = True
             return packed
+        except SourceChanged:
+            where.remove(SETTINGS)  # the next start lists the source anew
+            raise
         finally:
             where.tidy(is_whole=is_whole)
 
@@ -120,8 +123,6 @@ def _pack_locked(
     columns = with_context(listing.columns, settings.shard.context_length)
     columns += share_columns(listing, shares)
     settings = replace(settings, shard=replace(settings.shard, columns=columns))
-    if out.is_shared:
-        listing.forget_times()
     for note in listing.notes:
         console.print(f"  {note}", soft_wrap=True, highlight=False)
     numbered = number_items(listing, settings.plan)
@@ -151,7 +152,7 @@ def _pack_locked(
         console.print(f"  {note}", soft_wrap=True, highlight=False)
     shards = make_shards(numbered, settings.plan)
     total = sum(map(len, numbered.values()))
-    tasks = list(_tasks(settings, out, shards))
+    tasks = list(_tasks(settings, out, listing, shards))
     records = {task.name: record for task, record in _of_earlier_starts(tasks, finished, out)}
     done = sum(len(task.items) for task in tasks if task.name in records)
     if done:
@@ -163,7 +164,11 @@ def _pack_locked(
         refused = [i for record in records.values() for i, _ in record.refused]
         items = {task.name: task.items for task in tasks}
         shards = make_shards(with_groups(numbered, refused), settings.plan)
-        again = [task for task in _tasks(settings, out, shards) if task.items != items[task.name]]
+        again = [
+            task
+            for task in _tasks(settings, out, listing, shards)
+            if task.items != items[task.name]
+        ]
         records.update((task.name, record) for task, record in run(again, lambda number: None))
     return _finish(settings, out, listing, shards, records, described, counts, console)
 
@@ -180,7 +185,7 @@ def _group_near_duplicates(
     bits = settings.plan.near_duplicate_bits
     assert bits is not None
     items = [listing.items[place] for place in kept]
-    tasks = hash_tasks(items, out, settings.source, settings.shard.max_pixels)
+    tasks = hash_tasks(items, out, settings.source, listing.files, settings.shard.max_pixels)
     results = _of_earlier_starts(tasks, HashTask.finished, out)
     found = {task.number: hashed for task, hashed in results}
     done = sum(map(len, found.values()))
@@ -210,11 +215,18 @@ def _of_earlier_starts(
         return [(task, result) for task, result in pairs if result is not None]
 
 
-def _tasks(settings: PackSettings, out: Output, shards: Shards) -> Iterator[ShardTask]:
+def _tasks(
+    settings: PackSettings, out: Output, listing: Listing, shards: Shards
+) -> Iterator[ShardTask]:
     for split in shards.values():
         for name, items in split:
             yield ShardTask(
-                out=out, name=name, items=items, source=settings.source, settings=settings.shard
+                out=out,
+                name=name,
+                items=items,
+                source=settings.source,
+                files=listing.files,
+                settings=settings.shard,
             )
 
 

@@ -27,7 +27,15 @@ from m3i_fast.pipelines.dataset.near_duplicates import (
 )
 from m3i_fast.pipelines.optional_imports import require
 from m3i_fast.pipelines.packing.conversion import small_picture
-from m3i_fast.pipelines.packing.items import Item, Refused, SourceOptions, refusal_of
+from m3i_fast.pipelines.packing.items import (
+    Item,
+    Refused,
+    SourceOptions,
+    Stamp,
+    check_listed,
+    keyed,
+    refusal_of,
+)
 from m3i_fast.pipelines.packing.output import STATE, Output
 from m3i_fast.pipelines.packing.shard_task import opened_reader
 from m3i_fast.pipelines.storage.requests import Stop
@@ -52,13 +60,14 @@ class HashTask:
     number: int
     items: tuple[Item, ...]
     source: SourceOptions
+    files: Mapping[str, Stamp]  # as of `Listing`
     max_pixels: int
 
     @property
     def key(self) -> bytes:
         """Hash of all that the result depends on."""
-        content = json.dumps([self.max_pixels, self.items]).encode()
-        return hashlib.sha256(content).digest()
+        content = [self.max_pixels, *keyed(self.items, self.files, is_shared=self.out.is_shared)]
+        return hashlib.sha256(json.dumps(content).encode()).digest()
 
     @property
     def file(self) -> str:
@@ -71,12 +80,14 @@ class HashTask:
         hashed = np.zeros(len(self.items), HASHED)
         for row, item in enumerate(self.items):
             try:
-                hashed[row] = (True, *_hash(reader.read(item.place), self.max_pixels))
+                content = reader.read(item.place, item.stamp)
+                hashed[row] = (True, *_hash(content, self.max_pixels))
             except Refused:
                 pass  # its shard refuses it, and says why
             except OSError as error:
                 refusal_of(error, self.source.path)  # raises where it says nothing of the picture
             advance(1)
+        check_listed(reader.folder, self.files)
         self.out.write(self.file, self.key + hashed.tobytes())
         return hashed
 
@@ -92,7 +103,11 @@ class HashTask:
 
 
 def hash_tasks(
-    items: Sequence[Item], out: Output, source: SourceOptions, max_pixels: int
+    items: Sequence[Item],
+    out: Output,
+    source: SourceOptions,
+    files: Mapping[str, Stamp],
+    max_pixels: int,
 ) -> list[HashTask]:
     """Return the tasks that hash pictures, in their order."""
     return [
@@ -101,6 +116,7 @@ def hash_tasks(
             number=number,
             items=tuple(items[start : start + PICTURES_A_TASK]),
             source=source,
+            files=files,
             max_pixels=max_pixels,
         )
         for number, start in enumerate(range(0, len(items), PICTURES_A_TASK))

@@ -38,6 +38,9 @@ from m3i_fast.pipelines.packing.items import (
     Refusal,
     Refused,
     SourceOptions,
+    Stamp,
+    check_listed,
+    keyed,
     refusal_of,
 )
 from m3i_fast.pipelines.packing.output import STATE, Output
@@ -80,12 +83,15 @@ class ShardTask:
     name: str
     items: tuple[Numbered, ...]
     source: SourceOptions
+    files: Mapping[str, Stamp]  # as of `Listing`
     settings: ShardSettings
 
     @property
     def key(self) -> str:
         """Hash of all that the shard's bytes depend on."""
-        content = [self.settings.described(), self.name, self.items]
+        items, numbers = [n.item for n in self.items], [n[1:] for n in self.items]
+        content = [self.settings.described(), self.name, numbers]
+        content += keyed(items, self.files, is_shared=self.out.is_shared)
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     @property
@@ -139,6 +145,7 @@ def run(task: ShardTask, advance: Callable[[int], None]) -> Record:
                 num_cut += cut
                 yield sample, size
             advance(1)
+        check_listed(reader.folder, task.files)
 
     packed = None
     good = samples()
@@ -205,7 +212,7 @@ def _sample(
     item = numbered.item
     captions, num_cut = caption_ids(tokenizer, item.captions, settings.long_captions)
     try:
-        content = reader.read(item.place)
+        content = reader.read(item.place, item.stamp)
     except OSError as error:
         raise refusal_of(error, source) from None
     stored = convert(content, max_pixels=settings.max_pixels, for_gpu=settings.for_gpu)

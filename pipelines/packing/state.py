@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from m3i_fast.pipelines.packing.items import Listing
+from m3i_fast.pipelines.packing.items import Item, Listing, Stamp, keyed
 from m3i_fast.pipelines.packing.output import STATE, Output
 
 SETTINGS = f"{STATE}/settings.json"
@@ -20,7 +20,7 @@ def check_unchanged(out: Output, described: dict[str, Any], listing: Listing) ->
 
     Raises ValueError that says which settings or files changed, and what to do.
     """
-    listed = _lines(listing)
+    listed = _lines(*keyed(listing.items, listing.files, is_shared=out.is_shared))
     before = out.read(SETTINGS)
     if before is None:
         content = "".join(f"{line}\n" for line in listed).encode()
@@ -49,12 +49,12 @@ def _list_file(digest: str | None) -> str:
     return f"{STATE}/listed-{digest}.jsonl"
 
 
-def _lines(listing: Listing) -> list[str]:
+def _lines(items: Iterable[Item], files: Mapping[str, Stamp]) -> list[str]:
     """Return a line a picture, and a file that holds many: name, hash of all that is listed."""
     entries: Iterable[tuple[str, Any]] = (
-        *listing.files.items(),
+        *files.items(),
         # as before there were columns, where an item has none
-        *((item.name, item if item.columns else item[:-1]) for item in listing.items),
+        *((item.name, item if item.columns else item[:-1]) for item in items),
     )
     return [
         json.dumps([name, hashlib.sha256(json.dumps(entry).encode()).hexdigest()[:16]])

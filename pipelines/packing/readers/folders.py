@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from m3i_fast.pipelines.packing.items import (
+    UNKNOWN,
     Item,
     Listing,
     Place,
@@ -211,7 +212,7 @@ class Folders:
     """Reader of pictures that are files below a folder."""
 
     def __init__(self, options: SourceOptions) -> None:
-        self.options = options
+        self.options, self.folder = options, options.path
         self.by_class = options.kind == "imagefolder"
         asked = options.caption_columns
         if wrong := [name for name in asked if name not in ("", TEXT[1:])]:
@@ -334,5 +335,5 @@ class Folders:
                 f"folders without a picture that is read, which are no classes: {names}{more}"
             )
 
-    def read(self, place: Place) -> bytes:
-        return read_picture(self.options.path / str(place[0]))
+    def read(self, place: Place, listed: Stamp = UNKNOWN) -> bytes:
+        return read_picture(self.options.path / str(place[0]), listed)

@@ -9,6 +9,7 @@ from typing import Any
 
 from m3i_fast.pipelines.optional_imports import require
 from m3i_fast.pipelines.packing.items import (
+    UNKNOWN,
     Item,
     Listing,
     Place,
@@ -35,7 +36,7 @@ class HuggingFace:
     """Reader of such a data set; its Arrow files are memory-mapped, so any row is read directly."""
 
     def __init__(self, options: SourceOptions) -> None:
-        self.options = options
+        self.options, self.folder = options, options.path
 
     @cached_property
     def _splits(self) -> dict[str, Any]:
@@ -60,10 +61,10 @@ class HuggingFace:
 
     def list(self) -> Listing:
         listing = Listing()
-        splits, columns = self._splits, self.columns
-        listing.notes.append(columns.said())
         for file in sorted(self.options.path.rglob("*.arrow")):
             listing.files[file.relative_to(self.options.path).as_posix()] = stamp(file)
+        splits, columns = self._splits, self.columns
+        listing.notes.append(columns.said())
         labels: list[object] = []
         names: tuple[str, ...] = self.options.class_names
         specs, named = specs_of(self.options.columns), dict[str, dict[str, Any]]()
@@ -89,7 +90,7 @@ class HuggingFace:
         assign_columns(listing, self.options, named, known_of)
         return listing
 
-    def read(self, place: Place) -> bytes:
+    def read(self, place: Place, listed: Stamp = UNKNOWN) -> bytes:
         split, row = str(place[0]), int(place[1])
         picture = self._splits[split][row][self.columns.image]
         if isinstance(picture, dict):
@@ -101,7 +102,7 @@ class HuggingFace:
             raise Refused(
                 f"expected a picture, got {type(picture).__name__}", "name it by --image-column"
             )
-        return read_picture(self._inside(picture))
+        return read_picture(self._inside(picture), listed)
 
     def _inside(self, picture: str) -> Path:
         """Return where a picture's file lies; Refused outside of the folder."""

@@ -24,7 +24,16 @@ from m3i_fast.pipelines.dataset.sample_table import (
     SampleTable,
     checksum,
 )
-from m3i_fast.pipelines.packing.items import Item, Listing, Place, Refused, SourceOptions, stamp
+from m3i_fast.pipelines.packing.items import (
+    UNKNOWN,
+    Item,
+    Listing,
+    Place,
+    Refused,
+    SourceOptions,
+    Stamp,
+    stamp,
+)
 from m3i_fast.pipelines.packing.readers.regions import SHARES
 from m3i_fast.pipelines.tar_members import Range, sample_files, sample_parts
 
@@ -60,6 +69,11 @@ class Packed:
     def manifest(self) -> Manifest:
         """The manifest of the directory."""
         return read_manifest(self.options.path)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of its shards."""
+        return self.manifest.shards_of(self.options.path)
 
     @cached_property
     def _tables(self) -> dict[str, SampleTable]:
@@ -126,7 +140,7 @@ class Packed:
     def _tokenizer(self) -> Tokenizer:
         return Tokenizer.from_info(self.manifest.tokenizer)
 
-    def read(self, place: Place) -> bytes:
+    def read(self, place: Place, listed: Stamp = UNKNOWN) -> bytes:
         """Read the picture of a sample, whose bytes are compared with their checksum."""
         row = self._row(str(place[0]), int(place[1]))
         content = self._pread(str(place[0]), row)(row.size, 0)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from m3i_fast.pipelines.optional_imports import require
 from m3i_fast.pipelines.packing.items import (
+    UNKNOWN,
     Item,
     Listing,
     Place,
@@ -120,9 +121,9 @@ class Tables:
         assign_columns(listing, self.options, named)
         return listing
 
-    def read(self, place: Place) -> bytes:
+    def read(self, place: Place, listed: Stamp = UNKNOWN) -> bytes:
         if len(place) == 1:  # the path of a file, which may be called as the spool is
-            return read_picture(self.root / str(place[0]))
+            return read_picture(self.root / str(place[0]), listed)
         return read_spooled(self.options, place)
 
     def _open(self, file: Path, listing: Listing) -> Opened:

@@ -14,14 +14,18 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from tarfile import BLOCKSIZE
 from typing import Any, NamedTuple
 
 from m3i_fast.pipelines.packing.items import (
+    UNKNOWN,
     Item,
     Listing,
     Place,
     Refused,
     SourceOptions,
+    Stamp,
+    changed,
     check_files,
     check_num_bytes,
     clean_captions,
@@ -79,7 +83,7 @@ class Tars:
 
     def __init__(self, options: SourceOptions) -> None:
         self.options = options
-        self.root = options.path.parent if options.path.is_file() else options.path
+        self.folder = options.path.parent if options.path.is_file() else options.path
 
     def list(self) -> Listing:
         listing = Listing()
@@ -122,11 +126,15 @@ class Tars:
         assign_columns(listing, self.options, named)
         return listing
 
-    def read(self, place: Place) -> bytes:
+    def read(self, place: Place, listed: Stamp = UNKNOWN) -> bytes:
         if place[0] == NAME:
             return read_spooled(self.options, place)
-        name, start, size = place
-        return read_range(self.root / str(name), int(start), int(size))
+        name, start, size, header = place
+        file = self.folder / str(name)
+        found = read_range(file, int(start) - BLOCKSIZE, BLOCKSIZE + int(size))
+        if zlib.crc32(found[:BLOCKSIZE]) != header:
+            raise changed(file, f"without the picture that was listed at byte {start}")
+        return found[BLOCKSIZE:]
 
     def _samples(
         self, file: Path, name: str, listing: Listing, spool: Spool | None
@@ -134,7 +142,7 @@ class Tars:
         """Yield (key, parts by extension) of neighbouring files of one key."""
         key, parts, last = "", dict[str, Part](), "its start"
         try:
-            for member, read in _members(file, name, listing):
+            for member, header, read in _members(file, name, listing):
                 match = MEMBER_NAME.fullmatch(member.name)
                 if match is None:
                     listing.refuse(
@@ -151,7 +159,7 @@ class Tars:
                 try:
                     if extension in parts:
                         raise Refused(f"{extension} twice", "write the tar again")
-                    parts[extension] = self._part(member, read, extension, name, spool)
+                    parts[extension] = self._part(member, header, read, extension, name, spool)
                 except Refused as refused:
                     parts[extension] = Part((), b"", refused)
                 last = member.name
@@ -168,12 +176,13 @@ class Tars:
     def _part(
         self,
         member: tarfile.TarInfo,
+        header: int,
         read: Callable[[], bytes],
         extension: str,
         name: str,
         spool: Spool | None,
     ) -> Part:
-        place: Place = (name, member.offset_data, member.size)
+        place: Place = (name, member.offset_data, member.size, header)
         if extension in PICTURES or extension == self.options.image_column:
             check_num_bytes(member.size)
             return Part(spool.append(read()) if spool else place, b"")
@@ -267,10 +276,10 @@ def _opener(name: str) -> Callable[[Path], Any] | None:
 
 def _members(
     file: Path, name: str, listing: Listing
-) -> Iterator[tuple[tarfile.TarInfo, Callable[[], bytes]]]:
-    """Yield the files in a tar with what reads them; links and devices are refused.
+) -> Iterator[tuple[tarfile.TarInfo, int, Callable[[], bytes]]]:
+    """Yield the files in a tar, the CRC-32 of their headers (0: compressed), and what reads them.
 
-    Raises one of DAMAGE where the tar is damaged or cut off.
+    Links and devices are refused. Raises one of DAMAGE where the tar is damaged or cut off.
     """
     opener = _opener(name)
     with file.open("rb") if opener is None else opener(file) as opened:
@@ -286,7 +295,11 @@ def _members(
                 where = printable(f"{name}:{member.name}")
                 listing.refuse(where, "a link or a device", "store the file itself")
                 continue
-            yield member, partial(_content, opened, member)
+            header = 0
+            if opener is None:
+                block = os.pread(opened.fileno(), BLOCKSIZE, member.offset_data - BLOCKSIZE)
+                header = zlib.crc32(block)
+            yield member, header, partial(_content, opened, member)
 
 
 def _content(opened: Any, member: tarfile.TarInfo) -> bytes:

@@ -11,11 +11,13 @@ from typing import Any
 
 from m3i_fast.pipelines.optional_imports import require
 from m3i_fast.pipelines.packing.items import (
+    UNKNOWN,
     Item,
     Listing,
     Place,
     Refused,
     SourceOptions,
+    Stamp,
     split_of_cell,
     stamp,
 )
@@ -56,7 +58,7 @@ class TorchvisionSets:
     """
 
     def __init__(self, options: SourceOptions) -> None:
-        self.options = options
+        self.options, self.folder = options, options.path
 
     @cached_property
     def _splits(self) -> dict[str, Any]:
@@ -92,6 +94,9 @@ class TorchvisionSets:
 
     def list(self) -> Listing:
         listing = Listing()
+        for folder, _, files in os.walk(self.options.path):
+            for file in map(Path(folder).joinpath, files):
+                listing.files[file.relative_to(self.options.path).as_posix()] = stamp(file)
         labels: list[object] = []
         names = self.options.class_names
         for split, pictures in self._splits.items():
@@ -108,14 +113,11 @@ class TorchvisionSets:
                     Item(f"{split}[{number}]", (split, number), split=split_of_cell(split))
                 )
                 labels.append(label)
-        for folder, _, files in os.walk(self.options.path):
-            for file in map(Path(folder).joinpath, files):
-                listing.files[file.relative_to(self.options.path).as_posix()] = stamp(file)
         listing.notes.append(f"splits of torchvision: {', '.join(self._splits)}")
         assign_labels(listing, labels, class_names=names, label_as="index")
         return listing
 
-    def read(self, place: Place) -> bytes:
+    def read(self, place: Place, listed: Stamp = UNKNOWN) -> bytes:
         pictures = self._splits[str(place[0])]
         try:
             picture = pictures[int(place[1])][0]

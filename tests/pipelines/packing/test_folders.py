@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -135,10 +136,10 @@ def test_an_error_of_the_storage_ends_a_pack_which_goes_on(
     source = made(tmp_path / "source", {"pictures": 6})
     read, calls = folders.read_picture, iter(range(100))
 
-    def drops(path: Path) -> bytes:
+    def drops(path: Path, *listed: Any) -> bytes:
         if next(calls) >= 4:
             raise OSError(errno.EIO, "Input/output error", str(path))
-        return read(path)
+        return read(path, *listed)
 
     for bits in (None, 0):
         out = tmp_path / f"out {bits}"
@@ -157,9 +158,9 @@ def test_a_source_that_is_not_mounted_any_more_ends_a_pack(
     source = made(tmp_path / "source", {"pictures": 2})
     read = folders.read_picture
 
-    def unmounted(path: Path) -> bytes:
+    def unmounted(path: Path, *listed: Any) -> bytes:
         (source / "pictures").rename(tmp_path / "elsewhere")
-        return read(path)
+        return read(path, *listed)
 
     monkeypatch.setattr(folders, "read_picture", unmounted)
     with pytest.raises(OSError, match="No such file or directory, which is of the storage"):

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
+import pyarrow
 import pytest
+from PIL import Image
+from pyarrow import parquet
 
 from m3i_fast.benchmarks.faults.failing_files import killed_at
 from m3i_fast.pipelines.dataset.manifest import is_dataset, read_manifest
 from m3i_fast.pipelines.dataset.verification.verify import verify
+from m3i_fast.pipelines.packing.items import SourceChanged
 from m3i_fast.pipelines.packing.shard_task import ShardTask
 from m3i_fast.pipelines.packing.workers import run_here, with_processes, with_ray
 from tests.pipelines.packing.helpers import (
@@ -185,6 +195,125 @@ def test_a_changed_source_or_setting_is_refused_with_what_changed(tmp_path: Path
     with pytest.raises(ValueError, match=message):
         pack_with(source, out, samples_per_shard=4)
     assert not is_dataset(out)
+
+
+WORDS = ("heron", "badger", "walrus", "cricket", "otter", "falcon")
+CHANGING = ("folder", "tar", "tar.gz", "csv", "jsonl", "parquet", "huggingface", "packed")
+
+
+def captioned(kind: str, source: Path, order: Sequence[int]) -> Path:
+    """Write pictures and their captions in some order; return the file that is written last."""
+    names = [f"{place}.bmp" for place in range(len(order))]
+    pictures = [picture(n, "BMP") for n in order]  # of equal size
+    captions = [WORDS[n] for n in order]
+    source.mkdir(exist_ok=True)
+    if kind in ("folder", "csv", "jsonl", "packed"):
+        for name, content, caption in zip(names, pictures, captions, strict=True):
+            put(source, name, content)
+            put(source, f"{name[:-4]}.txt", caption.encode())
+    file = source / (names[-1] if kind == "folder" else f"t.{kind}")
+    rows = list(zip(names, captions, strict=True))
+    if kind == "csv":
+        file.write_text("file,caption\n" + "".join(f"{name},{said}\n" for name, said in rows))
+    elif kind == "jsonl":
+        file.write_text("".join(json.dumps({"file": n, "caption": c}) + "\n" for n, c in rows))
+    elif kind in ("tar", "tar.gz"):
+        with tarfile.open(file, "w:gz" if kind == "tar.gz" else "w") as tar:
+            for n, content in zip(order, pictures, strict=True):
+                for extension, member in (("bmp", content), ("txt", WORDS[n].encode())):
+                    header = tarfile.TarInfo(f"{n}.{extension}")
+                    header.size = len(member)
+                    tar.addfile(header, io.BytesIO(member))
+    elif kind == "parquet":
+        parquet.write_table(pyarrow.table({"image": pictures, "caption": captions}), file)
+    elif kind == "huggingface":
+        made = datasets.Dataset.from_dict({"image": pictures, "caption": captions})
+        made.save_to_disk(str(source / "new"))
+        for new in (source / "new").iterdir():
+            new.replace(source / new.name)
+        (source / "new").rmdir()
+        file = next(source.glob("*.arrow"))
+    elif kind == "packed":
+        pack_with(source, source.parent / "new", name="set", kind="folder")
+        shutil.rmtree(source)
+        (source.parent / "new").rename(source)
+        file = source / "train-000000.tar"
+    return file
+
+
+@pytest.mark.parametrize("hashed", [False, True])
+@pytest.mark.parametrize("kind", CHANGING)
+def test_a_source_that_changes_after_it_was_listed_ends_the_pack_which_goes_on(
+    kind: str, hashed: bool, tmp_path: Path
+) -> None:
+    """No picture gets the caption of another one, neither here nor at the next start."""
+    source, out, done = tmp_path / "source", tmp_path / "out", list[str]()
+    flags: dict[str, Any] = {"samples_per_shard": 2}
+    if hashed:
+        flags |= {"group_near_duplicates": 0}
+    file = captioned(kind, source, range(6))
+    named = file if kind in ("csv", "jsonl") else source
+
+    def overwrite(tasks: Any, advance: Any) -> Any:
+        time.sleep(0.01)
+        captioned(kind, source, [5, 4, 3, 2, 1, 0])
+        for task, record in run_here(tasks, advance):
+            done.append(task.record_file)
+            yield task, record
+
+    with pytest.raises(SourceChanged) as caught:
+        pack_with(named, out, overwrite, **flags)
+    assert any(str(each) in str(caught.value) for each in (file, *source.glob("?.bmp")))
+    assert not done and not is_dataset(out)
+    pack_with(named, out, **flags)
+    rows = rows_of(out)
+    assert len(rows) == 6
+    for row in rows:
+        (number,) = (n for n in range(6) if (picture_pixels(n) == row.pixels).all())
+        assert row.captions == (WORDS[number],)
+
+
+def picture_pixels(number: int) -> Any:
+    return np.asarray(Image.open(io.BytesIO(picture(number, "BMP"))).convert("RGB"))
+
+
+def test_a_tar_with_other_members_of_its_size_and_time_ends_the_pack(tmp_path: Path) -> None:
+    """As a copy that keeps times, which a listing for a bucket does not compare anyway."""
+    source = tmp_path / "source"
+    file = captioned("tar", source, range(6))
+    before = file.stat()
+
+    def overwrite(tasks: Any, advance: Any) -> Any:
+        captioned("tar", source, [5, 4, 3, 2, 1, 0])
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert file.stat().st_size == before.st_size
+        return run_here(tasks, advance)
+
+    with pytest.raises(SourceChanged, match=r"t\.tar was changed .* without the picture that was"):
+        pack_with(source, tmp_path / "out", overwrite)
+
+
+def test_shards_without_a_picture_that_changed_are_kept(folder: Path, tmp_path: Path) -> None:
+    source, out, done = tmp_path / "source", tmp_path / "out", list[str]()
+    shutil.copytree(folder, source)
+
+    def overwrite(tasks: Any, advance: Any) -> Any:
+        for task, record in run_here(tasks, advance):
+            done.append(task.name)
+            yield task, record
+            last = tasks[-1].items[0].item.name
+            put(source, last, (source / last).read_bytes())
+
+    with pytest.raises(SourceChanged, match="bytes written at .*, and was .* Start again when"):
+        pack_with(source, out, overwrite, **FLAGS)
+    ran: list[str] = []
+
+    def count(tasks: list[ShardTask], advance: Any) -> Any:
+        ran.extend(task.name for task in tasks)
+        return run_here(tasks, advance)
+
+    pack_with(source, out, count, **FLAGS)
+    assert len(done) > 10 and len(ran) == 1 and not set(ran) & set(done)
 
 
 def test_two_at_once_are_refused(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ import pytest
 from m3i_fast.cli import main
 from m3i_fast.pipelines.dataset.manifest import MANIFEST_NAME
 from m3i_fast.pipelines.packing import bucket_output
-from m3i_fast.pipelines.packing.items import SourceOptions
+from m3i_fast.pipelines.packing.items import SourceChanged, SourceOptions
 from m3i_fast.pipelines.packing.job import Packed
 from m3i_fast.pipelines.packing.readers.folders import Folders
 from m3i_fast.pipelines.packing.shard_task import ShardTask
@@ -130,6 +130,21 @@ def test_no_more_than_a_shard_a_process_lies_here(
     server.fault(".tar", count, 100)
     pack_to(url, folder, cache, with_processes(2), **FLAGS)
     assert len(seen) == NUM_SHARDS and 1 <= min(seen) <= max(seen) <= 2
+
+
+def test_a_picture_that_is_written_again_after_it_was_listed_ends_the_pack_which_goes_on(
+    tmp_path: Path, url: str, cache: Path
+) -> None:
+    """By its time alone, which is no part of what a later start compares."""
+    source = make_folder(tmp_path / "source", 6)
+
+    def overwrite(tasks: Any, advance: Any) -> Any:
+        put(source, "class 0/00000.png", (source / "class 0/00000.png").read_bytes())
+        return run_here(tasks, advance)
+
+    with pytest.raises(SourceChanged, match=r"class 0/00000\.png was changed after"):
+        pack_to(url, source, cache, overwrite)
+    pack_to(url, source, cache)
 
 
 def stop_after(number: int) -> Run:
