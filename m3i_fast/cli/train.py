@@ -35,6 +35,7 @@ USAGE = """\
 usage: m3i-fast train RECIPE [--out DIR] [--resume | --auto-resume] [--stop-on-collapse]
                              [--init SCHEME:PATH] [--field value ...]
        m3i-fast train --config FILE [...]
+       m3i-fast train --resume RUN [--field value ...]
        m3i-fast launch --nproc-per-node N train RECIPE ...
 
 m3i-fast recipes            lists the recipes
@@ -75,9 +76,9 @@ class TrainCommand(Checked):
     checkpoints/."""
     resume: bool = False
     """Continue the run in --out from its newest checkpoint, at the next sample of its data; an
-    error if there is none. It may have another number of ranks, --data.batch-size and
-    --parallel.accumulate, and the same data in another place. With another --num-steps it ends
-    there. A line says what any of them changes."""
+    error if there is none. `m3i-fast train --resume RUN` takes the run's config. The run may have
+    another number of ranks, --data.batch-size and --parallel.accumulate, and the same data in
+    another place. With another --num-steps it ends there. A line says what any of them changes."""
     auto_resume: bool = False
     """Continue the run in --out if there is one, else begin it: for jobs that are started again."""
     stop_on_collapse: bool = False
@@ -110,8 +111,7 @@ class TrainCommand(Checked):
 def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         return show_usage(USAGE, asked=bool(argv))
-    name, config, rest = find_recipe(argv)
-    command = TrainCommand(config=config, out=Path("runs") / name)
+    command, rest = find_command(argv)
     if "--help-all" in rest:
         return show_usage(whole_help("train", typed_recipe(argv), command), asked=True)
     if {"-h", "--help"} & set(rest):
@@ -130,7 +130,7 @@ def main(argv: list[str]) -> int:
     outcome = run(
         config,
         command.out,
-        recipe=name if argv[0] in recipes() else "",
+        recipe=argv[0] if argv[0] in recipes() else "",
         resume="auto" if command.auto_resume else command.resume,
         new_num_steps="--num-steps" in typed,
         new_batch_size=bool(_OF_A_STEP & typed),
@@ -150,14 +150,26 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def parse(argv: list[str]) -> TrainCommand:
-    """Return what the arguments ask for. Raises as `find_recipe` and `read_flags`."""
+def find_command(argv: list[str]) -> tuple[TrainCommand, list[str]]:
+    """Return the command of `RECIPE`, `--config FILE` or `--resume RUN`, and the other arguments.
+
+    Raises as `find_recipe`.
+    """
+    if argv[0] == "--resume" and len(argv) > 1 and not argv[1].startswith("-"):
+        run = Path(argv[1])
+        if not (run / "config.json").exists():
+            raise FileNotFoundError(f"--resume: no run in {run}: expected {run / 'config.json'}")
+        config = TrainConfig.load(run / "config.json")
+        return TrainCommand(config=config, out=run, resume=True), argv[2:]
     name, config, rest = find_recipe(argv)
+    return TrainCommand(config=config, out=Path("runs") / name), rest
+
+
+def parse(argv: list[str]) -> TrainCommand:
+    """Return what the arguments ask for. Raises as `find_command` and `read_flags`."""
+    default, rest = find_command(argv)
     return read_flags(
-        TrainCommand,
-        rest,
-        prog=f"m3i-fast train {typed_recipe(argv)}",
-        default=TrainCommand(config=config, out=Path("runs") / name),
+        TrainCommand, rest, prog=f"m3i-fast train {typed_recipe(argv)}", default=default
     )
 
 

@@ -108,8 +108,8 @@ def _lines(make: Make) -> list[str]:
 
 
 def typed_recipe(argv: list[str]) -> str:
-    """Return the words by which `find_recipe` found a recipe: its name, or --config FILE."""
-    return " ".join(argv[: 2 if argv[0] == "--config" else 1])
+    """Return the words that name a recipe: its name, --config FILE or --resume RUN."""
+    return " ".join(argv[: 2 if argv[0] in ("--config", "--resume") else 1])
 
 
 def find_recipe(argv: list[str], default: str | None = None) -> tuple[str, TrainConfig, list[str]]:

@@ -15,7 +15,7 @@ from m3i_fast.engine.checkpoint.checkpoints import Checkpoint, checkpoints, late
 from m3i_fast.engine.checkpoint.saver import Saver
 from m3i_fast.engine.run.data_record import DATA_FILE, DataRecord
 from m3i_fast.engine.run.extension import log_new_num_steps
-from m3i_fast.engine.run.free_fields import log_free_fields, with_free_fields
+from m3i_fast.engine.run.free_fields import log_free_fields, may_differ, with_free_fields
 from m3i_fast.engine.run.layout import (
     expect_samples_a_step,
     layout_of,
@@ -34,6 +34,7 @@ _ENDED_EARLY = (
     "holds a run that ended before its first checkpoint: add --auto-resume to begin it again, or "
     "name another --out"
 )
+RESUMES_FILE = "resumes.jsonl"
 OF_ONE_RANK = ("means", "random")
 """Parts of a state that differ from rank to rank."""
 Resume = bool | Literal["auto"]
@@ -214,8 +215,8 @@ class Run:
         if not self.config_path.exists():
             raise FileNotFoundError(f"--resume: no run in {self.path}: expected {self.config_path}")
         self._lock.acquire()
-        # How a run is spread over ranks, what it tells and where its data lie change nothing of it;
-        # the samples a step are seen to in `resume`, other data by the loader.
+        # How a run is spread over ranks is free; the samples a step are seen to in `resume`, other
+        # data by the loader.
         damaged: ValueError | None = None
         try:
             saved, source = TrainConfig.load(self.config_path), self.config_path
@@ -227,7 +228,6 @@ class Run:
             compared,
             data=_with_batches_of(compared.data, self._cfg.data),
             parallel=self._cfg.parallel,
-            telemetry=self._cfg.telemetry,
         )
         self._expect_same(compared, source)
         if damaged is not None:
@@ -245,13 +245,18 @@ class Run:
                 f" (--num-steps {saved.num_steps} goes on to where it was to end; any other that "
                 "is typed is taken, and what it changes is told)"
             )
+        if asked.checkpoint_every != saved.checkpoint_every:
+            hint += (
+                f" (--checkpoint-every {saved.checkpoint_every} goes on: with --guard.spikes "
+                "rollback, checkpoints decide where the run goes back to)"
+            )
         if found := differences(saved, asked):
             raise ValueError(
                 f"--resume: the config differs from {source}: " + "; ".join(found) + hint
             )
 
     def write_changes(self, data: DataRecord | None = None) -> None:
-        """Write what a resume changes of num_steps and of the data's free fields to config.json.
+        """Write the config of a resume to config.json, and what it changes to resumes.jsonl.
 
         data: written as `begin` does where an older version began the run without.
         """
@@ -261,9 +266,15 @@ class Run:
         if data is not None and not (self.path / DATA_FILE).exists():
             data.save(self.path)
         saved = TrainConfig.load(self.config_path)
-        changed = replace(with_free_fields(saved, self._cfg), num_steps=self._cfg.num_steps)
-        if changed != saved:
-            changed.save(self.config_path)
+        if changed := differences(saved, self._cfg):
+            row = {
+                "step": self.saver.saved_step,
+                "changed": changed,
+                "may_differ": may_differ(saved, self._cfg),
+            }
+            with (self.path / RESUMES_FILE).open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            self._cfg.save(self.config_path)
 
     def _config_of_checkpoint(self, damaged: ValueError) -> tuple[TrainConfig, Path]:
         """Return the config in the newest good checkpoint, and its path; else raise `damaged`."""
