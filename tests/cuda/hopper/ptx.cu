@@ -4,8 +4,13 @@
 #include "m3i/gpu/copy_async.cuh"
 #include "m3i/gpu/counter.cuh"
 #include "m3i/gpu/mma.cuh"
+#include "m3i/gpu/red.cuh"
+#include "m3i/gpu/registers.cuh"
 #include "m3i/gpu/tma.cuh"
 #include "m3i/gpu/wgmma.cuh"
+#include "m3i/numbers/bf16.h"
+#include "m3i/numbers/f16.h"
+#include "m3i/numbers/fast_math.cuh"
 
 using namespace m3i;
 
@@ -32,6 +37,26 @@ KERNEL(commit_boxes) { tma_store_commit(); }
 KERNEL(wait_boxes_read) { tma_store_wait_read<3>(); }
 KERNEL(wait_boxes) { tma_store_wait<2>(); }
 
+// ---- Copies of a thread, additions --------------------------------------------------------------
+
+KERNEL(copy_4, void* to, const void* from) { copy_async<4>(to, from); }
+KERNEL(copy_8, void* to, const void* from) { copy_async<8>(to, from); }
+KERNEL(copy_16, void* to, const void* from) { copy_async<16>(to, from); }
+KERNEL(zero_8, void* to, const void* from) { copy_async<8>(to, from, false); }
+KERNEL(zero_16, void* to, const void* from) { copy_async<16>(to, from, false); }
+KERNEL(commit_copies) { copy_async_commit(); }
+KERNEL(wait_copies) { copy_async_wait<3>(); }
+
+#define ADD(size)                                    \
+  KERNEL(add_##size, float* d, const float* a) {     \
+    float values[size];                              \
+    for (int i = 0; i < size; ++i) values[i] = a[i]; \
+    red_add(d, values);                              \
+  }
+ADD(1)
+ADD(2)
+ADD(4)
+
 // ---- Barriers, counters, fences -----------------------------------------------------------------
 
 KERNEL(init, Mbarrier* barrier, uint32_t count) { mbarrier_init(barrier, count); }
@@ -51,6 +76,8 @@ KERNEL(arrive_relaxed, Mbarrier* barrier, uint32_t rank) {
   mbarrier_arrive_remote_relaxed(barrier, rank);
 }
 KERNEL(map_rank, int* shared, uint32_t rank) { *map_shared_rank(shared, rank) = 1; }
+KERNEL(read_rank, uint32_t* to) { *to = cluster_rank(); }
+KERNEL(read_size, uint32_t* to) { *to = cluster_size(); }
 KERNEL(arrive_cluster) { cluster_arrive(); }
 KERNEL(wait_for_cluster) { cluster_wait(); }
 KERNEL(sync_named, int id, int threads) { named_barrier_sync(id, threads); }
@@ -59,6 +86,8 @@ KERNEL(count, uint64_t* counter, uint64_t value) { counter_add_release(counter, 
 KERNEL(read_count, uint64_t* counter, uint64_t* to) { *to = counter_load_acquire(counter); }
 KERNEL(fence) { fence_proxy_async(); }
 KERNEL(fence_global) { fence_proxy_async_global(); }
+KERNEL(take_registers) { setmaxnreg_inc<232>(); }
+KERNEL(give_registers) { setmaxnreg_dec<40>(); }
 
 // ---- Products -----------------------------------------------------------------------------------
 
@@ -90,6 +119,7 @@ KERNEL(wgmma_words, float* d, const uint32_t* a, uint64_t b, bool accumulate) {
   wgmma<32, Float16, Major::kMN>(sum, words, b, accumulate);
   for (int i = 0; i < 16; ++i) d[i] = sum[i];
 }
+KERNEL(fence_products) { wgmma_fence(); }
 KERNEL(commit) { wgmma_commit(); }
 KERNEL(wait_products) { wgmma_wait<1>(); }
 
@@ -104,3 +134,25 @@ KERNEL(wait_products) { wgmma_wait<1>(); }
 MMA(mma_bf16)
 MMA(mma_f16)
 MMA(mma_tf32)
+
+#define LOAD(name, count, transposed)                \
+  KERNEL(name, uint32_t* d, const void* a) {         \
+    uint32_t words[count];                           \
+    load_matrices<count, transposed>(words, a);      \
+    for (int i = 0; i < count; ++i) d[i] = words[i]; \
+  }
+LOAD(load_1, 1, false)
+LOAD(load_2, 2, false)
+LOAD(load_4, 4, false)
+LOAD(load_transposed_1, 1, true)
+LOAD(load_transposed_2, 2, true)
+LOAD(load_transposed_4, 4, true)
+
+// ---- Numbers ------------------------------------------------------------------------------------
+
+KERNEL(tf32, uint32_t* to, float value) { *to = round_to_tf32(value); }
+KERNEL(pack_bf16, uint32_t* to, float low, float high) { *to = pack_bf16x2(low, high); }
+KERNEL(pack_f16, uint32_t* to, float low, float high) { *to = pack_f16x2(low, high); }
+KERNEL(unpack_f16, float* to, uint32_t packed) { m3i::unpack_f16x2(packed, to[0], to[1]); }
+KERNEL(exp2_fast, float* to, float value) { *to = fast_exp2(value); }
+KERNEL(reciprocal, float* to, float value) { *to = fast_reciprocal(value); }

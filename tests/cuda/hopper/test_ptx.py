@@ -16,7 +16,7 @@ import pytest
 from tests.shared.cuda.nvcc import CUDA, run_nvcc
 
 SOURCE = Path(__file__).with_name("ptx.cu")
-OF_PRODUCTS = ["d", "a", "b", "accumulate"]  # parameters of the kernels that macros make
+OF_MACROS = ["d", "a", "b", "accumulate"]  # parameters of the kernels that macros make
 
 LOAD = "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
 DONE = "selp.u32 out, 1, 0, complete"
@@ -24,7 +24,11 @@ REMOTE = "mapa.shared::cluster.u32 remote, barrier, rank"
 
 
 def words(name: str, count: int, comma: str = ", ") -> str:
-    return "{" + comma.join([name, *(f"{name}+{4 * i}" for i in range(1, count))]) + "}"
+    return "{" + comma.join(word(name, i) for i in range(count)) + "}"
+
+
+def word(name: str, i: int) -> str:
+    return f"{name}+{4 * i}" if i else name
 
 
 def wgmma(columns: int, dtype: str, a_is_m_major: int, b_is_n_major: int) -> list[str]:
@@ -33,6 +37,11 @@ def wgmma(columns: int, dtype: str, a_is_m_major: int, b_is_n_major: int) -> lis
     d = words("d", columns // 2, ",")
     product = f"wgmma.mma_async.sync.aligned.{shape} {d}, a, b, p, 1, 1"
     return ["setp.ne.b32 p, accumulate, 0", f"{product}, {a_is_m_major}, {b_is_n_major}"]
+
+
+def load_matrices(count: int, transposed: str = "") -> list[str]:
+    kind = f"ldmatrix.sync.aligned.m8n8.x{count}{transposed}.shared.b16"
+    return [f"{kind} {words('d', count)}, [a]"]
 
 
 def mma(shape: str, dtype: str) -> list[str]:
@@ -58,6 +67,18 @@ EXPECTED = {
     "commit_boxes": ["cp.async.bulk.commit_group"],
     "wait_boxes_read": ["cp.async.bulk.wait_group.read 3"],
     "wait_boxes": ["cp.async.bulk.wait_group 2"],
+    # The last operand is how many bytes are read; the rest is filled with zeros.
+    **{
+        f"copy_{size}": [f"cp.async.{cache}.shared.global [to], [from], {size}, {size}"]
+        for size, cache in ((4, "ca"), (8, "ca"), (16, "cg"))
+    },
+    "zero_8": ["cp.async.ca.shared.global [to], [from], 8, 0"],
+    "zero_16": ["cp.async.cg.shared.global [to], [from], 16, 0"],
+    "commit_copies": ["cp.async.commit_group"],
+    "wait_copies": ["cp.async.wait_group 3"],
+    "add_1": ["red.global.add.f32 [d], a"],
+    "add_2": [f"red.global.add.v2.f32 [d], {words('a', 2)}"],
+    "add_4": [f"red.global.add.v4.f32 [d], {words('a', 4)}"],
     "init": ["mbarrier.init.shared::cta.b64 [barrier], count"],
     "init_fence": ["fence.mbarrier_init.release.cluster"],
     "arrive": ["mbarrier.arrive.shared::cta.b64 state, [barrier]"],
@@ -78,14 +99,19 @@ EXPECTED = {
         "mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [remote]",
     ],
     "map_rank": ["mapa.u64 out, shared, rank"],
+    "read_rank": ["mov.u32 to, %cluster_ctarank"],
+    "read_size": ["mov.u32 to, %cluster_nctarank"],
     "arrive_cluster": ["barrier.cluster.arrive.release"],
     "wait_for_cluster": ["barrier.cluster.wait.acquire"],
     "sync_named": ["bar.sync id, threads"],
     "arrive_named": ["bar.arrive id, threads"],
     "count": ["red.release.gpu.global.add.u64 [counter], value"],
-    "read_count": ["ld.acquire.gpu.global.u64 out, [counter]"],
+    "read_count": ["ld.acquire.gpu.global.u64 to, [counter]"],
     "fence": ["fence.proxy.async.shared::cta"],
     "fence_global": ["fence.proxy.async.global"],
+    "take_registers": ["setmaxnreg.inc.sync.aligned.u32 232"],
+    "give_registers": ["setmaxnreg.dec.sync.aligned.u32 40"],
+    "fence_products": ["wgmma.fence.sync.aligned"],
     **{f"wgmma_{n}_BFloat16_kK_kK": wgmma(n, "bf16", 0, 0) for n in range(32, 257, 32)},
     "wgmma_256_BFloat16_kK_kMN": wgmma(256, "bf16", 0, 1),
     "wgmma_256_BFloat16_kMN_kK": wgmma(256, "bf16", 1, 0),
@@ -100,22 +126,34 @@ EXPECTED = {
     "mma_bf16": mma("m16n8k16", "bf16"),
     "mma_f16": mma("m16n8k16", "f16"),
     "mma_tf32": mma("m16n8k8", "tf32"),
+    **{f"load_{n}": load_matrices(n) for n in (1, 2, 4)},
+    **{f"load_transposed_{n}": load_matrices(n, ".trans") for n in (1, 2, 4)},
+    "tf32": ["cvt.rna.tf32.f32 to, value"],
+    # The first source goes to the upper half of the word.
+    "pack_bf16": ["cvt.rn.bf16x2.f32 to, high, low"],
+    "pack_f16": ["cvt.rn.f16x2.f32 to, high, low"],
+    "unpack_f16": ["mov.b32 {l, h}, packed", "cvt.f32.f16 to, l", "cvt.f32.f16 to+4, h"],
+    "exp2_fast": ["ex2.approx.ftz.f32 to, value"],
+    "reciprocal": ["rcp.approx.ftz.f32 to, value"],
 }
 
 
-def read_ptx(folder: Path, include: Path = CUDA / "include") -> dict[str, list[str]]:
+def read_ptx(
+    folder: Path, include: Path = CUDA / "include", architecture: str = "sm_90a"
+) -> dict[str, list[str]]:
     """Each kernel's inline assembly, in which a register is the parameter that it holds.
 
-    `d+8` is what was loaded from 8 bytes after the parameter d; a register that only the assembly
-    sets is `out`.
+    `d+8` is what was loaded from 8 bytes after the parameter d, or is stored there; any other
+    register that only the assembly sets is `out`.
     """
     made = folder / "wrappers.ptx"
-    run_nvcc("-std=c++17", "-O3", f"-I{include}", "-ptx", "-arch=sm_90a", SOURCE, "-o", made)
+    options = ["-std=c++17", "-O3", f"-I{include}", "-ptx", f"-arch={architecture}"]
+    run_nvcc(*options, SOURCE, "-o", made)
     listed = re.findall(r"^KERNEL\((\w+), (.*?)\) \{", SOURCE.read_text(), re.M | re.S)
     parameters = {name: re.findall(r"(\w+)(?:,|$)", text) for name, text in listed}
     found = {}
     for kernel, body in re.findall(r"\.entry (\w+)\(.*?\{\n(.*?)\n\}\n", made.read_text(), re.S):
-        found[kernel] = read_kernel(kernel, body, parameters.get(kernel, OF_PRODUCTS))
+        found[kernel] = read_kernel(kernel, body, parameters.get(kernel, OF_MACROS))
     return found
 
 
@@ -127,19 +165,39 @@ def read_kernel(kernel: str, body: str, parameters: list[str]) -> list[str]:
         return re.sub(r"%\w+", lambda at: held.get(at[0], at[0]), text)
 
     assembly, inside = [], False
-    for line in re.split(r"[;{}]\s*\n|\n|;\s*\}", re.sub(r"\{ (\.reg)", r"\1", body)):
+    for line in re.split(r"[;{}]\s*\n|\n|;\s*\}", re.sub(r"\{\s*(\.reg)", r"\1", body)):
         line = line.strip().removesuffix(";").strip()
         if line.startswith("//"):
             inside = "begin" in line
         elif inside and line and not line.startswith((".reg", "{")):
-            assembly.append(re.sub(r"%(r|rd)\d+\b", "out", resolve(re.sub(r"\s+", " ", line))))
-        elif moved := re.fullmatch(r"(mov|ld|cvt|cvta)\.\S+\s+(%\w+), (.+)", line):
-            held[moved[2]] = resolve(moved[3]).strip("[]")
-    return assembly
+            assembly.append(re.sub(r"\s+", " ", line))
+        elif moved := re.fullmatch(r"(mov|ld|cvt|cvta|add)\.\S+\s+(%\w+), (.+)", line):
+            held[moved[2]] = resolve(moved[3]).strip("[]").replace(", ", "+")
+        elif stored := re.fullmatch(r"st\.\S+\s+\[(.+)\], (%\w+)", line):
+            held.setdefault(stored[2], resolve(stored[1]))
+    return [re.sub(r"%(r|rd|f)\d+\b", "out", resolve(line)) for line in assembly]
 
 
 def test_operands_are_where_the_instructions_take_them(tmp_path: Path) -> None:
     assert read_ptx(tmp_path) == EXPECTED
+
+
+def test_floats_are_added_one_at_a_time_before_compute_capability_9(tmp_path: Path) -> None:
+    found = read_ptx(tmp_path, architecture="sm_80")
+    for size in (1, 2, 4):
+        adds = [f"red.global.add.f32 [{word('d', i)}], {word('a', i)}" for i in range(size)]
+        assert found[f"add_{size}"] == adds
+
+
+def test_every_wrapper_of_ptx_has_a_kernel() -> None:
+    """Also one that is written later. `asm volatile("" ..)` has no instruction."""
+    calls, wrappers = SOURCE.read_text(), set()
+    for header in sorted((CUDA / "include").rglob("*.*h")):
+        for function in re.split(r"^__device__ inline ", header.read_text(), flags=re.M)[1:]:
+            if re.search(r'(asm|asm volatile|M3I_ASM_90A?)\(\s*"[^"]', function):
+                wrappers.add(re.match(r".*?(\w+)\(", function)[1])
+    assert len(wrappers) > 40 and {"load_matrices", "wgmma_fence", "fast_exp2"} <= wrappers
+    assert not {name for name in wrappers if not re.search(rf"\b{name}\b[<()]", calls)}
 
 
 @pytest.mark.parametrize(
@@ -159,6 +217,21 @@ def test_operands_are_where_the_instructions_take_them(tmp_path: Path) -> None:
             {name for name in EXPECTED if name.startswith("wgmma_256")}, id="accumulators",
         ),
         pytest.param("counter", "ld.acquire.gpu", "ld.acquire.cta", {"read_count"}, id="scope"),
+        pytest.param(
+            "mma", ".shared.b16 {%0, %1, %2, %3}, [%4]", ".shared.b16 {%0, %2, %1, %3}, [%4]",
+            {"load_4", "load_transposed_4"}, id="matrices",
+        ),
+        pytest.param(
+            "copy_async", '[%0], [%1], 16, %2;"', '[%0], [%1], 16;"',
+            {"copy_16", "zero_16"}, id="zeros",
+        ),
+        pytest.param(
+            "red", '"f"(values[0]), "f"(values[1])\n', '"f"(values[1]), "f"(values[0])\n',
+            {"add_2"}, id="added",
+        ),
+        pytest.param(
+            "registers", "setmaxnreg.dec", "setmaxnreg.inc", {"give_registers"}, id="registers"
+        ),
     ],
 )  # fmt: skip
 def test_planted_fault_is_read(
