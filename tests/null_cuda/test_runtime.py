@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import shutil
+import struct
 import subprocess
 import sysconfig
 from pathlib import Path
@@ -13,6 +16,7 @@ import pytest
 
 from m3i_fast.benchmarks.launches.trace import peak_device_bytes, read_trace, split_at_marks
 from scripts import null_cuda
+from tests.shared.cuda import emulator
 
 SITE = Path(sysconfig.get_path("purelib"))
 TOOLKIT = SITE / "nvidia" / "cu13"
@@ -27,13 +31,13 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def build(source: Path, text: str) -> Path:
+def build(source: Path, text: str, *options: str) -> Path:
     """Compile a program of machine code for 8.0 that takes the runtime as a shared library."""
     source.write_text(text)
     program = source.with_suffix("")
     command = [
         *("nvcc", source, "-o", program, "-cudart", "shared", f"-L{TOOLKIT / 'lib'}"),
-        "-gencode=arch=compute_80,code=sm_80",
+        *("-gencode=arch=compute_80,code=sm_80", *options),
     ]
     subprocess.run(command, check=True, capture_output=True)
     return program
@@ -135,6 +139,107 @@ def test_copies_are_made_and_captures_refuse_what_cuda_refuses(
         [32, 1, 1],
         80,
     )
+
+
+# Maps of the same matrices: by the driver's encoder in a program of nvcc, and in a library of the
+# emulator. Nobody reads the matrices.
+MAPS = r"""
+#include <cstdio>
+#include "m3i/host/make_tensor_map.h"
+using m3i::DType;
+using m3i::Swizzle;
+void* const base = reinterpret_cast<void*>(0x7f1234567890);
+const m3i::TiledMatrix kMatrices[] = {
+  // type, base, rows, columns, row_bytes, box_rows, box_columns, swizzle
+  {DType::kBFloat16, base, 1000, 72, 144, 64, 64, Swizzle::k128},
+  {DType::kFloat16, base, 5, 21841, 43696, 8, 32, Swizzle::k64},
+  {DType::kFloat32, base, int64_t{1} << 31, 12, 64, 256, 8, Swizzle::k32},
+  {DType::kFloat32, base, 7, 300, 1200, 3, 20, Swizzle::kNone},
+};
+constexpr int kCount = sizeof(kMatrices) / sizeof(kMatrices[0]);
+extern "C" __attribute__((visibility("default"))) int encode(m3i::TensorMap* maps) {
+  int errors = 0;
+  for (int i = 0; i < kCount; ++i) errors += m3i::make_tensor_map(&maps[i], kMatrices[i]) != 0;
+  return errors;
+}
+#ifndef M3I_EMULATOR
+int main() {
+  m3i::TensorMap maps[kCount];
+  std::printf("[%d", encode(maps));
+  for (const m3i::TensorMap& map : maps) {
+    for (unsigned long long word : map.opaque) std::printf(", %llu", word);
+  }
+  std::printf("]\n");
+}
+#endif
+"""
+NUM_MAPS = MAPS.count("  {DType")
+TYPES = {7: (4, True), 9: (2, False), 6: (2, False)}  # of cuda.h: bytes, whether float32
+SWIZZLE_BYTES = [16, 32, 64, 128]  # of cuda.h's CUtensorMapSwizzle
+
+
+def encoded_by_driver(folder: Path, include: Path, libraries: Path) -> list[tuple[Any, ...]]:
+    """What the program hands to cuTensorMapEncodeTiled, in the emulator's terms.
+
+    After them rank, element strides, interleaving and what fills the elements outside.
+    """
+    program = build(folder / "maps.cu", MAPS, "-std=c++17", f"-I{include}")
+    errors, *words = run(program, libraries, card="h100")
+    assert errors == 0
+    maps = []
+    for fields in struct.iter_unpack("<10Q10I6B2x", struct.pack(f"<{len(words)}Q", *words)):
+        address, sizes, strides = fields[0], fields[1:6], fields[6:10]
+        box, steps = fields[10:15], fields[15:20]
+        kind, rank, interleave, swizzle, _, fill = fields[20:]  # promotion is of speed alone
+        assert not any((*sizes[2:], *strides[1:], *box[2:], *steps[2:]))
+        matrix = (address, sizes[1], sizes[0], strides[0], box[1], box[0], *TYPES[kind])
+        others = rank, steps[:2], interleave, fill
+        maps.append((*matrix, SWIZZLE_BYTES[swizzle], *others))
+    return maps
+
+
+def encoded_by_emulator(folder: Path) -> list[tuple[Any, ...]]:
+    """Likewise. The emulator's boxes are of two dimensions and all that lies in them."""
+    source = folder / "emulated" / "maps.cu"
+    source.parent.mkdir()
+    source.write_text(MAPS)
+    library = emulator.build_kernels([source], include=[source.parent], architecture=90)
+    memory = ctypes.create_string_buffer(128 * NUM_MAPS)
+    assert ctypes.CDLL(str(library)).encode(memory) == 0
+    maps = [memory.raw[128 * i : 128 * i + 128] for i in range(NUM_MAPS)]
+    fields = [struct.unpack_from("<8x4Q3i?3xi", one) for one in maps]
+    return [(*matrix, 2, (1, 1), 0, 0) for matrix in fields]
+
+
+def test_tensor_maps_are_those_of_the_emulator(tmp_path: Path, libraries: Path) -> None:
+    driver = encoded_by_driver(tmp_path, emulator.CUDA / "include", libraries)
+    assert len(driver) == NUM_MAPS and driver == encoded_by_emulator(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        pytest.param("CU_TENSOR_MAP_SWIZZLE_64B", "CU_TENSOR_MAP_SWIZZLE_128B", id="swizzle"),
+        pytest.param("{static_cast<cuuint32_t>(matrix.box_columns),", "{64u,", id="box"),
+        pytest.param("steps[] = {1, 1}", "steps[] = {1, 2}", id="element strides"),
+        pytest.param("<cuuint64_t>(matrix.rows)}", "<cuuint64_t>(matrix.rows + 1)}", id="size"),
+        pytest.param(
+            "<cuuint64_t>(matrix.row_bytes)", "<cuuint64_t>(matrix.row_bytes + 16)", id="stride"
+        ),
+        pytest.param("OOB_FILL_NONE", "OOB_FILL_NAN_REQUEST_ZERO_FMA", id="fill"),
+        pytest.param("MAP_DATA_TYPE_BFLOAT16", "MAP_DATA_TYPE_FLOAT32", id="type"),
+    ],
+)
+def test_planted_fault_of_a_tensor_map_is_seen(
+    tmp_path: Path, libraries: Path, before: str, after: str
+) -> None:
+    include = tmp_path / "include"
+    shutil.copytree(emulator.CUDA / "include", include)
+    header = include / "m3i/host/make_tensor_map.h"
+    text = header.read_text()
+    assert text.count(before) == 1
+    header.write_text(text.replace(before, after))
+    assert encoded_by_driver(tmp_path, include, libraries) != encoded_by_emulator(tmp_path)
 
 
 def test_every_name_of_the_runtime_is_there(libraries: Path) -> None:

@@ -1,7 +1,9 @@
 // libcuda.so.1: what torch asks the driver itself; the rest of its names are generated.
 #include <cuda.h>
 
+#include <algorithm>
 #include <cstdio>
+#include <cstring>
 
 #include "runtime/null.h"
 
@@ -65,13 +67,24 @@ M3I_EXPORT CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribut
       cudaDeviceGetAttribute(value, static_cast<cudaDeviceAttr>(attribute), device));
 }
 
-// What CUDA's programming guide asks of a tensor map; the map itself is read by no one here.
-M3I_EXPORT CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cuuint32_t rank,
-                                           void* address, const cuuint64_t* sizes,
-                                           const cuuint64_t* strides, const cuuint32_t* box,
-                                           const cuuint32_t* steps, CUtensorMapInterleave,
-                                           CUtensorMapSwizzle, CUtensorMapL2promotion,
-                                           CUtensorMapFloatOOBfill) {
+namespace {
+
+// What is written to a tensor map here, for tests: the arguments, and zeros beyond the rank.
+struct MapArguments {
+  cuuint64_t address, sizes[5], strides[4];
+  cuuint32_t box[5], steps[5];
+  uint8_t type, rank, interleave, swizzle, promotion, fill;
+};
+static_assert(sizeof(MapArguments) == sizeof(CUtensorMap));
+
+}  // namespace
+
+// What CUDA's programming guide asks of a tensor map.
+M3I_EXPORT CUresult cuTensorMapEncodeTiled(
+    CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address,
+    const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
+    const cuuint32_t* steps, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
+    CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
   bool legal = rank >= 1 && rank <= 5 && reinterpret_cast<size_t>(map) % 64 == 0 &&
                reinterpret_cast<size_t>(address) % 16 == 0;
   for (cuuint32_t i = 0; legal && i < rank; ++i) {
@@ -79,12 +92,27 @@ M3I_EXPORT CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType
         sizes[i] >= 1 && sizes[i] <= 1ull << 32 && box[i] >= 1 && box[i] <= 256 && steps[i] >= 1;
     if (legal && i + 1 < rank) legal = strides[i] % 16 == 0 && strides[i] < 1ull << 40;
   }
-  if (legal) return CUDA_SUCCESS;
-  m3i::null::Record("error")
-      .number("code", CUDA_ERROR_INVALID_VALUE)
-      .text("call", "cuTensorMapEncodeTiled")
-      .python_line();
-  return CUDA_ERROR_INVALID_VALUE;
+  if (!legal) {
+    m3i::null::Record("error")
+        .number("code", CUDA_ERROR_INVALID_VALUE)
+        .text("call", "cuTensorMapEncodeTiled")
+        .python_line();
+    return CUDA_ERROR_INVALID_VALUE;
+  }
+  MapArguments given{};
+  given.address = reinterpret_cast<cuuint64_t>(address);
+  given.type = static_cast<uint8_t>(type);
+  given.rank = static_cast<uint8_t>(rank);
+  given.interleave = static_cast<uint8_t>(interleave);
+  given.swizzle = static_cast<uint8_t>(swizzle);
+  given.promotion = static_cast<uint8_t>(promotion);
+  given.fill = static_cast<uint8_t>(fill);
+  std::copy_n(sizes, rank, given.sizes);
+  std::copy_n(strides, rank - 1, given.strides);
+  std::copy_n(box, rank, given.box);
+  std::copy_n(steps, rank, given.steps);
+  std::memcpy(map, &given, sizeof(given));
+  return CUDA_SUCCESS;
 }
 
 // ---- Modules: kernels that a library has NVRTC compile for the card while it runs
