@@ -6,7 +6,8 @@ import errno
 import math
 import re
 import stat as modes
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -110,6 +111,16 @@ class Listing:
     def refuse(self, file: str, reason: str, what_to_do: str) -> None:
         """Record what is not packed."""
         self.refusals.append(Refusal(file, reason, what_to_do))
+
+    @contextmanager
+    def row(self, where: str) -> Iterator[None]:
+        """Refuse a row that cannot be read, whatever its cells hold."""
+        try:
+            yield
+        except Refused as refused:
+            self.refusals.append(refused.of(where))
+        except (ValueError, OverflowError) as error:
+            self.refuse(where, f"cannot be read: {error}", "mend the row, or take it out")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -275,6 +286,15 @@ MOST_CAPTIONS = 64
 def is_missing(value: object) -> bool:
     """Return whether a cell is empty: None, or the NaN that tables of numbers hold there."""
     return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def group_of(value: object) -> str:
+    """Return the group of a cell, empty for none; raises Refused, and ValueError if not UTF-8."""
+    if isinstance(value, (dict, list)):
+        raise Refused("group: expected text or a number", "name another --group-column")
+    text = "" if is_missing(value) else str(value)
+    text.encode()
+    return text
 
 
 def clean_captions(captions: Sequence[object]) -> tuple[str, ...]:

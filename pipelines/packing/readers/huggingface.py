@@ -19,6 +19,7 @@ from m3i_fast.pipelines.packing.items import (
     check_inside,
     check_num_bytes,
     clean_captions,
+    group_of,
     is_missing,
     printable,
     read_picture,
@@ -74,18 +75,16 @@ class HuggingFace:
             names = names or tuple(known or ())
             known_of |= {s.name: found for s in specs if (found := _class_names(rows, s))}
             paths = _paths(rows, columns.image)
-            for number, (row, path) in enumerate(
-                zip(_annotations(rows, columns, specs), paths, strict=True)
-            ):
-                try:
+            annotations = _annotations(rows, columns, specs)
+            for number, path in enumerate(paths):
+                with listing.row(f"{split}[{number}]"):
+                    row = annotations[number]
                     item = _item(row, columns, split, number)
                     if path is not None:
                         item = item._replace(stamp=self._stamp(path))
-                    listing.items.append(item)
                     labels.append(named_label(row.get(columns.label or ""), known))
+                    listing.items.append(item)
                     named[item.name] = {s.name: s.of_row(row) for s in specs}
-                except Refused as refused:
-                    listing.refusals.append(refused.of(f"{split}[{number}]"))
         assign_labels(listing, labels, class_names=names, label_as=self.options.label_as)
         assign_columns(listing, self.options, named, known_of)
         return listing
@@ -146,14 +145,14 @@ def _class_names(rows: Any, spec: Spec) -> tuple[str, ...]:
     return tuple(getattr(feature, "names", None) or ())
 
 
-def _annotations(rows: Any, columns: Columns, specs: Sequence[Spec]) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a split without their pictures."""
+def _annotations(rows: Any, columns: Columns, specs: Sequence[Spec]) -> Any:
+    """Return the rows of a split, by number, without their pictures."""
     wanted = [*columns.captions, columns.label, columns.group, columns.split]
     wanted += [source for spec in specs if not spec.is_file for source in spec.sources]
     kept = list(dict.fromkeys(name for name in wanted if name is not None))
     if not kept:
-        return iter([{}] * len(rows))
-    return iter(rows.select_columns(kept))
+        return [{}] * len(rows)
+    return rows.select_columns(kept)
 
 
 def _item(row: dict[str, Any], columns: Columns, split: str, number: int) -> Item:
@@ -161,7 +160,6 @@ def _item(row: dict[str, Any], columns: Columns, split: str, number: int) -> Ite
     for name in columns.captions:
         value = row[name]
         captions += value if isinstance(value, list) else [value]
-    group = row[columns.group] if columns.group else None
     own = row[columns.split] if columns.split else None
     chosen = split if is_missing(own) else str(own or split)
     return Item(
@@ -169,7 +167,7 @@ def _item(row: dict[str, Any], columns: Columns, split: str, number: int) -> Ite
         place=(split, number),
         split=split_of_cell(chosen),
         captions=clean_captions(captions),
-        group="" if is_missing(group) else str(group),
+        group=group_of(row[columns.group] if columns.group else None),
     )
 
 

@@ -109,19 +109,15 @@ def assign_columns(
     read: list[dict[str, Any]] = []
     kept = []
     for item in listing.items:
-        try:
+        with listing.row(item.name):
             read.append({s.name: read_value(s, raw[item.name][s.name]) for s in specs})
             kept.append(item)
-        except Refused as refused:
-            listing.refusals.append(refused.of(item.name))
     described = describe(specs, read, known)
     listing.items = []
     for item, values in zip(kept, read, strict=True):
-        try:
+        with listing.row(item.name):
             of_item = tuple((d.column.name, d.row_of(values[d.column.name])) for d in described)
             listing.items.append(item._replace(columns=of_item))
-        except Refused as refused:
-            listing.refusals.append(refused.of(item.name))
     listing.columns = tuple(each.column for each in described)
     listing.notes.append(f"named columns: {told(listing.columns)} (--column)")
 

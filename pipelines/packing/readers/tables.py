@@ -25,6 +25,7 @@ from m3i_fast.pipelines.packing.items import (
     check_files,
     check_inside,
     clean_captions,
+    group_of,
     is_missing,
     printable,
     read_picture,
@@ -45,6 +46,7 @@ from m3i_fast.pipelines.packing.readers.spool import Spool, open_spool, read_spo
 
 TEXT_SUFFIXES = (".csv", ".tsv")
 MAX_TABLE_BYTES = 1 << 33
+MOST_CELL = 1 << 17  # characters of a text table
 LOOKED_AT = 1 << 20  # characters of a table, to tell captions from numbers
 LOOKED_AT_LINES = 1000
 BOM = b"\xef\xbb\xbf"  # that some editors write first
@@ -88,12 +90,12 @@ class Tables:
             for raw_name, file in files.items():
                 name = printable(raw_name)
                 split = split_in_name(name) if len(self.files) > 1 else None
-                columns, rows, known = self._open(file, listing)
+                columns, rows, known = self._open(file, name, listing)
                 class_names = class_names or known
                 listing.notes.append(f"{name}: {columns.said()}")
                 for number, row in rows:
                     where = f"{name}:{number}"
-                    try:
+                    with listing.row(where):
                         item = self._item(row, columns, where, spool)
                         item = item._replace(split=item.split or split or "train")
                         label = row[columns.label] if columns.label else None
@@ -106,8 +108,6 @@ class Tables:
                         num_merged += self._add(listing, item, place_of)
                         labels.setdefault(item.name, label)
                         named.setdefault(item.name, {s.name: s.of_row(row) for s in specs})
-                    except Refused as refused:
-                        listing.refusals.append(refused.of(where))
         if num_merged:
             listing.notes.append(
                 f"{num_merged} rows name a picture of an earlier row, and add their captions to it"
@@ -126,29 +126,26 @@ class Tables:
             return read_picture(self.root / str(place[0]), listed)
         return read_spooled(self.options, place)
 
-    def _open(self, file: Path, listing: Listing) -> Opened:
+    def _open(self, file: Path, name: str, listing: Listing) -> Opened:
         suffix = file.suffix.lower()
         if suffix == LINES_OF_JSON:
             return open_json_lines(file, self.options, listing)
         if suffix in TEXT_SUFFIXES or self.options.delimiter is not None:
             return open_text(file, self.options, listing)
-        return open_parquet(file, self.options)
+        return open_parquet(file, name, self.options, listing)
 
     def _item(self, row: Row, columns: Columns, where: str, spool: _LazySpool) -> Item:
         captions = []
         for column in columns.captions:
             value = row[column]
             captions += value if isinstance(value, list) else [value]
-        group, split = (
-            str(row[column]) if column and not is_missing(row[column]) else ""
-            for column in (columns.group, columns.split)
-        )
+        split = row[columns.split] if columns.split else None
         item = Item(
             name=where,
             place=(),
             captions=clean_captions(captions),
-            group=group,
-            split=split_of_cell(split),
+            group=group_of(row[columns.group] if columns.group else None),
+            split="" if is_missing(split) else split_of_cell(str(split)),
         )
         picture = row[columns.image]
         if isinstance(picture, dict):  # as the datasets library stores an image
@@ -249,6 +246,7 @@ def _check_size(file: Path) -> None:
 
 def _reader(text: str, delimiter: str) -> Any:
     """Return a reader of rows of cells; only in a table of tabs quotation marks are text."""
+    csv.field_size_limit(MAX_TABLE_BYTES)  # `_text_rows` refuses the row of a long cell
     file = io.StringIO(text, newline="")
     if delimiter == "\t":  # as in files of web captions
         return csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
@@ -300,6 +298,9 @@ def _text_rows(
                 f"expected {len(header)} cells, got {len(cells)}",
                 "put cells that hold the delimiter in quotation marks",
             )
+        elif (longest := max(map(len, cells))) > MOST_CELL:
+            reason = f"expected cells of at most {MOST_CELL} characters, got {longest}"
+            listing.refuse(where, reason, "shorten the text")
         else:
             yield reader.line_num, dict(zip(header, cells, strict=True))
 
@@ -341,7 +342,7 @@ def open_json_lines(file: Path, options: SourceOptions, listing: Listing) -> Ope
 # ---- Parquet -------------------------------------------------------------------------------------
 
 
-def open_parquet(file: Path, options: SourceOptions) -> Opened:
+def open_parquet(file: Path, name: str, options: SourceOptions, listing: Listing) -> Opened:
     """Open a Parquet file; ValueError where it is none."""
     parquet = require("pyarrow.parquet", extra="sources")
     arrow = require("pyarrow")
@@ -358,7 +359,7 @@ def open_parquet(file: Path, options: SourceOptions) -> Opened:
     needed += [c for c in (columns.label, columns.group, columns.split) if c is not None]
     needed += [source for spec in specs_of(options.columns) for source in spec.sources]
     names = _class_names(schema.metadata or {}, columns.label)
-    return Opened(columns, _parquet_rows(opened, needed, file, arrow), names)
+    return Opened(columns, _parquet_rows(opened, needed, name, arrow, listing), names)
 
 
 def _class_names(metadata: Mapping[bytes, bytes], label: str | None) -> tuple[str, ...]:
@@ -372,13 +373,15 @@ def _class_names(metadata: Mapping[bytes, bytes], label: str | None) -> tuple[st
 
 
 def _parquet_rows(
-    opened: Any, needed: list[str], file: Path, arrow: Any
+    opened: Any, needed: list[str], name: str, arrow: Any, listing: Listing
 ) -> Iterator[tuple[int, Row]]:
     number = 0
     try:
         for batch in opened.iter_batches(batch_size=64, columns=list(dict.fromkeys(needed))):
-            for row in batch.to_pylist():
+            for place in range(len(batch)):
                 number += 1
-                yield number, row
+                with listing.row(f"{name}:{number}"):  # by itself: a cell may raise
+                    (row,) = batch.slice(place, 1).to_pylist()
+                    yield number, row
     except (arrow.ArrowException, OSError) as error:
-        raise ValueError(f"{file}: after row {number}: {error}") from None
+        raise ValueError(f"{name}: after row {number}: {error}") from None

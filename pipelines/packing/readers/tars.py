@@ -29,7 +29,7 @@ from m3i_fast.pipelines.packing.items import (
     check_files,
     check_num_bytes,
     clean_captions,
-    is_missing,
+    group_of,
     printable,
     split_in_name,
     text_of,
@@ -99,14 +99,11 @@ class Tars:
                     file, name, listing, spool if name in stamps else None
                 ):
                     where = printable(f"{name}:{key}")
-                    try:
+                    with listing.row(where):
                         if key in seen:
                             raise Refused("a name twice in one tar", "write the tar again")
                         seen.add(key)
                         item, label, facts = self._item(where, parts)
-                    except Refused as refused:
-                        listing.refusals.append(refused.of(where))
-                    else:
                         listing.items.append(item._replace(split=splits[name]))
                         labels.append(label)
                         row = {of: facts.get(of) for spec in specs for of in spec.sources}
@@ -218,8 +215,6 @@ class Tars:
             captions = [facts.get("caption")]
         flat = [c for value in captions for c in (value if isinstance(value, list) else [value])]
         group = facts.get(self.options.group_column) if self.options.group_column else None
-        if isinstance(group, (dict, list)):
-            raise Refused("group: expected text or a number", "name another --group-column")
         label: object = _label(parts)
         if self.options.label_column not in (None, "cls"):
             label = facts.get(self.options.label_column)
@@ -230,7 +225,7 @@ class Tars:
             where,
             place,
             captions=clean_captions(flat),
-            group="" if is_missing(group) else str(group),
+            group=group_of(group),
         )
         return item, label, facts
 

@@ -9,8 +9,11 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pyarrow
 import pytest
 import torchvision
+from pyarrow import parquet
 
 from tests.pipelines.packing.helpers import (
     labels_of,
@@ -235,6 +238,73 @@ def test_what_is_no_table_is_refused(tmp_path: Path, content: bytes, message: st
     with pytest.raises(ValueError, match=message):
         pack_with(put(tmp_path, "t.csv", content), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+STRANGE: dict[str, dict[str, Any]] = {
+    "path": {"file": "\ud800.png"},
+    "group": {"group": "\ud800"},
+    "object": {"group": {"a": 1}},
+    "number": {"size": 10**400},
+    "regions": {"boxes": [{"bbox": [0, 0, 10**400, 1], "text": "x"}]},
+}
+
+
+@pytest.mark.parametrize("case", STRANGE)
+def test_a_cell_of_json_that_nothing_can_hold_is_refused_with_its_row(
+    case: str, tmp_path: Path
+) -> None:
+    region = {"bbox": [0, 0, 9, 9], "text": "x"}
+    rows: list[dict[str, Any]] = []
+    for name in "abc":
+        put(tmp_path, f"{name}.png", GOOD)
+        rows.append({"file": f"{name}.png", "group": name, "size": 1, "boxes": [region]})
+    rows[1] |= STRANGE[case]
+    table = put(tmp_path, "t.jsonl", "\n".join(map(json.dumps, rows)).encode())
+    columns = ("size:numbers", "boxes:regions")
+    (refusal,) = pack_with(table, tmp_path / "out", column=columns).refused
+    assert refusal.file == ("b.png" if case in ("number", "regions") else "t.jsonl:2")
+    assert refusal.reason and refusal.what_to_do and len(rows_of(tmp_path / "out")) == 2
+
+
+@pytest.mark.parametrize("kind", ["parquet", "huggingface"])
+def test_a_time_that_python_has_no_number_for_is_refused_with_its_row(
+    kind: str, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    for row in range(3):
+        put(source, f"{row}.png", GOOD)
+    times = pyarrow.array([0, 2**50, 0], pyarrow.timestamp("s"))
+    table = pyarrow.table({"file": [f"{row}.png" for row in range(3)], "group": times})
+    if kind == "parquet":
+        parquet.write_table(table, source / "t.parquet")
+        packed, row = pack_with(source / "t.parquet", tmp_path / "out"), "t.parquet:2"
+    else:
+        datasets.Dataset(table).save_to_disk(str(source))
+        packed, row = pack_with(source, tmp_path / "out"), "train[1]"
+    ((refused, reason),) = refused_of(packed).items()
+    assert refused == row and "too large" in reason and len(rows_of(tmp_path / "out")) == 2
+
+
+def test_a_long_cell_is_no_quotation_mark(tmp_path: Path) -> None:
+    """Python's csv has a limit of 131,072 characters, which is said of the row alone."""
+    for name in "abc":
+        put(tmp_path, f"{name}.png", GOOD)
+    lines = ["file,caption", "a.png,fine", f"b.png,{'x' * 131_073}", "c.png,fine"]
+    table = put(tmp_path, "t.csv", "\n".join(lines).encode())
+    packed = pack_with(table, tmp_path / "out")
+    said = "expected cells of at most 131072 characters, got 131073"
+    assert refused_of(packed) == {"t.csv:3": said}
+    assert len(rows_of(tmp_path / "out")) == 2
+
+
+def test_labels_of_a_hugging_face_data_set_that_are_lists_are_refused(tmp_path: Path) -> None:
+    for row in range(2):
+        put(tmp_path / "source", f"{row}.png", GOOD)
+    columns = {"file": ["0.png", "1.png"], "label": [["a"], None]}
+    datasets.Dataset.from_dict(columns).save_to_disk(str(tmp_path / "source"))
+    found = refused_of(pack_with(tmp_path / "source", tmp_path / "out"))
+    assert found == {"train[0]": "label: expected text or a number"}
+    assert len(rows_of(tmp_path / "out")) == 1
 
 
 def write_tar(file: Path, members: list[tuple[str, bytes]], **changes: Any) -> Path:
