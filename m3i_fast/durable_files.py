@@ -19,6 +19,7 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
+MOST_UNPACKED, MOST_RATIO = 1 << 30, 100  # bytes that any file may unpack to, or times its own
 PIECE = 16 << 20  # bytes of a write: hashing and writing let go of the GIL in between
 
 
@@ -134,6 +135,25 @@ def read_file(path: Path) -> bytes:
     if not stat.S_ISREG(mode):
         raise ValueError(f"{path}: expected a file, got {kind_of(mode)}")
     return Path(path).read_bytes()
+
+
+class UnpacksToTooMuch(ValueError):
+    """A compressed file holds more bytes than it may."""
+
+
+def expect_unpacked(path: Path, num_bytes: int, most_gib: float | None) -> None:
+    """Raise UnpacksToTooMuch if the bytes that were found in a compressed file are too many.
+
+    most_gib: as --max-unpacked-gib has it; None: 1 GiB, or 100 times the file if that is more.
+    """
+    most = max(MOST_UNPACKED, MOST_RATIO * path.stat().st_size)
+    if most_gib is not None:
+        most = int(most_gib * 2**30)
+    if num_bytes > most:
+        raise UnpacksToTooMuch(
+            f"{path}: unpacks to {num_bytes / 2**30:.2f} GiB or more, expected at most "
+            f"{most / 2**30:.2f}: where the file is right, type a larger --max-unpacked-gib"
+        )
 
 
 def digest(path: Path) -> Digest:

@@ -65,16 +65,20 @@ class Range:
 
 
 class Stream:
-    """A decompressed file, of which no more than a header is read at once."""
+    """A decompressed file, of which no more than a header is read at once.
 
-    def __init__(self, opened: Readable) -> None:
-        self._opened = opened
+    expect: called with the bytes that were decompressed.
+    """
+
+    def __init__(self, opened: Readable, expect: Callable[[int], None]) -> None:
+        self._opened, self._expect = opened, expect
         self.seek, self.tell = opened.seek, opened.tell
 
     def read(self, count: int = -1, /) -> bytes:
         """Read up to `count` bytes; raises ValueError for many, as `Range.read`."""
         if not 0 <= count <= MOST_HEADER_BYTES:
             raise ValueError(f"expected a header of at most {MOST_HEADER_BYTES} bytes, got {count}")
+        self._expect(self._opened.tell())
         return self._opened.read(count)
 
 

@@ -87,6 +87,9 @@ class OnPictures:
     """What ends a cell of a text table; guessed by its first line."""
     allow_outside: bool = False
     """Read files that lie outside of DIR, or are reached by links out of it."""
+    max_unpacked_gib: float | None = None
+    """Most GiB that a compressed tar or a Parquet file of DIR may unpack to, as `m3i-fast data
+    pack` has it."""
     torchvision_class: str | None = None
     """Class of torchvision.datasets that reads DIR."""
     train_split: str = "train"
@@ -309,6 +312,7 @@ def _settings(command: EvaluateCommand, data: Path) -> EvaluationSettings:
             image_root=chosen.image_root,
             delimiter=chosen.delimiter,
             allow_outside=chosen.allow_outside,
+            max_unpacked_gib=chosen.max_unpacked_gib,
             torchvision_class=chosen.torchvision_class,
             classes=_lines(chosen.class_names, "--class-names"),
             train_split=chosen.train_split,

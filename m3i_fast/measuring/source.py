@@ -45,6 +45,7 @@ class SourceSettings:
     image_root: Path | None = None
     delimiter: str | None = None
     allow_outside: bool = False
+    max_unpacked_gib: float | None = None
     torchvision_class: str | None = None
     classes: tuple[str, ...] = ()
     """Name of each class by its index; empty: those of the source."""
@@ -180,6 +181,7 @@ def _resolve(settings: SourceSettings) -> tuple[SourceOptions, str]:
         image_root=settings.image_root,
         delimiter=settings.delimiter,
         allow_outside=settings.allow_outside,
+        max_unpacked_gib=settings.max_unpacked_gib,
         torchvision_class=settings.torchvision_class,
         merge_rows=True,
     )
@@ -194,7 +196,8 @@ def _resolve(settings: SourceSettings) -> tuple[SourceOptions, str]:
 
 def _read_as(options: SourceOptions) -> dict[str, object]:
     """Return all that a source's pictures depend on beside its files, wherever it lies."""
-    return {name: value for name, value in asdict(options).items() if name not in ("path", "spool")}
+    others = ("path", "spool", "max_unpacked_gib")
+    return {name: value for name, value in asdict(options).items() if name not in others}
 
 
 def _packed_digest(options: SourceOptions) -> object:

@@ -143,6 +143,7 @@ class SourceOptions:
     allow_outside: bool = False
     torchvision_class: str | None = None
     columns: tuple[str, ...] = ()  # NAME:KIND or NAME:KIND=COLUMN,...
+    max_unpacked_gib: float | None = None  # of a compressed file
     spool: Path | None = None  # a folder for pictures that cannot be read in any order
 
 

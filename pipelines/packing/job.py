@@ -236,7 +236,7 @@ def _describe(settings: PackSettings, listing: Listing) -> dict[str, Any]:
     Neither says where the source lies, nor when its files were written.
     """
     options = asdict(settings.source)
-    for name in ("path", "spool", "image_root"):
+    for name in ("path", "spool", "image_root", "max_unpacked_gib"):
         del options[name]
     if not options["columns"]:
         del options["columns"]  # as before there were any

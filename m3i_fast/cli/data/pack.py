@@ -86,6 +86,9 @@ class Pack:
     otherwise."""
     allow_outside: bool = False
     """Take pictures that paths or symbolic links lead to outside of SOURCE."""
+    max_unpacked_gib: float | None = None
+    """Most GiB that a compressed tar or a Parquet file may unpack to; none: 1, or 100 times the
+    file if that is more."""
     torchvision_class: str | None = None
     """Class of torchvision.datasets, such as CIFAR10."""
     split: Annotated[tuple[str, ...], Several] = ()
@@ -187,6 +190,7 @@ class Pack:
                 columns=self.column,
                 merge_rows=self.merge_rows,
                 allow_outside=self.allow_outside,
+                max_unpacked_gib=self.max_unpacked_gib,
                 torchvision_class=self.torchvision_class,
             ),
             plan=PlanSettings(

@@ -36,7 +36,7 @@ class Spool:
         folder: None: places are told and nothing is kept, where nothing will be read. key: of
         all that the spool's content depends on.
         """
-        self._size, self._key, self._folder = 0, key, folder
+        self.size, self._key, self._folder = 0, key, folder
         self._file: BinaryIO | None = None
         if folder is not None and _key_of(folder) != key:
             (folder / KEY_NAME).unlink(missing_ok=True)
@@ -46,10 +46,10 @@ class Spool:
     def append(self, content: bytes) -> Place:
         """Append a picture and return its place; raises Refused where it is too large."""
         check_num_bytes(len(content))
-        start = self._size
+        start = self.size
         if self._file is not None:
             self._write(content)
-        self._size += len(content)
+        self.size += len(content)
         return (NAME, start, len(content))
 
     def _write(self, content: bytes) -> None:
@@ -57,7 +57,7 @@ class Spool:
         try:
             self._file.write(content)
         except OSError as error:
-            said = f"{error.strerror}, after {self._size:,} bytes of pictures that are copied first"
+            said = f"{error.strerror}, after {self.size:,} bytes of pictures that are copied first"
             raise OSError(error.errno, said, str(self._temporary)) from None
 
     def __enter__(self) -> Spool:

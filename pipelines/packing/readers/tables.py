@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from m3i_fast.durable_files import expect_unpacked
 from m3i_fast.pipelines.optional_imports import require
 from m3i_fast.pipelines.packing.items import (
     UNKNOWN,
@@ -93,6 +94,7 @@ class Tables:
                 columns, rows, known = self._open(file, name, listing)
                 class_names = class_names or known
                 listing.notes.append(f"{name}: {columns.said()}")
+                start = spool.size
                 for number, row in rows:
                     where = f"{name}:{number}"
                     with listing.row(where):
@@ -108,6 +110,7 @@ class Tables:
                         num_merged += self._add(listing, item, place_of)
                         labels.setdefault(item.name, label)
                         named.setdefault(item.name, {s.name: s.of_row(row) for s in specs})
+                    expect_unpacked(file, spool.size - start, self.options.max_unpacked_gib)
         if num_merged:
             listing.notes.append(
                 f"{num_merged} rows name a picture of an earlier row, and add their captions to it"
@@ -198,6 +201,11 @@ class _LazySpool:
     def __init__(self, options: SourceOptions, stamps: Mapping[str, Stamp]) -> None:
         self.options, self.stamps = options, stamps
         self.made: Spool | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes of the pictures in it."""
+        return self.made.size if self.made else 0
 
     def get(self) -> Spool:
         if self.made is None:
@@ -353,6 +361,9 @@ def open_parquet(file: Path, name: str, options: SourceOptions, listing: Listing
         raise ValueError(
             f"{file}: not a Parquet file: {error}; a table of text is called {kinds}"
         ) from None
+    groups = map(opened.metadata.row_group, range(opened.num_row_groups))
+    num_bytes = sum(group.total_byte_size for group in groups)
+    expect_unpacked(file, num_bytes, options.max_unpacked_gib)
     schema = opened.schema_arrow
     columns = choose_columns(schema.names, options, file.name, partial(has_number_type, schema))
     needed = [columns.image, *columns.captions]

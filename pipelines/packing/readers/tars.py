@@ -17,6 +17,7 @@ from pathlib import Path
 from tarfile import BLOCKSIZE
 from typing import Any, NamedTuple
 
+from m3i_fast.durable_files import UnpacksToTooMuch, expect_unpacked
 from m3i_fast.pipelines.packing.items import (
     UNKNOWN,
     Item,
@@ -139,7 +140,7 @@ class Tars:
         """Yield (key, parts by extension) of neighbouring files of one key."""
         key, parts, last = "", dict[str, Part](), "its start"
         try:
-            for member, header, read in _members(file, name, listing):
+            for member, header, read in _members(file, name, listing, self.options):
                 match = MEMBER_NAME.fullmatch(member.name)
                 if match is None:
                     listing.refuse(
@@ -160,6 +161,8 @@ class Tars:
                 except Refused as refused:
                     parts[extension] = Part((), b"", refused)
                 last = member.name
+        except UnpacksToTooMuch:
+            raise
         except DAMAGE as error:
             reason = f"damaged after {printable(last)}: {printable(str(error))}"
             listing.refuse(printable(name), reason, _COPY)
@@ -270,11 +273,12 @@ def _opener(name: str) -> Callable[[Path], Any] | None:
 
 
 def _members(
-    file: Path, name: str, listing: Listing
+    file: Path, name: str, listing: Listing, options: SourceOptions
 ) -> Iterator[tuple[tarfile.TarInfo, int, Callable[[], bytes]]]:
     """Yield the files in a tar, the CRC-32 of their headers (0: compressed), and what reads them.
 
-    Links and devices are refused. Raises one of DAMAGE where the tar is damaged or cut off.
+    Links and devices are refused. Raises one of DAMAGE where the tar is damaged or cut off, and
+    UnpacksToTooMuch.
     """
     opener = _opener(name)
     with file.open("rb") if opener is None else opener(file) as opened:
@@ -282,8 +286,11 @@ def _members(
             size = file.stat().st_size
             source: Range | Stream = Range(partial(os.pread, opened.fileno()), 0, size)
         else:  # the size that is told by the end alone is checked there
-            size, source = MOST_TAR_BYTES, Stream(opened)
-        for member, _ in whole_tar_members(source, size):
+            expect = partial(expect_unpacked, file, most_gib=options.max_unpacked_gib)
+            size, source = MOST_TAR_BYTES, Stream(opened, expect)
+        for member, end in whole_tar_members(source, size):
+            if opener is not None:
+                expect(end)
             if member.isdir():
                 continue
             if not member.isreg():

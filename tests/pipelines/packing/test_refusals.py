@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
 import json
+import lzma
 import os
 import tarfile
 from pathlib import Path
@@ -15,6 +18,7 @@ import pytest
 import torchvision
 from pyarrow import parquet
 
+from m3i_fast import durable_files
 from tests.pipelines.packing.helpers import (
     labels_of,
     pack_with,
@@ -391,6 +395,48 @@ def test_links_in_tars_are_refused(tmp_path: Path) -> None:
             tar.addfile(link)
     found = refused_of(pack_with(tmp_path / "t.tar", tmp_path / "out"))
     assert found == dict.fromkeys(("t.tar:link2.png", "t.tar:link1.png"), "a link or a device")
+
+
+def bomb(kind: str, folder: Path) -> Path:
+    """A small file with a good picture that unpacks to three or four MiB."""
+    zeros = bytes(1 << 20)
+    if kind == "dictionary":  # one picture of 1 MiB, named by four rows
+        large = GOOD + zeros
+        table = pyarrow.table({"image": pyarrow.array([large] * 4).dictionary_encode()})
+        parquet.write_table(table, folder / "t.parquet", compression="zstd")
+        return folder / "t.parquet"
+    if kind == "zstd":
+        table = pyarrow.table({"image": [GOOD, *(bytes([i]) + zeros for i in range(3))]})
+        parquet.write_table(table, folder / "t.parquet", compression="zstd", use_dictionary=False)
+        return folder / "t.parquet"
+    compression = kind.removesuffix(" behind its end")
+    with tarfile.open(folder / "t.tar", "w") as tar:
+        for i, content in enumerate([GOOD] + ([zeros] * 3 if kind == compression else [])):
+            member = tarfile.TarInfo(f"{i}.png")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    content = (folder / "t.tar").read_bytes() + (b"" if kind == compression else 3 * zeros)
+    opened = {"gz": gzip.open, "bz2": bz2.open, "xz": lzma.open}[compression]
+    with opened(folder / f"t.tar.{compression}", "wb") as file:
+        file.write(content)
+    return folder / f"t.tar.{compression}"
+
+
+@pytest.mark.parametrize("kind", ["gz", "bz2", "xz", "gz behind its end", "zstd", "dictionary"])
+def test_a_file_that_unpacks_to_too_much_ends_the_pack_unless_a_flag_allows_it(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(durable_files, "MOST_UNPACKED", 2 << 20)
+    monkeypatch.setattr(durable_files, "MOST_RATIO", 10)
+    file = bomb(kind, tmp_path)
+    assert file.stat().st_size < 100_000
+    with pytest.raises(durable_files.UnpacksToTooMuch) as caught:
+        pack_with(file, tmp_path / "out")
+    assert str(caught.value).startswith(f"{file}: unpacks to 0.00 GiB or more")
+    assert "type a larger --max-unpacked-gib" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    packed = pack_with(file, tmp_path / "out", max_unpacked_gib=0.01)
+    assert len(rows_of(tmp_path / "out")) + len(packed.refused) == (1 if "behind" in kind else 4)
 
 
 def test_long_captions_are_cut_and_counted_or_refused(tmp_path: Path) -> None:
