@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,6 +39,20 @@ def expect_local(path: Path, flag: str) -> None:
             f"{flag}: expected a path of this machine or of a file system mounted here, got the "
             f"URL {path}: copy it, or mount the bucket"
         )
+
+
+def expect_folder(path: Path, flag: str) -> None:
+    """Raise ValueError unless `path` is a folder of this machine that can be written, or made."""
+    expect_local(path, flag)
+    whole = path.absolute()
+    there = next(each for each in (whole, *whole.parents) if os.path.lexists(each))
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise ValueError(
+            f"{flag}: expected a folder that can be written, got {path} ({there}: "
+            f"{error.strerror}): name another"
+        ) from None
 
 
 @contextmanager

@@ -165,6 +165,28 @@ def read_flags(kind: type[T], argv: Sequence[str], *, prog: str, default: T) -> 
     return command
 
 
+def read_verb(kind: type[T], verb: str, argv: Sequence[str]) -> T:
+    """Return the command of a verb that takes no recipe; ValueError for a choice that is wrong."""
+    flags = {flag.name: flag for flag in _choices(kind)}
+    words = [part for word in argv for part in word.split("=", 1 if word[:2] == "--" else 0)]
+    for word, value in zip(words, words[1:], strict=False):
+        flag = flags.get(word.replace("_", "-"))
+        if flag is not None and (told := _wrong_value(flag, [value])):
+            raise ValueError(f"{flag.name}: {told}")
+    return tyro.cli(kind, prog=f"m3i-fast {verb}", args=argv)
+
+
+def _choices(kind: type[Any]) -> Iterator[Flag]:
+    """Yield the flags of a command, and of the configs in it, whose values are a list of names."""
+    hints = get_type_hints(kind, include_extras=True)
+    for field in fields(kind):
+        plain = _plain(hints[field.name])
+        if isinstance(plain, type) and is_dataclass(plain):
+            yield from _choices(plain)
+        elif (flag := Flag(name=flag_of(field.name), kind=plain, default=None, help="")).choices:
+            yield flag
+
+
 def _with_optional(command: T, argv: list[str], prefix: str = "--") -> tuple[T, list[str]]:
     """Return a command with the optional configs that are asked for, without those that are not.
 

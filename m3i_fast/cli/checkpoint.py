@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from m3i_fast.cli import refuse
+from m3i_fast.config.run_encoder import expect_run
 from m3i_fast.terminal import make_console
 
 if TYPE_CHECKING:  # torch takes seconds, and help does without
@@ -132,9 +133,11 @@ def _is_checkpoint(path: Path) -> bool:
 def _directory(path: Path) -> Path:
     """Return the directory of the checkpoints in a run directory, or the path if it is one."""
     inside = path / "checkpoints"
-    if not path.is_dir():
-        raise FileNotFoundError(f"no such directory: {path}")
-    return inside if inside.is_dir() else path
+    if inside.is_dir():
+        return inside
+    if not any(path.glob("step_*")):
+        expect_run(path, "RUN")
+    return path
 
 
 def _listed(directory: Path) -> list[Checkpoint]:

@@ -17,7 +17,7 @@ from m3i_fast.cli import console
 from m3i_fast.cli.evaluate import print_figures
 from m3i_fast.cli.train import run as train
 from m3i_fast.config.fields import STEPS, refuse, unmet, wrong_fields
-from m3i_fast.durable_files import expect_local
+from m3i_fast.durable_files import expect_folder
 from m3i_fast.engine.run.lock import RunLock
 from m3i_fast.recipes import demo, pack_demo
 from m3i_fast.terminal import progress_bar
@@ -53,7 +53,7 @@ def run(command: DemoCommand) -> int:
     from m3i_fast.planning.step_budget import calibrate
 
     refuse([*wrong_fields(command), *unmet(command, seconds=(command.seconds > 0, "> 0"))])
-    expect_local(command.out, "--out")
+    expect_folder(command.out, "--out")
     if not is_dataset(command.data):
         console.rule("packing OpenMoji")
         pack_demo(command.data)

@@ -17,7 +17,9 @@ from rich.table import Table
 from m3i_fast.cli import console
 from m3i_fast.config.data import CACHE_DIR
 from m3i_fast.config.fields import BATCHES, check_fields
-from m3i_fast.durable_files import expect_local
+from m3i_fast.config.run_encoder import expect_run
+from m3i_fast.durable_files import expect_folder
+from m3i_fast.flags import read_verb
 from m3i_fast.line_files import read_lines
 from m3i_fast.report.evaluations.verdict import SOURCES, Judgement, judge, judge_more
 from m3i_fast.terminal import make_console
@@ -151,7 +153,7 @@ class EvaluateCommand:
 
 
 def main(argv: list[str]) -> int:
-    command = tyro.cli(EvaluateCommand, prog="m3i-fast evaluate", args=argv)
+    command = read_verb(EvaluateCommand, "evaluate", argv)
     if command.data is not None:
         return _on_pictures(command, command.data)
     if command.pictures != OnPictures():
@@ -171,11 +173,7 @@ def _on_held_out(command: EvaluateCommand) -> int:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("evaluate RUN: expected one process, or --data DATA, which takes several")
     run = Path(command.model)
-    if not (run / "config.json").is_file():
-        raise FileNotFoundError(
-            f"MODEL: expected a run, of which config.json was looked for in {run}; with --data "
-            "DATA it may be any encoder, such as timm:NAME"
-        )
+    expect_run(run, "MODEL", "; with --data DATA it may be any encoder, such as timm:NAME")
     evaluation = evaluate(
         run,
         split=command.split or "heldout",
@@ -233,7 +231,7 @@ def _on_pictures(command: EvaluateCommand, data: Path) -> int:
     from m3i_fast.pipelines.packing.progress import bar
 
     out = command.pictures.out or default_out(command.model)
-    expect_local(out, "--out")
+    expect_folder(out, "--out")
     expect_replaceable(out, model=settings.model, data=settings.source.path)
     world = join_world(resolve_device(command.pictures.device))
     if not world.is_main:  # what a source needs to be read in any order, the first rank writes

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from m3i_fast.cli import refuse
-from m3i_fast.durable_files import expect_local
+from m3i_fast.durable_files import expect_folder, expect_local
+from m3i_fast.flags import read_verb
 from m3i_fast.pipelines.optional_imports import require
 from m3i_fast.terminal import make_console
 
@@ -78,8 +79,9 @@ TAKEN_BY: dict[str, tuple[Target, ...]] = {
 
 
 def main(argv: list[str]) -> int:
-    command = tyro.cli(ExportCommand, prog="m3i-fast export", args=argv)
+    command = read_verb(ExportCommand, "export", argv)
     expect_local(command.out, "OUT")
+    expect_folder(command.out.parent, "OUT")
     if command.out.exists():
         return refuse(f"{command.out} exists already: name another")
     if refused := _misplaced(command):
@@ -115,9 +117,10 @@ def _misplaced(command: ExportCommand) -> str:
 def _load(command: ExportCommand) -> Model:
     from m3i_fast.inference.loading import has_average, load
 
+    model = load(command.run, which=command.which, device="cpu", data=command.data)
     if command.which == "trained" and has_average(command.run):
         console.print("--which ema writes the moving average of the run's encoder", soft_wrap=True)
-    return load(command.run, which=command.which, device="cpu", data=command.data)
+    return model
 
 
 def _wrote(what: str) -> int:

@@ -11,7 +11,7 @@ import tyro
 
 from m3i_fast.cli import console, show_usage
 from m3i_fast.config import TrainConfig
-from m3i_fast.durable_files import expect_local
+from m3i_fast.durable_files import expect_folder
 from m3i_fast.flags import own_help, read_flags, typed_flags
 from m3i_fast.recipes import find_recipe
 from m3i_fast.recipes.catalogue import typed_recipe
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
         _, default, _ = _default(argv)
         return show_usage(own_help("profile", typed_recipe(argv), default), asked=True)
     name, command, typed = parse(argv)
-    expect_local(command.out, "--out")
+    expect_folder(command.out, "--out")
     if not command.inside_nsys and (command.out / "summary.json").exists():
         raise FileExistsError(f"--out: {command.out} holds a profile: name another folder")
     run = resolve(name, command, typed, argv)

@@ -12,6 +12,9 @@ import tyro
 
 from m3i_fast.cli import console
 from m3i_fast.config.fields import BATCHES, Checked, Conflict, unmet
+from m3i_fast.config.run_encoder import expect_run
+from m3i_fast.durable_files import expect_folder, make_directories
+from m3i_fast.flags import read_verb
 
 if TYPE_CHECKING:  # torch takes seconds: help and refusals come before it
     from collections.abc import Iterator
@@ -51,10 +54,13 @@ class ReportCommand(Checked):
 
 
 def main(argv: list[str]) -> int:
-    command = tyro.cli(ReportCommand, prog="m3i-fast report", args=argv)
-    if not (command.run / "config.json").is_file():
-        raise FileNotFoundError(f"{command.run}: expected a run directory with config.json")
+    command = read_verb(ReportCommand, "report", argv)
+    expect_run(command.run, "RUN")
     out = command.out or command.run / "report.html"
+    expect_folder(out.parent, "--out")
+    if out.is_dir():
+        raise ValueError(f"--out: expected a file, got the folder {out}: type {out}/report.html")
+    make_directories(out.parent)
     while True:
         status = write(command, out)
         console.print(f"{' '.join(status.sentences)} Open {out}", soft_wrap=True, highlight=False)

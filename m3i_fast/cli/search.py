@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from m3i_fast.cli import console
 from m3i_fast.config.data import CACHE_DIR
 from m3i_fast.config.fields import BATCHES, check_fields
+from m3i_fast.flags import read_verb
 from m3i_fast.pipelines.optional_imports import require
 from m3i_fast.terminal import make_console
 
@@ -59,7 +60,7 @@ class SearchCommand:
 
 
 def main(argv: list[str]) -> int:
-    command = tyro.cli(SearchCommand, prog="m3i-fast search", args=argv)
+    command = read_verb(SearchCommand, "search", argv)
     require("jinja2", extra="eval")  # told before the model is read
     require("PIL", extra="shards")
     from m3i_fast.inference.loading import load  # loads torch, which help does without

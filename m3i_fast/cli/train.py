@@ -18,7 +18,8 @@ from rich.text import Text
 from m3i_fast.cli import console, show_usage
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.fields import Checked, Conflict, unmet
-from m3i_fast.durable_files import expect_local
+from m3i_fast.config.run_encoder import expect_run
+from m3i_fast.durable_files import expect_folder
 from m3i_fast.engine.parallel.watchdog import INIT_MINUTES, WATCHDOG_MINUTES, Watchdog
 from m3i_fast.flags import help_text, read_flags, typed_flags, whole_help
 from m3i_fast.recipes import find_recipe, recipes
@@ -117,10 +118,9 @@ def main(argv: list[str]) -> int:
     if {"-h", "--help"} & set(rest):
         return show_usage(short_help(typed_recipe(argv), command), asked=True)
     command = parse(argv)
-    expect_local(command.out, "--out")
-    config_path = command.out / "config.json"
-    if command.resume and not config_path.exists():  # told before what the data and torch may say
-        raise FileNotFoundError(f"--resume: no run in {command.out}: expected {config_path}")
+    expect_folder(command.out, "--out")
+    if command.resume:  # told before what the data and torch may say
+        expect_run(command.out, "--resume")
     from m3i_fast.engine.run.data_fields import take_data_fields
 
     typed = typed_flags(rest)
@@ -157,8 +157,7 @@ def find_command(argv: list[str]) -> tuple[TrainCommand, list[str]]:
     """
     if argv[0] == "--resume" and len(argv) > 1 and not argv[1].startswith("-"):
         run = Path(argv[1])
-        if not (run / "config.json").exists():
-            raise FileNotFoundError(f"--resume: no run in {run}: expected {run / 'config.json'}")
+        expect_run(run, "--resume")
         config = TrainConfig.load(run / "config.json")
         return TrainCommand(config=config, out=run, resume=True), argv[2:]
     name, config, rest = find_recipe(argv)

@@ -35,6 +35,18 @@ class NamedEncoder:
         return PREFIXES[self.which]
 
 
+def expect_run(path: Path, flag: str = "", other: str = "") -> None:
+    """Raise FileNotFoundError unless `path` is the folder of a run.
+
+    flag: which named it. other: what may be typed in the place of a run.
+    """
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{flag}: no run in {path}: expected a folder that m3i-fast train --out has written, "
+            f"with config.json{other}".removeprefix(": ")
+        )
+
+
 def expect_which(which: str) -> None:
     """Raise ValueError unless this is one of PREFIXES."""
     if which not in PREFIXES:

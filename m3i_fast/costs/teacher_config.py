@@ -7,7 +7,7 @@ from pathlib import Path
 
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.models.vision import VisionConfig
-from m3i_fast.config.run_encoder import NamedEncoder
+from m3i_fast.config.run_encoder import NamedEncoder, expect_run
 
 TIMM = "timm:"
 """What the name of a teacher of timm begins with."""
@@ -25,10 +25,5 @@ def teacher_vision(spec: str, image_size: int) -> VisionConfig | None:
 
 def run_vision(run: Path) -> VisionConfig:
     """Return the image encoder of a run of ours. Raises FileNotFoundError where there is none."""
-    config = run / "config.json"
-    if not config.is_file():
-        raise FileNotFoundError(
-            "teacher: expected RUN, a run directory, RUN,which=ema, timm:NAME or "
-            f"timm:NAME:FILE.safetensors, got {str(run)!r}, which has no config.json"
-        )
-    return TrainConfig.load(config).vision
+    expect_run(run, "teacher", "; or RUN,which=ema, timm:NAME or timm:NAME:FILE.safetensors")
+    return TrainConfig.load(run / "config.json").vision

@@ -16,7 +16,7 @@ from m3i_fast.config import TrainConfig, ViTConfig, differences
 from m3i_fast.config.models.internimage import InternImageConfig
 from m3i_fast.config.models.text import TextConfig
 from m3i_fast.config.models.vision import VisionConfig
-from m3i_fast.config.run_encoder import NamedEncoder
+from m3i_fast.config.run_encoder import NamedEncoder, expect_run
 from m3i_fast.durable_files import digest, write_atomically
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.checkpoint.shard_files import MANIFEST
@@ -40,6 +40,12 @@ logger = logging.getLogger(__name__)
 
 INIT_FILE = "init.json"  # in a run's directory
 _TEXT = "text_encoder."  # what the text encoder's are told by
+_FETCHED_BY = {
+    "timm": "; nothing is downloaded: to make a folder NAME of a model of timm's, type python -c "
+    "\"import timm; timm.models.save_for_hf(timm.create_model('NAME', pretrained=True), 'NAME')\"",
+    "hf": "; nothing is downloaded: to make a folder NAME of a model on the hub, type hf download "
+    "NAME --local-dir NAME",
+}
 _BLOCK = re.compile(r"\bblocks\.\d+\.")
 
 
@@ -147,6 +153,7 @@ def read_initial(spec: str, vision: VisionConfig, text: TextConfig | None = None
     try:
         if scheme == "run":
             named = NamedEncoder.of(place)
+            expect_run(named.run)
             newest = checkpoint.latest(named.run / "checkpoints")
             return _initial(spec, newest.path / MANIFEST, _of_run(named, newest, vision))
         if scheme == "open_clip":
@@ -170,6 +177,9 @@ def read_initial(spec: str, vision: VisionConfig, text: TextConfig | None = None
             return _initial(spec, path, internimage_weights(state, vision))
         assert isinstance(vision, ViTConfig)
         return _initial(spec, path, vit_weights(state, cast(Family, scheme), vision))
+    except FileNotFoundError as error:
+        how = _FETCHED_BY.get(scheme, "").replace("NAME", place)
+        raise FileNotFoundError(f"--init {spec}: {error}{how}") from error
     except ValueError as error:
         raise ValueError(f"--init {spec}: {error}") from error
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.objective.targets import ANSWERS
-from m3i_fast.config.run_encoder import PREFIXES, Which, expect_which
+from m3i_fast.config.run_encoder import PREFIXES, Which, expect_run, expect_which
 from m3i_fast.engine.checkpoint.checkpoints import Checkpoint, latest
 from m3i_fast.engine.checkpoint.shard_files import Shards
 from m3i_fast.engine.precision.arithmetic import compute_dtype, resolve_device
@@ -159,10 +159,7 @@ def find_weights(path: Path) -> Stored:
         return _of_checkpoint(latest(path / "checkpoints"), path)
     run = path.absolute().parent.parent
     if not path.is_dir() or not (run / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{path}: expected a run directory with config.json, or a checkpoint in one, such as "
-            "runs/demo or runs/demo/checkpoints/step_00000100"
-        )
+        expect_run(path, other=", or a checkpoint in it")
     checkpoint = Checkpoint(path)
     checkpoint.verify()
     return _of_checkpoint(checkpoint, run)

@@ -82,9 +82,12 @@ def test_consolidate_writes_the_model(run: Path, capsys: pytest.CaptureFixture[s
 def test_what_is_not_there_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for command in ("ls", "verify"):
         code, said = _say(capsys, command, tmp_path / "absent")
-        assert code == 2 and "no such directory" in said
+        assert code == 2 and "no run in" in said
         code, said = _say(capsys, command, tmp_path)
-        assert code == 2 and "no checkpoint in" in said
+        assert code == 2 and "no run in" in said
+    (tmp_path / "config.json").touch()
+    code, said = _say(capsys, "ls", tmp_path)
+    assert code == 2 and "no checkpoint in" in said
     with pytest.raises(SystemExit) as refused:
         main(["checkpoint", "list"])
     assert refused.value.code == 2

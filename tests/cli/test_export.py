@@ -113,6 +113,17 @@ def test_a_small_folder_is_the_run_without_what_only_training_needs(
     assert 4 * (parameters + average) < size < 4 * (parameters + average) + 20_000
 
 
+def test_a_hint_comes_after_what_it_is_about(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoilt = shutil.copytree(run, tmp_path / "run")
+    for weights in spoilt.glob("checkpoints/*/model/*"):
+        weights.write_bytes(b"")
+    assert main(["export", str(spoilt), str(tmp_path / "out"), "--to", "timm"]) == 2
+    said = capsys.readouterr()
+    assert "no good checkpoint" in said.err and "--which ema" not in said.out
+
+
 def test_what_cannot_be_exported_is_refused(
     run: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -122,7 +133,7 @@ def test_what_cannot_be_exported_is_refused(
 
     assert "exists already" in refused(str(run), str(tmp_path), "--to", "timm")
     out = str(tmp_path / "out")
-    assert "expected a run directory" in refused(str(tmp_path), out, "--to", "timm")
+    assert f"no run in {tmp_path}: expected" in refused(str(tmp_path), out, "--to", "timm")
     said = refused(str(run), out, "--to", "timm", "--data", str(dataset))
     expected = "hf, open_clip, onnx, torch-export, aoti or safetensors alone, got --to timm"
     assert f"--data: expected with --to {expected}" in said

@@ -1,5 +1,6 @@
 """What m3i-fast says before any verb, and how much of the package that takes."""
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -45,7 +46,7 @@ HERE = "expected a path of this machine"
     [
         (["demo", "--num-steps", "0"], "num_steps: expected"),
         (["demo", "--seconds", "0"], "seconds: expected > 0, got 0"),
-        (["evaluate", "timm:vit_tiny_patch16_224"], "MODEL: expected a run, of which config.json"),
+        (["evaluate", "timm:vit_tiny_patch16_224"], "MODEL: no run in timm:vit_tiny_patch16_224"),
         (["evaluate", "pixels", "--data", "none"], "--data: expected a file or folder, got none"),
         # A Path takes s3://bucket/run for ./s3:/bucket/run, which is lost with the machine.
         (["evaluate", "pixels", "--data", "s3://bucket/set"], f"--data: {HERE}"),
@@ -69,6 +70,96 @@ def test_a_wrong_request_names_the_flag_and_writes_nothing(
     assert main(argv) == 2
     assert said in " ".join(capsys.readouterr().err.split())
     assert list(tmp_path.iterdir()) == []
+
+
+NO_RUN = [
+    ["train", "--resume", "absent"],
+    ["train", "demo", "--out", "absent", "--resume"],
+    ["train", "demo", "--init", "run:absent"],
+    ["evaluate", "absent"],
+    ["report", "absent"],
+    ["search", "absent", "--data", "{dataset}", "--port", "0"],
+    ["export", "absent", "out", "--to", "safetensors"],
+    *(["checkpoint", *words] for words in (["ls", "absent"], ["verify", "absent"])),
+    ["checkpoint", "consolidate", "absent", "out.safetensors"],
+]
+
+
+@pytest.mark.parametrize("argv", NO_RUN, ids=" ".join)
+def test_all_verbs_say_alike_that_there_is_no_run(
+    argv: list[str],
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if "--init" in argv:
+        argv = [*argv, "--data.path", "{dataset}", "--device", "cpu"]
+    assert main([word.format(dataset=dataset) for word in argv]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "no run in absent: expected a folder that m3i-fast train --out has written" in said
+    assert not (tmp_path / "out").exists() and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("out", ["file", "file/inside", "/proc/none"])
+@pytest.mark.parametrize(
+    "argv",
+    [["train", "demo"], ["demo"], ["profile", "demo"], ["evaluate", "pixels", "--data", "."]],
+)
+def test_a_folder_that_cannot_be_made_is_refused_first(
+    argv: list[str],
+    out: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Before data or a model: neither is there."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("years of work")
+    assert main([*argv, "--out", out]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"error: --out: expected a folder that can be written, got {out} (" in said
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["years of work"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["export", "a", "b", "--to", "onxx"], "--to: expected one of timm, .* Did you mean onnx"),
+        (
+            ["search", "a", "--data", "b", "--which=emma"],
+            "--which: .* got 'emma'. Did you mean ema",
+        ),
+        (["report", "a", "--device", "gpu"], "--device: expected one of cpu, cuda, got 'gpu'"),
+        (["evaluate", "a", "--data", "b", "--dtype", "bf16"], "--dtype: .* mean bfloat16"),
+    ],
+)
+def test_a_misspelt_choice_gets_the_nearest_one(
+    argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(argv) == 2
+    assert re.search(said, " ".join(capsys.readouterr().err.split()))
+
+
+COMMANDS = Path(__file__).parents[2] / "docs" / "reference" / "commands.md"
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        ("ex", "export"),
+        ("export --la", "--layout"),
+        ("train demo --optim.lr-", "--optim.lr-decay --optim.lr-decay-fraction"),
+    ],
+)
+def test_the_completion_that_is_documented_completes(words: str, completed: str) -> None:
+    [script] = re.findall(r"```bash\n(.*?)```", COMMANDS.read_text(), re.DOTALL)
+    typed = f"COMP_WORDS=(m3i-fast {words}); COMP_CWORD={len(words.split())}; COMPREPLY=()"
+    program = f'm3i-fast() {{ {sys.executable} -m m3i_fast.cli "$@"; }}\n{script}\n{typed}\n'
+    program += '_m3i_fast; echo "${COMPREPLY[*]}"'
+    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == completed, done.stderr
 
 
 def test_a_run_in_another_batch_than_the_recipes_says_what_to_add(

@@ -198,8 +198,21 @@ def test_the_page_goes_where_it_is_asked_and_watching_ends_with_the_run(
 
 def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path)]) == 2
-    assert "expected a run directory with config.json" in capsys.readouterr().err
+    assert f"no run in {tmp_path}: expected" in " ".join(capsys.readouterr().err.split())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_page_that_cannot_be_written_is_refused_before_a_picture_is_encoded(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("m3i_fast.cli.report.write", lambda *_: pytest.fail("it began"))
+    (tmp_path / "file").touch()
+    for out, expected in (
+        (tmp_path, "a file, got the folder"),
+        (tmp_path / "file" / "x", "a folder"),
+    ):
+        assert main(["report", str(run), "--out", str(out)]) == 2
+        assert f"--out: expected {expected}" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("name", ["demo", "demo_clip", "m3i_vit_b_h100", "m3i_internimage_t"])

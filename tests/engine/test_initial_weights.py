@@ -246,6 +246,22 @@ def test_a_resume_does_not_read_the_file(dataset: Path, model: Any, tmp_path: Pa
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize(
+    ("spec", "typed"),
+    [
+        ("timm:vit_tiny_patch16_224", "timm.create_model('vit_tiny_patch16_224', pretrained=True)"),
+        ("hf:facebook/dinov2-base", "hf download facebook/dinov2-base --local-dir facebook/"),
+        ("dinov2:absent.pth", "absent.pth: expected a file of weights, found none"),
+        ("run:absent", "no run in absent: expected"),
+    ],
+)
+def test_a_source_that_is_not_there_says_what_to_type(spec: str, typed: str) -> None:
+    with pytest.raises(FileNotFoundError) as refused:
+        read_initial(spec, VISION)
+    said = str(refused.value)
+    assert said.startswith(f"--init {spec}: ") and typed in said
+
+
 def test_a_run_begins_from_another_run_of_other_sizes(dataset: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     absolute = replace(VISION, position="absolute", patch_size=4)

@@ -354,7 +354,7 @@ def test_what_cannot_be_exported_is_refused(
     out = str(tmp_path / "out")
     said = refused(str(run), out, "--to", "timm", "--license", "mit")
     assert "--license: expected with --to hf alone" in said
-    assert "expected a run directory" in refused(str(tmp_path), out, "--to", "hf")
+    assert f"no run in {tmp_path}: expected" in refused(str(tmp_path), out, "--to", "hf")
     assert not Path(out).exists()
 
 

@@ -92,7 +92,7 @@ def test_what_is_not_there_is_told(
 ) -> None:
     anywhere = ["--port", "0", "--cache-dir", str(tmp_path / "cache")]
     assert main(["search", str(tmp_path), "--data", str(folder), *anywhere]) == 2
-    assert "expected a run directory with config.json" in said(capsys)
+    assert f"no run in {tmp_path}: expected" in said(capsys)
     empty = tmp_path / "empty"
     empty.mkdir()
     assert main(["search", str(run), "--data", str(empty), *anywhere]) == 2

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 from m3i_fast.config import LoaderConfig, TrainConfig, differences
+from m3i_fast.config.run_encoder import expect_run
 from m3i_fast.durable_files import make_directories
 from m3i_fast.engine.checkpoint.checkpoints import Checkpoint, checkpoints, latest, on_first_rank
 from m3i_fast.engine.checkpoint.saver import Saver
@@ -212,8 +213,7 @@ class Run:
 
     def _go_on(self) -> TrainConfig:
         """Take the directory of a run with this config, and return the one that it had."""
-        if not self.config_path.exists():
-            raise FileNotFoundError(f"--resume: no run in {self.path}: expected {self.config_path}")
+        expect_run(self.path, "--resume")
         self._lock.acquire()
         # How a run is spread over ranks is free; the samples a step are seen to in `resume`, other
         # data by the loader.

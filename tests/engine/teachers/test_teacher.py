@@ -98,7 +98,7 @@ def test_a_run_of_another_grid_is_refused(run: Path, tmp_path: Path) -> None:
 
 def test_a_run_that_is_not_there_or_not_whole_is_refused(run: Path, tmp_path: Path) -> None:
     vision = TrainConfig.load(run / "config.json").vision
-    with pytest.raises(FileNotFoundError, match=r"expected RUN, .*, timm:NAME .*absent"):
+    with pytest.raises(FileNotFoundError, match=r"teacher: no run in .*absent.*, timm:NAME "):
         load_teacher(str(tmp_path / "absent"), vision)
     (tmp_path / "config.json").write_bytes((run / "config.json").read_bytes())
     with pytest.raises(FileNotFoundError, match="no checkpoint in"):
