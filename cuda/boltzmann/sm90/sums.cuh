@@ -107,7 +107,9 @@ __device__ inline void fold_half(const Half& c, const Value& value, V& shared, c
   const int thread = static_cast<int>(threadIdx.x) % kWarpgroupThreads;
   float before_rows[HalfPlace::kRows], before_columns[kColumns / kWarpgroupThreads];
 #pragma unroll
-  for (int r = 0; rows && r < HalfPlace::kRows; ++r) before_rows[r] = rows.before(place.row(r));
+  for (int r = 0; rows && r < HalfPlace::kRows; ++r) {
+    if (place.lane % 4 == 0) before_rows[r] = rows.before(place.row(r));  // the lane that adds
+  }
 #pragma unroll
   for (int i = 0; columns && i < kColumns / kWarpgroupThreads; ++i) {
     before_columns[i] = columns.before(i * kWarpgroupThreads + thread);

@@ -37,6 +37,8 @@ constexpr Blocks grads_blocks(int64_t rows, int64_t columns) {
 }
 static_assert(grads_blocks(32768, 32768).rows == 4096, "G of 32 MB");
 static_assert(grads_blocks(32768, 32768).columns == 4096, "G of 32 MB");
+static_assert(make_hopper_patches(8192, 8192).columns == 256, "a patch of one tile");
+static_assert(make_hopper_patches(16384, 16384).columns == 512, "two column tiles in a patch");
 static_assert(grads_blocks(1, 1).rows == 256 && grads_blocks(1, 1).columns == 256, "one tile");
 
 // Every element of a half belongs to one thread, and to one of its registers.
