@@ -7,6 +7,7 @@ each finished shard.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from collections import Counter
@@ -51,6 +52,13 @@ from m3i_fast.pipelines.storage.requests import Stop, request_pool
 
 _Task = TypeVar("_Task")
 _Result = TypeVar("_Result")
+_FREE_SOME = "free some space and start again, the pack goes on where it was"
+_HOW_TO_GO_ON = {
+    errno.ENOSPC: _FREE_SOME,
+    errno.EDQUOT: _FREE_SOME,
+    errno.EFBIG: "raise ulimit -f and start again, remove DIR and take a smaller "
+    "--samples-per-shard",
+}
 RESULTS_IN_FLIGHT = 16  # read at the same time, to hide the latency of a bucket
 
 
@@ -97,17 +105,26 @@ def pack(
     Tokenizer(settings.shard.num_merges, settings.shard.context_length)  # refuses wrong numbers
     source, why = resolve(settings.source)
     where.check_free(source.path)
-    with where.locked():
-        is_whole = False
-        try:
-            packed = _pack_locked(replace(settings, source=source), where, run, console, why)
-            is_whole = True
-            return packed
-        except SourceChanged:
-            where.remove(SETTINGS)  # the next start lists the source anew
+    try:
+        with where.locked():
+            is_whole = False
+            try:
+                packed = _pack_locked(replace(settings, source=source), where, run, console, why)
+                is_whole = True
+                return packed
+            except SourceChanged:
+                where.remove(SETTINGS)  # the next start lists the source anew
+                raise
+            finally:
+                where.tidy(is_whole=is_whole)
+    except OSError as error:
+        if error.errno not in _HOW_TO_GO_ON:
             raise
-        finally:
-            where.tidy(is_whole=is_whole)
+        flag = "--cache-dir" if url else "DIR"
+        raise OSError(
+            f"{flag}: {error.strerror}: {error.filename or where.spool}: "
+            f"{_HOW_TO_GO_ON[error.errno]}, or name another {flag}"
+        ) from error
 
 
 def _pack_locked(

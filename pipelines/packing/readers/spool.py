@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-from m3i_fast.durable_files import write_atomically
+from m3i_fast.durable_files import sync, write_atomically
 from m3i_fast.pipelines.packing.items import (
     Place,
     Refused,
@@ -68,12 +68,15 @@ class Spool:
     ) -> None:
         if self._file is None or self._folder is None:
             return
-        self._file.close()
-        if kind is None:
-            os.replace(self._temporary, self._folder / NAME)
-            write_atomically(self._folder / KEY_NAME, self._key.encode())
-        else:
-            self._temporary.unlink()
+        try:
+            self._file.close()  # which writes as well, and may fail
+            if kind is None:
+                sync(self._temporary)  # a key without its pictures would refuse all of them
+                os.replace(self._temporary, self._folder / NAME)
+                sync(self._folder)
+                write_atomically(self._folder / KEY_NAME, self._key.encode())
+        finally:
+            self._temporary.unlink(missing_ok=True)
 
 
 def _key_of(folder: Path) -> str | None:

@@ -6,6 +6,8 @@ import io
 import json
 import os
 import random
+import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -23,7 +25,7 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from m3i_fast.benchmarks.faults.failing_files import killed_at
+from m3i_fast.benchmarks.faults.failing_files import FaultyFiles, killed_at
 from m3i_fast.pipelines.dataset.manifest import is_dataset, read_manifest
 from m3i_fast.pipelines.dataset.verification.verify import verify
 from m3i_fast.pipelines.packing.items import SourceChanged
@@ -314,6 +316,54 @@ def test_shards_without_a_picture_that_changed_are_kept(folder: Path, tmp_path: 
 
     pack_with(source, out, count, **FLAGS)
     assert len(done) > 10 and len(ran) == 1 and not set(ran) & set(done)
+
+
+@pytest.mark.parametrize("fail_at", [0, 3, 8, 20])
+def test_a_full_disk_is_named_with_the_flag_and_the_pack_goes_on(
+    fail_at: int, tmp_path: Path
+) -> None:
+    source, out = captioned("tar.gz", tmp_path / "source", range(6)), tmp_path / "out"
+    with FaultyFiles(out, fail_at=fail_at), pytest.raises(OSError) as caught:
+        pack_with(source, out, samples_per_shard=2)
+    said = str(caught.value)
+    assert re.match(r"DIR: No space left on device: \S+: free some space", said)
+    assert said.endswith("the pack goes on where it was, or name another DIR")
+    assert len(pack_with(source, out, samples_per_shard=2).manifest.splits["train"].shards) == 3
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar.gz"])
+def test_a_file_that_is_too_large_is_named_with_the_flag(kind: str, tmp_path: Path) -> None:
+    """Of a shard and of the spool, of which some bytes are written when it is closed."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    captioned(kind, source, range(6))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, limits[1]))
+    try:
+        with pytest.raises(OSError) as caught:
+            pack_with(source, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert re.match(rf"DIR: File too large.*: {out}.*: raise ulimit -f", str(caught.value))
+    assert not list(tmp_path.rglob(".*.tmp-*"))
+    pack_with(source, out)
+
+
+def test_the_spool_is_synced_before_its_key_is_written(tmp_path: Path) -> None:
+    """Else after a power cut a key says that pictures are there, and all of them are refused."""
+    source, out = captioned("tar.gz", tmp_path / "source", range(6)), tmp_path / "out"
+    with FaultyFiles(out) as files:
+        pack_with(source, out)
+    done = [(each.kind, re.sub(r"\d+$", "", each.path)) for each in files.operations]
+    order = [
+        done.index(step)
+        for step in (
+            ("fsync", ".packing/.spool.tmp-"),
+            ("replace", ".packing/spool"),
+            ("fsync", ".packing"),
+            ("open", ".packing/.spool.key.tmp-"),
+        )
+    ]
+    assert order == sorted(order)
 
 
 def test_two_at_once_are_refused(tmp_path: Path) -> None:
