@@ -182,6 +182,11 @@ def read_initial(spec: str, vision: VisionConfig, text: TextConfig | None = None
         raise FileNotFoundError(f"--init {spec}: {error}{how}") from error
     except ValueError as error:
         raise ValueError(f"--init {spec}: {error}") from error
+    except (TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(  # whatever a field of another type leads to
+            f"--init {spec}: expected fields and tensors as the model's own program writes them, "
+            f"got others in {path} ({type(error).__name__}: {error}): write it anew"
+        ) from error
 
 
 def _initial(spec: str, file: Path, weights: FittedWeights) -> InitialWeights:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -409,3 +411,64 @@ def test_a_text_tower_that_is_another_network_is_left_out_and_told(
     asked = replace(cfg, text=replace(cfg.text, attention="causal"))
     with pytest.raises(ValueError, match="the text tower does not fit: .* add --text.dim 64"):
         Trainer(asked, tmp_path / "asked")
+
+
+# ---- Configs of others ---------------------------------------------------------------------------
+
+WRONG = ("x", None, [1], [[1], [2]], {"name": "x"}, 10**400)
+
+
+def _timm_folder(folder: Path) -> ViTConfig:
+    torch.manual_seed(2)
+    model = timm.create_model("vit_tiny_patch16_224", **SMALL_TIMM)
+    save_for_hf(model, folder, model_args=SMALL_TIMM)
+    sizes = {"image_size": 32, "patch_size": 8, "dim": 32, "depth": 2, "num_heads": 2}
+    return ViTConfig(**sizes, class_token=True, norm_eps=1e-6)
+
+
+def _clip_folder(folder: Path) -> ViTConfig:
+    from transformers import CLIPConfig
+    from transformers import CLIPModel as TheirClip
+
+    sizes = {"hidden_size": 32, "intermediate_size": 128, "num_attention_heads": 2}
+    tower = sizes | {"num_hidden_layers": 2, "image_size": 32, "patch_size": 8}
+    text = sizes | {"num_hidden_layers": 1, "vocab_size": 30, "max_position_embeddings": 24}
+    made = CLIPConfig(text_config=text, vision_config=tower, projection_dim=32)
+    TheirClip(made).save_pretrained(folder)
+    sizes_of_ours = {"class_token": True, "pre_norm": True, "norm_eps": 1e-5, "mlp": "quick_gelu"}
+    return replace(VISION_CLIP, **sizes_of_ours)  # type: ignore[arg-type]
+
+
+def _fields(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for name, value in tree.items() if isinstance(tree, dict) else ():
+        yield (*path, name)
+        yield from _fields(value, (*path, name))
+
+
+def _with(tree: dict[str, Any], path: tuple[str, ...], value: object) -> dict[str, Any]:
+    first, *rest = path
+    return {**tree, first: _with(tree[first], tuple(rest), value) if rest else value}
+
+
+FILES = {"timm": ("config.json",), "hf": ("config.json", "preprocessor_config.json")}
+
+
+@pytest.mark.parametrize(("scheme", "make"), [("timm", _timm_folder), ("hf", _clip_folder)])
+def test_a_config_with_fields_of_wrong_types_is_refused_in_a_sentence(
+    scheme: str, make: Callable[[Path], ViTConfig], tmp_path: Path
+) -> None:
+    vision, spec, refused = make(tmp_path), f"{scheme}:{tmp_path}", 0
+    pixels = {"do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(pixels))
+    read_initial(spec, vision)  # as it is, it is good
+    for file in FILES[scheme]:
+        config = json.loads((tmp_path / file).read_text())
+        for path, wrong in itertools.product(_fields(config), WRONG):
+            (tmp_path / file).write_text(json.dumps(_with(config, path, wrong)))
+            try:
+                read_initial(spec, vision)
+            except (ValueError, FileNotFoundError) as error:
+                assert str(error).startswith(f"--init {spec}: ")
+                refused += 1
+        (tmp_path / file).write_text(json.dumps(config))
+    assert refused > 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -293,6 +294,17 @@ def test_the_digest_of_a_folder_of_timm_follows_its_arguments(tmp_path: Path) ->
         (folder / "config.json").write_text(json.dumps(config))
         digests.add(open_encoder(f"timm:{folder}", SETTINGS).digest)
     assert len(digests) == 2
+
+
+@pytest.mark.parametrize("wrong", [{"model_args": {"name": "x"}}, {"architecture": [1]}])
+def test_a_folder_of_timm_with_fields_of_wrong_types_is_refused(
+    wrong: dict[str, object], tmp_path: Path
+) -> None:
+    timm_file(tmp_path).rename(tmp_path / "model.safetensors")
+    config = {"architecture": TIMM, "pretrained_cfg": {"num_classes": 1000}}
+    (tmp_path / "config.json").write_text(json.dumps(config | wrong))
+    with pytest.raises(ValueError, match=f"^timm:{re.escape(str(tmp_path))}: not opened: "):
+        open_encoder(f"timm:{tmp_path}", SETTINGS)
 
 
 def test_the_digest_of_a_run_follows_its_heads_and_tokenizer(run: Path, tmp_path: Path) -> None:

@@ -22,7 +22,10 @@ def weights_from(spec: str, *, allow_download: bool, instead: str) -> Iterator[N
     constants.HF_HUB_OFFLINE = was_offline or not allow_download
     try:
         yield
-    except (OSError, RuntimeError, ValueError, KeyError, AssertionError) as error:
+    except (
+        *(OSError, RuntimeError, ValueError, KeyError, AssertionError),
+        *(TypeError, AttributeError),  # a config.json with fields of another type
+    ) as error:
         allow = "" if allow_download else "; --allow-download fetches what is not in the cache"
         raise ValueError(f"{spec}: not opened: {error}; {instead}{allow}") from error
     finally:
