@@ -110,17 +110,17 @@ def train_config(cfg: Config) -> TrainConfig:
 # ---- Whole steps ---------------------------------------------------------------------------------
 
 
-def build_our_step(train: TrainConfig) -> TrainStep:
-    """Build the step that trains, from the weights of its seed on its device."""
-    device = torch.device(train.device)
+def build_our_step(train: TrainConfig, world: World | None = None) -> TrainStep:
+    """Build the step that trains, from the weights of its seed. Default world: one process."""
+    world = world or World(torch.device(train.device))
     arithmetic = resolve_precision(
-        capabilities_of(device),
+        capabilities_of(world.device),
         gemm_shapes(train),
         train.precision,
         train.backend,
         compiled=train.compile,
     )
-    return build_train_step(train, World(device), arithmetic)
+    return build_train_step(train, world, arithmetic)
 
 
 def our_step(train: TrainConfig, batch: Batch) -> Callable[[], Tensor]:

@@ -6,7 +6,8 @@ Nothing is downloaded or installed: python, torch, nvcc and CMake are the machin
 build goes to build/gpu, where the package is laid out as links to the sources. What is most likely
 to break and costs least comes first. A step that fails or takes too long is recorded, and the next
 one runs; after each the page index.html in the folder is written anew. A second start repeats what
-has not passed. Without a GPU, or with --small, the same steps run on the CPU: the GPU tests are
+has not passed, and every step if the build has changed. A card that torch cannot use ends the start
+before any work. Without a GPU, or with --small, the same steps run on the CPU: the GPU tests are
 collected and skipped, the emulator replaces the sanitizer, and the benchmarks run in small sizes,
 whose rows are not added to the ledger.
 """
@@ -57,6 +58,8 @@ def read_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, lis
 def missing_requirements(options: argparse.Namespace, facts: here.Facts, small: bool) -> list[str]:
     """List what has to be there or asked for before any work."""
     problems = here.missing_packages()
+    if facts.torch is not None and not options.small:
+        problems += here.unusable_card(facts)
     if not options.no_build:
         problems += here.missing_tools()
         if facts.cuda is not None and not small:
@@ -90,6 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
         launch_only=options.launch_only,
         card=None if reason else facts.card,
         capability=None if reason else facts.capability,
+        num_gpus=0 if reason else facts.num_gpus,
         site=site,
         kernel_module=kernels,
     )
@@ -126,12 +130,13 @@ class Hour:
                 built = {"m3i_fast._C"} | (
                     {"m3i_fast._C_cuda"} if self._has_kernels(nvcc) else set()
                 )
-                wrong = describe(
-                    self.out, self.machine.inventory, built, self.machine.site,
-                    not self.options.no_build,
-                )  # fmt: skip
-                if wrong:
-                    runner.fail("describe", wrong)
+                try:
+                    runner.build = describe(
+                        self.out, self.machine.inventory, built, self.machine.site,
+                        not self.options.no_build,
+                    )  # fmt: skip
+                except ValueError as error:
+                    runner.fail("describe", str(error))
                 else:
                     wanted[:] = self._steps(for_pytest)  # some read the kernels that are built now
                     for step in wanted:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -89,10 +90,11 @@ def find_installed(python: str) -> tuple[Path, Path | None] | None:
 
 def describe(
     out: Path, inventory: dict[str, str | None], wanted: set[str], site: Path, built: bool
-) -> str | None:
-    """Write env.json and nvidia-smi.txt; returns why another build is loaded, or None.
+) -> str:
+    """Write env.json and nvidia-smi.txt; returns a digest of the compiled modules that are loaded.
 
-    wanted: the modules that have to load. built: they have to be those of `site`.
+    wanted: the modules that have to load. built: they have to be those of `site`. Raises ValueError
+    if others are loaded.
     """
     if inventory["nvidia-smi"]:
         shown = subprocess.run([inventory["nvidia-smi"], "-q"], capture_output=True, text=True)
@@ -105,12 +107,15 @@ def describe(
         text=True,
     )
     if done.returncode:
-        return f"m3i_fast: expected the build in {site} to load, got an error\n{done.stderr}"
+        raise ValueError(
+            f"m3i_fast: expected the build in {site} to load, got an error\n{done.stderr}"
+        )
     facts = json.loads(done.stdout.splitlines()[-1])
     found = facts["modules"].items()
     ours = {name for name, file in found if not built or Path(file).is_relative_to(site)}
     if ours != wanted:
-        return f"m3i_fast: expected {sorted(wanted)} of {site}, got {facts['modules']}"
-    facts |= {"modules": sorted(ours), "inventory": inventory}
+        raise ValueError(f"m3i_fast: expected {sorted(wanted)} of {site}, got {facts['modules']}")
+    digest = hashlib.sha256(b"".join(Path(file).read_bytes() for _, file in sorted(found)))
+    facts |= {"modules": sorted(ours), "build": digest.hexdigest(), "inventory": inventory}
     (out / "env.json").write_text(json.dumps(facts, indent=2) + "\n")
-    return None
+    return digest.hexdigest()

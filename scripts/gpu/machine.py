@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -81,6 +82,27 @@ def missing_nvcc(torch_cuda: str) -> list[str]:
     ]
 
 
+def unusable_card(facts: Facts) -> list[str]:
+    """List why torch does not see a GPU that the driver sees, with the versions of both."""
+    driver = runpy.run_path(str(install.ROOT / "m3i_fast" / "doctor" / "probes.py"))["driver"]()
+    if facts.card or "gpus" not in driver:
+        return []
+    name, (major, minor) = driver["gpus"][0]["name"], driver["cuda"]
+    if facts.cuda is None:
+        why = f"expected a build for CUDA {major}, got a CPU build"
+        fix = f"install torch for CUDA {major}, or name another python: make gpu PYTHON=..."
+    elif int(facts.cuda.split(".")[0]) > major:
+        why = f"expected a build for CUDA {major} or older, got one for CUDA {facts.cuda}"
+        fix = f"update the driver, or install torch for CUDA {major}"
+    else:
+        why = f"a build for CUDA {facts.cuda} sees no GPU"
+        fix = "m3i-fast doctor looks for the cause"
+    return [
+        f"torch {facts.torch} in {sys.executable}: {why}, and the driver, which runs CUDA "
+        f"{major}.{minor}, has a {name}; {fix}; --small runs without it"
+    ]
+
+
 def why_no_gpu(torch_cuda: str | None, card: str | None) -> str | None:
     """Return why nothing can run on a GPU here; None where torch sees one."""
     if torch_cuda is None:
@@ -95,11 +117,14 @@ def why_no_gpu(torch_cuda: str | None, card: str | None) -> str | None:
 class Facts:
     """What torch tells of the machine; None: no torch, a CPU build, or no GPU."""
 
+    torch: str | None = None
+    """Version of torch, with that of its build: 2.15.0+cu130."""
     cuda: str | None = None
     """CUDA version of torch's build."""
     card: str | None = None
     """Name of the first GPU."""
     capability: tuple[int, int] | None = None
+    num_gpus: int = 0
     is_null: bool = False
     """Whether the GPU is the null CUDA runtime's, which computes nothing."""
 
@@ -111,11 +136,13 @@ def torch_facts() -> Facts:
     import torch
 
     if not torch.cuda.is_available():
-        return Facts(cuda=torch.version.cuda)
+        return Facts(torch=torch.__version__, cuda=torch.version.cuda)
     return Facts(
+        torch=torch.__version__,
         cuda=torch.version.cuda,
         card=torch.cuda.get_device_name(0),
         capability=torch.cuda.get_device_capability(0),
+        num_gpus=torch.cuda.device_count(),
         is_null=hasattr(ctypes.CDLL(None), "null_cuda_mark"),
     )
 

@@ -19,6 +19,7 @@ from scripts.gpu.steps import ROOT, Step
 
 TESTS_S, SANITIZER_S, TABLES_S, FIRST_S = 1200.0, 300.0, 300.0, 180.0
 PROGRAMS = ROOT / "scripts" / "gpu" / "programs"
+FIRST_STEP = str(PROGRAMS / "first_step.py")
 
 # The registry of ops, loaded without the package, which is not built yet.
 _REGISTRY = runpy.run_path(str(ROOT / "m3i_fast" / "op_registry.py"))
@@ -60,6 +61,7 @@ class Machine:
     card: str | None = None
     """Name of the first GPU; None: there is none."""
     capability: tuple[int, int] | None = None
+    num_gpus: int = 0
     site: Path = SITE
     """The folder that the package is imported from."""
     kernel_module: Path | None = None
@@ -79,6 +81,7 @@ class Machine:
 def steps(machine: Machine, out: Path, for_pytest: list[str]) -> Iterator[Step]:
     """Yield all steps in order; the first ones answer within minutes whether anything works."""
     yield from first_steps(machine, out)
+    yield from more_training_steps(machine)
     yield dali_step(machine)
     yield from sanitizer_steps(machine)
     tests = ["-m", "gpu", f"--junitxml={out / 'tests.xml'}", *for_pytest]
@@ -117,7 +120,7 @@ def first_steps(machine: Machine, out: Path) -> Iterator[Step]:
         name="training",
         answers="Has a step the CPU's losses, no wait, and the kernels of this card?",
         expects="the CPU's losses, no host synchronisation, the launches of the null runtime",
-        command=(sys.executable, str(PROGRAMS / "first_step.py"), *launch_only),
+        command=(sys.executable, FIRST_STEP, *launch_only),
         limit_s=2 * FIRST_S,
         cwd=machine.site,
         missing="no GPU" if machine.small else machine.missing("cattrs"),
@@ -128,6 +131,48 @@ def first_steps(machine: Machine, out: Path) -> Iterator[Step]:
     read = partial(reading.registers_of, machine.capability)
     answers = "Has each kernel the registers that it was designed with?"
     yield replace(registers, answers=answers, expects="within cuda/*/budget.json", read=read)
+
+
+def more_training_steps(machine: Machine) -> Iterator[Step]:
+    """Yield the training on two GPUs, compiled, and in FP8."""
+    launch_only = ("--launch-only",) if machine.launch_only else ()
+    no_gpu = "no GPU" if machine.small else machine.missing("cattrs")
+    ranks = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    yield Step(
+        name="training-ranks",
+        answers="Have two GPUs the losses of one?",
+        expects="the losses of one, by DDP and by FSDP2",
+        command=(sys.executable, *ranks, FIRST_STEP, "--ranks", *launch_only),
+        limit_s=2 * FIRST_S,
+        cwd=machine.site,
+        missing=no_gpu or ("one GPU here" if machine.num_gpus < 2 else None),
+        read=reading.checks_of_program,
+    )
+    generated = "a GPU alone runs what torch.compile generates (--launch-only)"
+    yield Step(
+        name="training-compiled",
+        answers="Does torch.compile compile every block, and keep the losses?",
+        expects="the CPU's losses",
+        command=(sys.executable, FIRST_STEP, "--compiled", *launch_only),
+        limit_s=2 * FIRST_S,
+        cwd=machine.site,
+        missing=no_gpu or (generated if machine.launch_only else None),
+        read=reading.checks_of_program,
+    )
+    libraries = ("Transformer Engine", "torchao")
+    no_fp8 = None if any(map(machine.inventory.get, libraries)) else machine.missing(*libraries)
+    if machine.capability is not None and machine.capability < (8, 9):
+        no_fp8 = "this card has no FP8"
+    yield Step(
+        name="training-fp8",
+        answers="Do products run in FP8, and what does it change of the losses?",
+        expects="the CPU's losses",
+        command=(sys.executable, FIRST_STEP, "--fp8", *launch_only),
+        limit_s=2 * FIRST_S,
+        cwd=machine.site,
+        missing=no_gpu or no_fp8,
+        read=reading.checks_of_program,
+    )
 
 
 def code_step(machine: Machine, name: str, option: str) -> Step:

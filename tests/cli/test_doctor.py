@@ -23,6 +23,7 @@ from m3i_fast.costs.gemm_shapes import FP8
 from m3i_fast.doctor import findings, probes
 from m3i_fast.doctor.findings import Finding, Machine
 from m3i_fast.pipelines import threads
+from tests.shared.cuda.driver import build_driver
 
 LIBRARIES = {
     # PyPI's apex, a web toolkit: a package of the same name without NVIDIA's compiled module.
@@ -32,22 +33,6 @@ LIBRARIES = {
     "cupy": ("14.0.0", "print('loading'); raise ImportError('libcublas.so.13: cannot open')"),
     "pynvml": ("13.0.1", ""),
 }
-
-# A driver for CUDA 12.4 with one GPU, behind the functions that the probe calls.
-DRIVER = """
-#include <cstring>
-extern "C" {
-int cuInit(unsigned) { return 0; }
-int cuDriverGetVersion(int* version) { *version = 12040; return 0; }
-int cuDeviceGetCount(int* count) { *count = 1; return 0; }
-int cuDeviceGet(int* device, int index) { *device = index; return 0; }
-int cuDeviceGetName(char* name, int size, int) { std::strncpy(name, "Test GPU", size); return 0; }
-int cuDeviceGetAttribute(int* value, int attribute, int) {
-  *value = attribute == 75 ? 9 : 0;
-  return 0;
-}
-}
-"""
 
 OPS = [op.name for op in op_registry.OPS]
 
@@ -129,10 +114,7 @@ def test_a_dali_that_does_not_import_stops_training(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="needs a CPU build of torch")
 def test_a_gpu_that_nothing_here_can_use(tmp_path: Path) -> None:
-    source, library = tmp_path / "driver.cpp", tmp_path / "libcuda.so.1"
-    source.write_text(DRIVER)
-    subprocess.run(["g++", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
-    status, found = run_doctor(LD_LIBRARY_PATH=str(tmp_path))
+    status, found = run_doctor(**build_driver(tmp_path))
     assert status == 1
     assert found["GPU"].detail == "Test GPU (sm_90); the driver runs CUDA 12.4"
     assert (found["torch"].level, found["torch"].fix) == ("error", "make clean install")

@@ -22,6 +22,7 @@ from scripts.gpu import machine, plan, reading
 from scripts.gpu.page import write_page
 from scripts.gpu.plan import Machine
 from scripts.gpu.steps import Runner, Step, read_results
+from tests.shared.cuda.driver import build_driver
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -65,6 +66,17 @@ def test_a_compiler_is_asked_for_and_a_missing_card_is_told() -> None:
     assert machine.why_no_gpu("13.0", "H100") is None
 
 
+@pytest.mark.skipif(torch.version.cuda is not None, reason="needs a CPU build of torch")
+def test_a_card_that_torch_cannot_use_ends_the_start(tmp_path: Path) -> None:
+    """The build of torch is a CPU build; contract_hour.py has that for another CUDA."""
+    out = tmp_path / "out"
+    done = run_gpu("--no-build", "--first", OUT=str(out), **build_driver(tmp_path))
+    assert done.returncode == 2 and not out.exists(), done.stdout + done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"torch {torch.__version__} in {sys.executable}: ")
+    assert "got a CPU build, and the driver, which runs CUDA 12.4, has a Test GPU" in line
+
+
 # ---- Steps ---------------------------------------------------------------------------------------
 
 
@@ -77,6 +89,11 @@ def runner(tmp_path: Path) -> Iterator[Runner]:
 
 def python(code: str, name: str = "step", **options: Any) -> Step:
     return Step(name=name, command=(sys.executable, "-c", code), **{"limit_s": 60.0, **options})
+
+
+def printing(path: Path) -> Step:
+    code = f"print(open({str(path)!r}).read())"
+    return python(code, read=reading.checks_of_program)
 
 
 def test_a_step_ends_as_it_ends_and_the_next_one_runs(runner: Runner) -> None:
@@ -142,6 +159,16 @@ def test_a_second_start_repeats_what_has_not_passed(tmp_path: Path) -> None:
     assert counter.read_text().split() == ["good", "bad", "bad", "late", "good", "bad", "late"]
 
 
+def test_a_second_start_repeats_what_ran_with_another_build_or_command(tmp_path: Path) -> None:
+    found = []
+    for build, code in (("a", ""), ("a", ""), ("b", ""), ("b", ""), ("b", "pass"), ("b", "pass")):
+        runner = Runner(tmp_path, {}, benchmark_s=1.0)
+        runner.build = build
+        found.append(runner(python(code)).is_earlier)
+        runner.close()
+    assert found == [False, True] * 3
+
+
 def test_a_start_that_is_cut_off_loses_no_earlier_result(tmp_path: Path) -> None:
     for names in (("first", "second"), ("first",), ("first", "second")):
         runner = Runner(tmp_path, {}, benchmark_s=1.0)
@@ -151,16 +178,36 @@ def test_a_start_that_is_cut_off_loses_no_earlier_result(tmp_path: Path) -> None
 
 
 def test_what_a_step_finds_is_held_against_what_was_expected(runner: Runner) -> None:
-    check = {"what": "a", "expected": "1", "got": "2", "holds": False}
-    code = f"import json; print('before'); print('check', json.dumps({check!r}))"
-    found = runner(python(code, read=reading.checks_of_program))
+    check = {"what": "a", "expected": "1", "got": "2", "holds": False, "kind": "note"}
+    (runner.out / "found.txt").write_text(f"before\ncheck {json.dumps(check)}")
+    found = runner(printing(runner.out / "found.txt"))
     assert found.has_passed and found.outcome == "1 of 1 not as expected"
     assert [c.got for c in found.surprises] == ["2"]
     assert read_results(runner.out)["step"].checks == found.checks
     broken = runner(python("print('check {')", "broken", read=reading.checks_of_program))
-    assert broken.has_passed and "JSONDecodeError" in broken.surprises[0].got
+    assert broken.has_failed and "JSONDecodeError" in broken.checks[0].got
     status = runner(python("raise SystemExit(1)", "status", passing=(0, 1)))
     assert status.has_passed and not status.has_failed
+
+
+def test_a_wrong_result_fails_the_step_until_it_is_right(tmp_path: Path) -> None:
+    """As a NaN among the losses, which no exit status tells. What is noted fails nothing."""
+    note = {"what": "launches", "expected": "1", "got": "2", "holds": False, "kind": "note"}
+    wrong = {"what": "losses", "expected": "9.6", "got": "nan", "holds": False}
+    step = printing(tmp_path / "found.txt")
+    outcomes, pages = [], []
+    for loss in (wrong, wrong, {**wrong, "holds": True}, wrong):
+        (tmp_path / "found.txt").write_text(f"check {json.dumps(note)}\ncheck {json.dumps(loss)}")
+        runner = Runner(tmp_path, {}, benchmark_s=1.0)
+        result = runner(step)
+        runner.close()
+        outcomes.append((result.outcome, result.has_failed, result.is_earlier))
+        page = write_page(tmp_path, header="", steps=[step], results=runner.results)
+        pages.append("Failed: step." in page.read_text())
+    assert outcomes[:2] == [("1 of 2 wrong", True, False)] * 2
+    assert outcomes[2] == ("1 of 2 not as expected", False, False)
+    assert outcomes[3] == ("1 of 2 not as expected", False, True)
+    assert pages == [True, True, False, False]
 
 
 def test_the_page_shows_what_ran_and_what_is_to_come(runner: Runner) -> None:
@@ -190,8 +237,19 @@ def test_the_plan_names_what_exists(small: bool, tmp_path: Path) -> None:
     assert names == list(plan.BENCHMARKS)
     none = Machine(inventory=dict.fromkeys(inventory), small=small)
     left = {step.name for step in plan.steps(none, tmp_path, []) if step.missing}
-    assert {"registers", "sass", "nsys", "nsys-tables", "tune"} <= left
+    assert {"registers", "sass", "nsys", "nsys-tables", "tune", "training-fp8"} <= left
     assert ("memcheck" in left) == (not small)
+
+
+def test_steps_of_training_are_left_out_by_the_card() -> None:
+    inventory = dict.fromkeys((*machine.SEARCHED, *machine.OPTIONAL, "nvcc"), "there")
+    inventory["Transformer Engine"] = None
+    found = {}
+    for capability, num_gpus in (((9, 0), 1), ((8, 0), 2)):
+        card = Machine(inventory=inventory, small=False, capability=capability, num_gpus=num_gpus)
+        found[capability] = {s.name for s in plan.more_training_steps(card) if not s.missing}
+    assert found[9, 0] == {"training-compiled", "training-fp8"}
+    assert found[8, 0] == {"training-compiled", "training-ranks"}
 
 
 @pytest.mark.nightly  # contract_hour.py has the hour in CI

@@ -10,6 +10,12 @@ from scripts.gpu import reading
 
 ROOT = Path(__file__).resolve().parents[2]
 
+PTX = """
+Fatbin ptx code:
+================
+arch = sm_80
+code version = [{version}]
+"""
 USAGE = """
 Fatbin elf code:
 ================
@@ -30,12 +36,23 @@ def test_registers_are_held_against_the_budget_of_the_card(tmp_path: Path) -> No
     for registers, word in ((allowed, "all 1 within"), (allowed + 1, "over: {'mask_mix_kernel")):
         output = USAGE.format(architecture="sm_90a", registers=registers)
         output += USAGE.format(architecture="sm_80", registers=255)  # other code than the card's
-        (check,) = reading.registers_of((9, 0), tmp_path, output)
+        for ptx, kind in (("9,0", "must"), ("9,2", "note")):  # of CUDA 13.0 and 13.2
+            found = reading.registers_of((9, 0), tmp_path, PTX.format(version=ptx) + output)
+            assert [each.kind for each in found] == [kind]
+        (check,) = found
         assert check.what == "registers of mask_mix for sm_90a"
         assert check.got.startswith(word)
-        assert not check.holds  # seven kernels of the budget are not there
+        assert check.holds is False  # seven kernels of the budget are not there
     (none,) = reading.registers_of((9, 0), tmp_path, "")
-    assert not none.holds
+    other = USAGE.format(architecture="sm_100", registers=1)
+    (others,) = reading.registers_of((9, 0), tmp_path, other)
+    assert none.holds is False and others.holds is False
+
+
+def test_a_card_without_a_budget_is_no_fault(tmp_path: Path) -> None:
+    output = USAGE.format(architecture="sm_100", registers=255)
+    (check,) = reading.registers_of((10, 0), tmp_path, output)
+    assert check.holds is None and check.got == "kernels for sm_100"
 
 
 def test_tests_are_counted_and_the_first_failures_named(tmp_path: Path) -> None:
@@ -62,6 +79,7 @@ def test_findings_of_the_doctor_that_are_absent_are_no_fault(tmp_path: Path) -> 
     output = "a warning\n" + json.dumps({"can_train": False, "findings": findings}, indent=2)
     checks = reading.findings_of_doctor(tmp_path, output)
     assert [check.holds for check in checks] == [True, None, False, False]
+    assert {check.kind for check in checks} == {"note"}
 
 
 def test_a_benchmark_stands_beside_the_others(tmp_path: Path) -> None:
@@ -77,7 +95,7 @@ def test_a_benchmark_stands_beside_the_others(tmp_path: Path) -> None:
 def test_what_is_expected_of_a_step_names_kernels_of_ours() -> None:
     """Those of Hopper on 9.0 alone; each is in the budget of an op."""
     known = {
-        name.partition("<")[0]
+        name
         for op in OPS
         for budget in json.loads((ROOT / op.budget).read_text()).values()
         for name in budget
