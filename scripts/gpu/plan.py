@@ -119,7 +119,8 @@ def first_steps(machine: Machine, out: Path) -> Iterator[Step]:
     yield Step(
         name="training",
         answers="Has a step the CPU's losses, no wait, and the kernels of this card?",
-        expects="the CPU's losses, no host synchronisation, the launches of the null runtime",
+        expects="the CPU's losses in fp32 and bf16, no host synchronisation, the launches of the "
+        "null runtime",
         command=(sys.executable, FIRST_STEP, *launch_only),
         limit_s=2 * FIRST_S,
         cwd=machine.site,

@@ -1,6 +1,6 @@
 """Train a few steps on the GPU: losses, host synchronisations, whose kernels, memory.
 
-    python first_step.py                  in fp32; a steady step in bf16 is counted
+    python first_step.py                  in fp32 and bf16; a steady step in bf16 is counted
     python first_step.py --compiled       in bf16, by torch.compile
     python first_step.py --fp8            in FP8
     torchrun --nproc-per-node 2 first_step.py --ranks     in fp32, by DDP and by FSDP2
@@ -205,7 +205,7 @@ def main() -> None:
         compare_losses({"bf16, compiled": (replace(bf16, compile=True), BF16)})
     else:
         if not LAUNCH_ONLY:
-            compare_losses({"fp32": (small_run("cuda"), FP32)})
+            compare_losses({"fp32": (small_run("cuda"), FP32), "bf16": (bf16, BF16)})
         print(f"counts {json.dumps(count_step())}")
 
 
