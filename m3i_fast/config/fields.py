@@ -8,7 +8,7 @@ several fields are in the config's `conflicts`. Imports the standard library alo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import is_dataclass
@@ -202,6 +202,17 @@ def mlp_ratio_conflicts(ratio: float) -> Iterator[Conflict]:
     """Yield what is wrong with the hidden width of an MLP over its input."""
     if not 0 < ratio <= MAX_RATIO:
         yield "mlp_ratio", f"expected 0 < ratio <= {MAX_RATIO}, got {ratio}"
+
+
+def expect_depth(name: str, arguments: Mapping[str, Any]) -> None:
+    """Raise ValueError if the arguments of a model of timm ask for too many layers to build."""
+    for key in {"depth", "depths", "layers"} & arguments.keys():
+        given = arguments[key] if isinstance(arguments[key], list) else [arguments[key]]
+        if wrong := [number for number in given if type(number) is int and number not in DEPTHS]:
+            raise ValueError(
+                f"{name}: expected {key} of 1 to {DEPTHS.stop - 1}, got {wrong[0]}; if you trust "
+                "the folder, raise m3i_fast.config.fields.DEPTHS"
+            )
 
 
 @cache

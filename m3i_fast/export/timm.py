@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from m3i_fast.config.fields import Mlp
+from m3i_fast.config.fields import Mlp, expect_depth
 from m3i_fast.config.models.vit import ViTConfig
 from m3i_fast.export.vit_names import VIT_BLOCK, VIT_STEM
 from m3i_fast.models.transformer.layers import fc1_features
@@ -140,6 +140,7 @@ def described_by_timm(name: str, **arguments: Any) -> dict[str, Any]:
         raise ValueError(f"expected a model that timm has, got {name!r}")
     if "checkpoint_path" in arguments:
         raise ValueError(f"expected no checkpoint_path among the arguments of {name}, got one")
+    expect_depth(name, arguments)
     with torch.device("meta"):
         try:
             model = timm.create_model(name, pretrained=False, **arguments)

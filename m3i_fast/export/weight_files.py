@@ -21,6 +21,8 @@ WEIGHTS = "model.safetensors"
 CONTAINERS = ("model", "module", "state_dict", "teacher")
 """Keys below which training programs put the weights of a checkpoint."""
 MAX_NAMED = 20
+MAX_UNPACKED_GIB = 1.0
+"""Most GiB that a compressed file of weights may unpack to. torch.save does not compress."""
 
 
 def read_weights(path: Path) -> Mapping[str, Any]:
@@ -35,13 +37,7 @@ def read_weights(path: Path) -> Mapping[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        if _is_torchscript(path):
-            raise ValueError(
-                f"{path}: expected tensors by name, got a TorchScript archive, which holds a "
-                "program too (OpenAI's own files of CLIP are such); if you trust it, write its "
-                f"weights to a file: torch.save(torch.jit.load({str(path)!r}, 'cpu').state_dict(), "
-                "'weights.pt')"
-            )
+        _expect_plain_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
@@ -57,15 +53,27 @@ def read_weights(path: Path) -> Mapping[str, Any]:
     return content
 
 
-def _is_torchscript(path: Path) -> bool:
-    """Return whether a file is a zip archive with TorchScript's constants."""
-    if not zipfile.is_zipfile(path):
-        return False
+def _expect_plain_archive(path: Path) -> None:
+    """Raise ValueError for a zip archive of TorchScript, or one that unpacks to too much."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+            members = archive.infolist()
     except zipfile.BadZipFile:
-        return False  # torch.load names what is wrong
+        return  # torch.load reads other files, or names what is wrong
+    if any(member.filename.endswith("/constants.pkl") for member in members):
+        raise ValueError(
+            f"{path}: expected tensors by name, got a TorchScript archive, which holds a "
+            "program too (OpenAI's own files of CLIP are such); if you trust it, write its "
+            f"weights to a file: torch.save(torch.jit.load({str(path)!r}, 'cpu').state_dict(), "
+            "'weights.pt')"
+        )
+    unpacked, size = sum(member.file_size for member in members), path.stat().st_size
+    if unpacked > max(size, MAX_UNPACKED_GIB * 2**30):
+        raise ValueError(
+            f"{path}: expected a compressed file that unpacks to at most {MAX_UNPACKED_GIB:g} GiB, "
+            f"got {unpacked / 2**30:.3g} GiB in {size / 2**20:.3g} MiB: if you trust it, write it "
+            "anew with torch.save, or raise m3i_fast.export.weight_files.MAX_UNPACKED_GIB"
+        )
 
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor], **more: str) -> None:

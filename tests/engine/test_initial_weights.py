@@ -150,6 +150,8 @@ def test_a_folder_of_a_model_that_ours_cannot_be_is_refused(tmp_path: Path) -> N
     for wrong, told in (
         ({"model_args": {"patch_size": 0}}, "timm makes no such model of {'patch_size': 0}"),
         ({"model_args": {"checkpoint_path": "other.pth"}}, "expected no checkpoint_path"),
+        ({"model_args": {"depth": 10**7}}, "expected depth of 1 to 1024, got 10000000; .*DEPTHS"),
+        ({"architecture": "resnet18", "model_args": {"layers": [1, 10**7]}}, "layers of 1 to"),
         ({"architecture": "vit_small_patch16_18x2_224", "model_args": {}}, "one attention and one"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config | wrong))

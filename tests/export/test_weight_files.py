@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import pytest
 import safetensors.torch
 import torch
 
+from m3i_fast.export import weight_files
 from m3i_fast.export.weight_files import read_weights, write_weights
 
 
@@ -41,3 +43,21 @@ def test_a_torchscript_archive_is_named_and_its_remedy_works(tmp_path: Path) -> 
     remedy = str(told.value).rpartition(": ")[2].replace("weights.pt", str(tmp_path / "weights.pt"))
     exec(remedy, {"torch": torch})
     assert set(read_weights(tmp_path / "weights.pt")) == {"weight", "bias"}
+
+
+def test_a_compressed_file_may_not_unpack_to_more_than_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored, packed = tmp_path / "stored.pt", tmp_path / "packed.pt"
+    torch.save({"a": torch.zeros(2**19)}, stored)  # 2 MiB
+    with ZipFile(stored) as source, ZipFile(packed, "w", ZIP_DEFLATED) as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    assert packed.stat().st_size < 10_000 and read_weights(packed)["a"].shape == (2**19,)
+    monkeypatch.setattr(weight_files, "MAX_UNPACKED_GIB", 2**-10)  # 1 MiB
+    told = (
+        r"packed\.pt: expected .* at most 0\.0009\d* GiB, got 0\.0019\d* GiB in .*MAX_UNPACKED_GIB"
+    )
+    with pytest.raises(ValueError, match=told):
+        read_weights(packed)
+    assert set(read_weights(stored)) == {"a"}  # as large as its file: nothing is hidden

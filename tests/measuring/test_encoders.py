@@ -296,7 +296,10 @@ def test_the_digest_of_a_folder_of_timm_follows_its_arguments(tmp_path: Path) ->
     assert len(digests) == 2
 
 
-@pytest.mark.parametrize("wrong", [{"model_args": {"name": "x"}}, {"architecture": [1]}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"model_args": {"name": "x"}}, {"architecture": [1]}, {"model_args": {"depth": 10**7}}],
+)
 def test_a_folder_of_timm_with_fields_of_wrong_types_is_refused(
     wrong: dict[str, object], tmp_path: Path
 ) -> None:

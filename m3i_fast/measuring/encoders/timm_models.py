@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from m3i_fast.config.fields import expect_depth
 from m3i_fast.did_you_mean import nearest
 from m3i_fast.engine import teacher
 from m3i_fast.engine.precision.arithmetic import compute_dtype
+from m3i_fast.json_files import read_json
 from m3i_fast.measuring.encoders.encoder import (
     NUM_LAYERS,
     EncoderSettings,
@@ -173,6 +175,8 @@ def open_timm(
             known = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
             cache = Path(torch.hub.get_dir()) / "checkpoints"
             expect_cached(known.to_dict() if known else {}, cache, hub_key="hf_hub_id")
+        if Path(name).is_dir():
+            expect_depth(name, read_json(Path(name) / "config.json").get("model_args") or {})
         # The head is made and dropped: without one timm loads leniently, and names no missing one.
         model = timm.create_model(full_name, pretrained=True, pretrained_cfg_overlay=overlay)
     if hasattr(model, "reset_classifier"):
