@@ -27,7 +27,7 @@ from scripts import install
 from scripts.gpu import machine as here
 from scripts.gpu.build import SITE, build, describe, find_installed
 from scripts.gpu.page import write_page
-from scripts.gpu.plan import Machine, first_steps, steps
+from scripts.gpu.plan import BENCHMARKS, Machine, first_steps, steps
 from scripts.gpu.steps import ROOT, Runner, Step
 from scripts.gpu.summary import write_summary
 
@@ -116,7 +116,7 @@ class Hour:
     def run(self, nvcc: Path | None, for_pytest: list[str]) -> int:
         """Run the steps, write pages and summary, pack the folder; as `main`."""
         wanted = self._steps(for_pytest)
-        sizes = _sizes()
+        sizes = {path: path.stat().st_size for path in self.out.glob("*.jsonl")}
         runner = Runner(
             self.out,
             self._environment(nvcc),
@@ -160,22 +160,23 @@ class Hour:
         return list(steps(self.machine, self.out, for_pytest))
 
     def _environment(self, nvcc: Path | None) -> dict[str, str]:
-        environment = {"PYTHONPATH": str(self.machine.site)}
+        unrecorded = self.machine.launch_only and not self.machine.small
+        rows = self.out / "unrecorded" if unrecorded else self.out
+        environment = {"PYTHONPATH": str(self.machine.site), "M3I_RESULTS": str(rows)}
         if nvcc is not None:
             environment["CUDACXX"] = str(nvcc)
         if self.machine.small:
-            environment |= {"CUDA_VISIBLE_DEVICES": "", "M3I_RESULTS": str(self.out)}
-        elif self.machine.launch_only:
-            environment |= {"M3I_RESULTS": str(self.out / "unrecorded")}
+            environment["CUDA_VISIBLE_DEVICES"] = ""
         return environment
 
     def _after_each(self, wanted: list[Step], sizes: dict[Path, int], runner: Runner) -> None:
-        """Copy new rows of the ledger, and write the page of what is known so far."""
-        for path, size in _sizes().items():
-            if size > sizes.get(path, 0):
-                with (self.out / path.name).open("ab") as copy:
-                    copy.write(path.read_bytes()[sizes.get(path, 0) :])
-                sizes[path] = size
+        """Append a card's new rows to the ledger, and write the page of what is known so far."""
+        measures = not (self.machine.small or self.machine.launch_only)
+        for path in self.out.glob("*.jsonl") if measures else ():
+            if path.stem in BENCHMARKS and path.stat().st_size > sizes.get(path, 0):
+                with (LEDGER / path.name).open("ab") as ledger:
+                    ledger.write(path.read_bytes()[sizes.get(path, 0) :])
+                sizes[path] = path.stat().st_size
         write_page(self.out, header=self.header, steps=wanted, results=runner.results)
 
 
@@ -194,10 +195,6 @@ def _folder(facts: here.Facts, small: bool) -> Path:
     out = Path(os.environ.get("OUT") or ROOT / "results" / f"gpu-{slug}").absolute()
     out.mkdir(parents=True, exist_ok=True)
     return out
-
-
-def _sizes() -> dict[Path, int]:
-    return {path: path.stat().st_size for path in LEDGER.glob("*.jsonl")}
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def _resources(output: str) -> dict[str, dict[str, int]]:
 
 
 def figures_of(subject: str, out: Path, _: str) -> list[Check]:
-    """Return a figure for each row of a benchmark: our time, how much slower others are.
+    """Return a figure for each row of a benchmark's last run: our time, how much slower others are.
 
     Predictions stand beside them in the step `predicted`.
     """
@@ -137,6 +137,7 @@ def figures_of(subject: str, out: Path, _: str) -> list[Check]:
             holds=None,
         )
         for row in rows
+        if row["run_id"] == rows[-1]["run_id"]
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 import venv
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -18,6 +20,7 @@ import torch
 
 from m3i_fast.benchmarks.ledger.rows import read_rows
 from m3i_fast.benchmarks.subjects import SUBJECTS
+from scripts.gpu import __main__ as hour
 from scripts.gpu import machine, plan, reading
 from scripts.gpu.page import write_page
 from scripts.gpu.plan import Machine
@@ -139,6 +142,28 @@ def test_benchmarks_share_the_time_that_there_is(tmp_path: Path) -> None:
     assert late.outcome == "left out: the time of --minutes is used up" and not late.has_failed
     assert runner(python("")).outcome == "passed"
     runner.close()
+
+
+def test_figures_of_a_card_are_read_and_enter_the_ledger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not what is launched only."""
+    monkeypatch.setattr(hour, "LEDGER", tmp_path)
+    row = json.dumps({"run_id": "a", "figures": {"timings": {"m3i_fast": {"median_ms": 8.0}}}})
+    code = f"import os; open(os.environ['M3I_RESULTS'] + '/gaussian.jsonl', 'a').write({row!r})"
+    found = {}
+    for name, launch_only in (("measured", False), ("launched", True)):
+        out = tmp_path / name
+        (out / "unrecorded").mkdir(parents=True)
+        card = Machine(inventory={}, small=False, card="X", launch_only=launch_only)
+        start = hour.Hour(argparse.Namespace(), card, out, "On X.")
+        after = partial(start._after_each, [], {})
+        runner = Runner(out, start._environment(None), benchmark_s=9.0, after_each=after)
+        step = python(code, read=partial(reading.figures_of, "gaussian"))
+        found[name] = [check.got for check in runner(step).checks]
+        runner.close()
+    assert found == {"measured": ["8 ms"], "launched": []}
+    assert (tmp_path / "gaussian.jsonl").read_text() == row
 
 
 def test_a_second_start_repeats_what_has_not_passed(tmp_path: Path) -> None:

@@ -85,8 +85,9 @@ def test_findings_of_the_doctor_that_are_absent_are_no_fault(tmp_path: Path) -> 
 def test_a_benchmark_stands_beside_the_others(tmp_path: Path) -> None:
     timings = {"m3i_fast": {"median_ms": 8.0}, "ClipLoss": {"median_ms": 24.0}}
     sizes = {"rows": 32768, "columns": 32768, "dim": 512, "dtype": "bfloat16"}
-    text = json.dumps({"figures": {**sizes, "pass": "forward", "timings": timings}})
-    (tmp_path / "boltzmann.jsonl").write_text(text)
+    figures = {**sizes, "pass": "forward", "timings": timings}
+    rows = [json.dumps({"run_id": run, "figures": figures}) for run in ("earlier", "last")]
+    (tmp_path / "boltzmann.jsonl").write_text("\n".join(rows))
     (check,) = reading.figures_of("boltzmann", tmp_path, "")
     assert check.holds is None and check.got == "8 ms; ClipLoss 3.00 times as long"
     assert check.what.startswith("boltzmann: rows 32768, columns 32768, dim 512")
