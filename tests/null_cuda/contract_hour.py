@@ -6,11 +6,13 @@ The kernels are those of build/cuda (--no-build), and nothing of what they compu
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
 import tarfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,9 @@ def test_a_second_start_repeats_what_failed_or_has_another_build_and_goes_on(
     facts = json.loads((out / "env.json").read_text())
     assert facts["gpu"] == "NVIDIA H100 80GB HBM3 (null CUDA runtime)"
     assert facts["modules"] == ["m3i_fast._C", "m3i_fast._C_cuda"]
+    modules = [find_spec(name) for name in facts["modules"]]
+    content = b"".join(Path(str(module and module.origin)).read_bytes() for module in modules)
+    assert facts["build"] == hashlib.sha256(content).hexdigest()
     assert {found[name]["build"] for name in ran} == {facts["build"]}
 
 
