@@ -144,6 +144,13 @@ def kind_of(mode: int) -> str:
     return kinds.get(stat.S_IFMT(mode), "a device")
 
 
+def what_is_at(path: Path) -> str:
+    """Say that nothing is at a path, or that a symbolic link is whose target is missing."""
+    if path.is_symlink() and not path.exists():
+        return f"a symbolic link to {os.readlink(path)}, which is not there, at {path}"
+    return f"none at {path}"
+
+
 def read_file(path: Path) -> bytes:
     """Read a file, or what a symbolic link to one names; ValueError for what may never end."""
     mode = os.stat(path).st_mode

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from m3i_fast.config.data import CACHE_DIR, MAX_PIXELS
-from m3i_fast.durable_files import expect_local
+from m3i_fast.durable_files import expect_local, what_is_at
 from m3i_fast.evaluation.feature_rows import Index
 from m3i_fast.pipelines.dataset.manifest import read_manifest
 from m3i_fast.pipelines.packing.items import Item, Listing, Refusal, SourceOptions
@@ -168,7 +168,9 @@ def read_source(settings: SourceSettings) -> Source:
 def _resolve(settings: SourceSettings) -> tuple[SourceOptions, str]:
     expect_local(settings.path, "--data")
     if not settings.path.exists():
-        raise FileNotFoundError(f"--data: expected a file or folder, got none at {settings.path}")
+        raise FileNotFoundError(
+            f"--data: expected a file or folder, got {what_is_at(settings.path)}"
+        )
     options = SourceOptions(
         path=settings.path.absolute(),
         kind=settings.kind,
@@ -185,7 +187,10 @@ def _resolve(settings: SourceSettings) -> tuple[SourceOptions, str]:
         torchvision_class=settings.torchvision_class,
         merge_rows=True,
     )
-    options, why = resolve(options)
+    try:
+        options, why = resolve(options)
+    except ValueError as error:
+        raise ValueError(str(error).replace("SOURCE: ", "--data: ", 1)) from None
     if options.kind == "packed":
         return options, why
     key = _digest([str(options.path), _read_as(options)])[:16]

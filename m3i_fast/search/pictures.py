@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m3i_fast.config.data import MAX_PIXELS
+from m3i_fast.durable_files import what_is_at
 from m3i_fast.pipelines.dataset.annotations import captions
 from m3i_fast.pipelines.dataset.annotations.tokenizer import Tokenizer
 from m3i_fast.pipelines.dataset.directory import check_split
@@ -70,7 +71,7 @@ def open_pictures(path: Path, split: str | None, cache_dir: Path) -> Iterator[Pi
     """
     if url_of(path) is None and not path.exists():
         raise FileNotFoundError(
-            f"--data: expected a packed data set or a folder of pictures, got none at {path}"
+            f"--data: expected a packed data set or a folder of pictures, got {what_is_at(path)}"
         )
     if url_of(path) is not None or is_dataset(path):
         with opened_files(path, cache_dir) as files:

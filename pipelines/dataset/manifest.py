@@ -13,6 +13,7 @@ from typing import Any
 
 import cattrs
 
+from m3i_fast.durable_files import what_is_at
 from m3i_fast.pipelines.dataset.annotations.columns import COLUMNS_SUFFIX, ColumnInfo, ColumnsInfo
 from m3i_fast.pipelines.dataset.annotations.tokenizer import TokenizerInfo
 
@@ -255,7 +256,7 @@ def read_manifest(path: Path) -> Manifest:
     file = path / MANIFEST_NAME
     if not file.is_file():
         raise FileNotFoundError(
-            f"{path}: expected a dataset directory with {MANIFEST_NAME}, got none; "
+            f"{path}: expected a dataset directory with {MANIFEST_NAME}, got {what_is_at(path)}; "
             f"{_how_to_make(path)}"
         )
     try:
@@ -316,14 +317,14 @@ for _kind in (int, str):
 
 def _how_to_make(path: Path) -> str:
     """Tell how to make a dataset, without writing into a folder with files of the user."""
+    if not is_free(path):
+        real = path.resolve()
+        parent = path.parent if path.name == real.name else real.parent
+        new = parent / f"{real.name}-packed"
+        return f"to pack what lies there, type: m3i-fast data pack {quoted(path)} {quoted(new)}"
     own = "pictures of your own are packed with `m3i-fast data pack SOURCE DIR`"
-    demo = f"the demo's by: m3i-fast data openmoji {{}} {DEMO_FLAGS}"
-    if is_free(path):
-        return f"name another directory, or make one there: {own}, " + demo.format(quoted(path))
-    return (
-        "the directory holds other files, which are kept: name another directory, or make a new "
-        f"one: {own}, " + demo.format("NEW_DIRECTORY")
-    )
+    demo = f"the demo's by: m3i-fast data openmoji {quoted(path)} {DEMO_FLAGS}"
+    return f"name another directory, or make one there: {own}, {demo}"
 
 
 def how_to_restore(path: Path, manifest: Manifest) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import math
+import os
 import re
 import stat as modes
 from collections.abc import Iterator, Mapping, Sequence
@@ -76,7 +77,10 @@ def refusal_of(error: OSError, source: Path | None = None) -> Refused:
             "it is there, the pack goes on where it was",
             error.filename,
         ) from None
-    return Refused(f"cannot be read: {error.strerror or error}", "mend or remove it")
+    reason = f"cannot be read: {error.strerror or error}"
+    if error.errno == errno.ENOENT and error.filename and os.path.islink(error.filename):
+        reason = "a symbolic link to a file that is not there"
+    return Refused(reason, "mend or remove it")
 
 
 def _holds_files(source: Path) -> bool:

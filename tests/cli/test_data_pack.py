@@ -97,6 +97,67 @@ def test_wrong_flags_are_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("there", "said"),
+    [
+        ("missing", "got none at missing; name another directory, or make one there"),
+        ("empty", "got none at empty; name another directory, or make one there"),
+        ("link", "got a symbolic link to nowhere, which is not there, at link; name another"),
+        (
+            "my cats",
+            "to pack what lies there, type: m3i-fast data pack 'my cats' 'my cats-packed'",
+        ),
+        (".", "to pack what lies there, type: m3i-fast data pack . {parent}-packed"),
+        ("t.csv", "to pack what lies there, type: m3i-fast data pack t.csv t.csv-packed"),
+    ],
+)
+def test_training_without_a_packed_data_set_says_what_to_type(
+    there: str,
+    said: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("my cats/cat/0.png", "my cats/dog/1.png", "t.csv"):
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(encode_image(smooth_picture(0, 9, 9)))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("nowhere")
+    assert main(["train", "demo", "--out", "run", "--data.path", there]) == 2
+    text = " ".join(capsys.readouterr().err.split())
+    start = f"error: --data.path: {there}: expected a dataset directory with manifest.json, "
+    assert text.startswith(start) and said.format(parent=tmp_path) in text
+    if there == "my cats":  # as it says
+        argv = ["data", "pack", "my cats", "my cats-packed", "--workers", "1", *SMALL]
+        assert main(argv) == 0
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "pack"])
+@pytest.mark.parametrize(
+    ("there", "message"),
+    [
+        ("empty", "below {path}, got none: it has no files; name the folder that holds"),
+        ("link", "expected a file or folder, got a symbolic link to nowhere, which is not there"),
+    ],
+)
+def test_a_source_without_a_picture_is_named_with_the_flag(
+    verb: str, there: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("nowhere")
+    path = str(tmp_path / there)
+    argv = ["data", "pack", path, str(tmp_path / "out")]
+    if verb == "evaluate":
+        argv = ["evaluate", "pixels", "--data", path, "--out", str(tmp_path / "out")]
+        argv += ["--cache-dir", str(tmp_path / "cache")]
+    assert main(argv) == 2
+    text = said(capsys)
+    assert text.startswith("error: --data: " if verb == "evaluate" else "error: SOURCE: ")
+    assert message.format(path=path) in text
+
+
 def test_a_web_server_to_write_to_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import tyro
 from rich.table import Table
@@ -132,7 +133,18 @@ class Pack:
 
         out = url_of(self.out) or str(self.out)
         settings = self.settings()
-        packed = pack(settings, self.out, self.runner(), console, cache_dir=self.cache_dir)
+
+        def stop(number: int, _: object) -> NoReturn:
+            said = "stopping: type the same command again, and the pack goes on where it was"
+            console.print(said, soft_wrap=True)
+            raise SystemExit(128 + number)
+
+        before = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            packed = pack(settings, self.out, self.runner(), console, cache_dir=self.cache_dir)
+        finally:
+            for each, handler in before.items():
+                signal.signal(each, handler)
         for name, split in packed.manifest.splits.items():
             console.print(
                 f"{name}: {split.num_samples} pictures in {split.num_groups} groups, "

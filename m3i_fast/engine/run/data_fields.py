@@ -37,7 +37,12 @@ def take_data_fields(cfg: TrainConfig, typed: Collection[str] = ()) -> TrainConf
     typed: the flags that a person gave, as `typed_flags` returns them. Raises ValueError for those
     of them that contradict the manifest and if no term is left, and as `read_described`.
     """
-    file, manifest = _source(cfg), read_described(cfg.data)
+    file = _source(cfg)
+    try:
+        manifest = read_described(cfg.data)
+    except FileNotFoundError as error:
+        flag = "--data.mixture" if cfg.data.mixture else "--data.path"
+        raise FileNotFoundError(f"{flag}: {error}") from None
     refused = [
         f"{flag_of(name)}: expected {expected} as {file} says, got {got}: leave the flag out, and "
         "it is taken from the data"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from m3i_fast.pipelines.packing.items import SourceOptions
+from m3i_fast.pipelines.packing.readers.folders import is_picture
 from m3i_fast.pipelines.packing.readers.named_columns import expect_columns, specs_of
 
 IMAGE = r"image|images?_?(path|file|name|filename)?|img(_?path|_?file)?|file(_?name|_?path)?|path"
@@ -16,6 +18,7 @@ URL = r"(image_?|img_?)?(url|uri|link)s?"
 CAPTION = r"captions?([_-]?\w+)?"
 SURE_CAPTION = r"captions?[_-]?\d*"
 OTHER_CAPTION = r"text|title|description|alt(_?text)?|sentences?|prompt|txt"
+NUMBERS, PICTURES = "numbers", "pictures"
 LABEL = r"labels?|class(_?name|_?id)?|category|categories|target|cls|fine_label|label_?(id|name)"
 GROUP = r"group(_?id)?|cluster(_?id)?"
 SPLIT = r"split|subset"
@@ -49,13 +52,14 @@ def choose_columns(
     names: Sequence[str],
     options: SourceOptions,
     where: str,
-    holds_numbers: Callable[[str], bool],
+    kind_of: Callable[[str], str],
 ) -> Columns:
     """Choose the columns that flags name, or else those that are called so.
 
     An empty text as a flag's value stands for none; what --column names is not guessed, nor is
-    caption_id for captions, where it holds numbers. Raises
-    ValueError where a column that a flag names is not there, or none is called like a picture's.
+    caption_id for captions, where it holds numbers. Without a column that is called like a
+    picture's the first one that holds pictures is taken. kind_of: NUMBERS, PICTURES or "". Raises
+    ValueError where a column that a flag names is not there, or none is a picture's.
     """
     there = ", ".join(names)
 
@@ -72,6 +76,8 @@ def choose_columns(
         return next((name for name in left if _called(name, pattern)), None)
 
     image = one("--image-column", options.image_column, IMAGE)
+    if options.image_column is None and not any("." in name for name in names):
+        image = image or next((name for name in left if kind_of(name) == PICTURES), None)
     if image is None:
         raise ValueError(
             f"{where}: expected a column with the path or bytes of a picture, got {there}; "
@@ -87,7 +93,7 @@ def choose_columns(
             for name in left
             if _called(name, CAPTION)
             and name != image
-            and (_called(name, SURE_CAPTION) or not holds_numbers(name))
+            and (_called(name, SURE_CAPTION) or kind_of(name) != NUMBERS)
         )
         if not captions:
             captions = tuple(name for name in left if _called(name, OTHER_CAPTION))[:1]
@@ -98,9 +104,28 @@ def choose_columns(
     )
 
 
-def has_number_type(schema: Any, name: str) -> bool:
-    """Return whether a column of an Arrow schema holds numbers, or lists of them."""
-    return NUMBER_TYPE.match(str(schema.field(name).type)) is not None
+def kind_of_type(schema: Any, name: str) -> str:
+    """Return what a column of an Arrow schema holds by its type: numbers or lists, or pictures."""
+    kind = str(schema.field(name).type)
+    if NUMBER_TYPE.match(kind):
+        return NUMBERS
+    return PICTURES if kind.startswith(("binary", "large_binary", "struct<bytes: binary")) else ""
+
+
+def kind_of_cells(cells: Sequence[Any]) -> str:
+    """Return what the first cells of a column hold: all of them numbers, or paths of pictures."""
+    if cells and all(map(_is_number, cells)):
+        return NUMBERS
+    are_paths = all(isinstance(cell, str) and is_picture(Path(cell.strip())) for cell in cells)
+    return PICTURES if cells and are_paths and not any("://" in cell for cell in cells) else ""
+
+
+def _is_number(cell: Any) -> bool:
+    try:
+        float(cell)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _advice(names: Sequence[str]) -> str:
@@ -113,4 +138,4 @@ def _advice(names: Sequence[str]) -> str:
 
 
 def _called(name: str, pattern: str) -> bool:
-    return re.fullmatch(pattern, name.strip(), re.IGNORECASE) is not None
+    return re.fullmatch(pattern, re.sub(r"\s+", "_", name.strip()), re.IGNORECASE) is not None

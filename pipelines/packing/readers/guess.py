@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from m3i_fast.durable_files import what_is_at
 from m3i_fast.pipelines.dataset.manifest import is_dataset
 from m3i_fast.pipelines.packing.items import Listing, Reader, SourceOptions, split_called
 from m3i_fast.pipelines.packing.readers.folders import (
@@ -46,7 +47,9 @@ def resolve(options: SourceOptions) -> tuple[SourceOptions, str]:
     Raises FileNotFoundError where there is nothing, ValueError where no kind fits.
     """
     if not options.path.exists():
-        raise FileNotFoundError(f"SOURCE: expected a file or folder, got none at {options.path}")
+        raise FileNotFoundError(
+            f"SOURCE: expected a file or folder, got {what_is_at(options.path)}"
+        )
     if options.kind != "auto":
         return options, f"{options.kind} (--kind)"
     if is_dataset(options.path) and not _asked_of_files(options):
@@ -123,7 +126,8 @@ def _guess(path: Path, *, follow_links: bool) -> Guess:
             return Guess("folder", "pictures, of which none is of a kind that is read")
         said = "; ".join(listing.notes) or "it has no files"
         raise ValueError(
-            f"SOURCE: expected pictures, tars or Parquet files below {path}, got none: {said}"
+            f"SOURCE: expected pictures, tars or Parquet files below {path}, got none: {said}; "
+            "name the folder that holds the pictures"
         )
     return _guess_folders(pictures)
 

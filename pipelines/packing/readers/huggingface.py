@@ -26,7 +26,7 @@ from m3i_fast.pipelines.packing.items import (
     split_of_cell,
     stamp,
 )
-from m3i_fast.pipelines.packing.readers.columns import Columns, choose_columns, has_number_type
+from m3i_fast.pipelines.packing.readers.columns import Columns, choose_columns, kind_of_type
 from m3i_fast.pipelines.packing.readers.labels import assign_labels, named_label
 from m3i_fast.pipelines.packing.readers.named_columns import Spec, assign_columns, specs_of
 
@@ -52,7 +52,7 @@ class HuggingFace:
             first.column_names,
             self.options,
             self.options.path.name,
-            partial(has_number_type, first.features.arrow_schema),
+            partial(kind_of_type, first.features.arrow_schema),
         )
         image = self.columns.image
         for name, split in splits.items():

@@ -39,7 +39,8 @@ from m3i_fast.pipelines.packing.readers.columns import (
     NOT_FETCHED,
     Columns,
     choose_columns,
-    has_number_type,
+    kind_of_cells,
+    kind_of_type,
 )
 from m3i_fast.pipelines.packing.readers.labels import assign_labels, named_label
 from m3i_fast.pipelines.packing.readers.named_columns import assign_columns, specs_of
@@ -240,7 +241,7 @@ def open_text(file: Path, options: SourceOptions, listing: Listing) -> Opened:
     if len(set(header)) < len(header):
         raise ValueError(f"{file}: expected a name once in its first line, got {', '.join(header)}")
     columns = choose_columns(
-        header, options, file.name, lambda name: _holds_numbers(text, delimiter, header.index(name))
+        header, options, file.name, lambda name: _kind_of(text, delimiter, header.index(name))
     )
     return Opened(columns, _text_rows(_checked(rows, file), rows, header, file, listing))
 
@@ -261,21 +262,13 @@ def _reader(text: str, delimiter: str) -> Any:
     return csv.reader(file, delimiter=delimiter, strict=True)
 
 
-def _holds_numbers(text: str, delimiter: str, column: int) -> bool:
-    """Return whether the first cells of a column, those without a text aside, are numbers."""
+def _kind_of(text: str, delimiter: str, column: int) -> str:
+    """Return what the first cells of a column hold, those without a text aside."""
     cells = []
     with suppress(csv.Error):  # of a row in which the part that is looked at ends
         for row in islice(_reader(text[:LOOKED_AT], delimiter), 1, None):
             cells += [cell for cell in row[column : column + 1] if cell.strip()]
-    return bool(cells) and all(map(_is_number, cells))
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return True
+    return kind_of_cells(cells)
 
 
 def _delimiter(first: str) -> str:
@@ -339,11 +332,11 @@ def open_json_lines(file: Path, options: SourceOptions, listing: Listing) -> Ope
         rows.append((number, row))
         header |= dict.fromkeys(row)
 
-    def holds_numbers(name: str) -> bool:
+    def kind_of(name: str) -> str:
         cells = [row[name] for _, row in rows[:LOOKED_AT_LINES] if row.get(name) is not None]
-        return bool(cells) and all(isinstance(cell, (int, float)) for cell in cells)
+        return kind_of_cells(cells)
 
-    columns = choose_columns([*header], options, file.name, holds_numbers)
+    columns = choose_columns([*header], options, file.name, kind_of)
     return Opened(columns, ((number, dict.fromkeys(header) | row) for number, row in rows))
 
 
@@ -365,7 +358,7 @@ def open_parquet(file: Path, name: str, options: SourceOptions, listing: Listing
     num_bytes = sum(group.total_byte_size for group in groups)
     expect_unpacked(file, num_bytes, options.max_unpacked_gib)
     schema = opened.schema_arrow
-    columns = choose_columns(schema.names, options, file.name, partial(has_number_type, schema))
+    columns = choose_columns(schema.names, options, file.name, partial(kind_of_type, schema))
     needed = [columns.image, *columns.captions]
     needed += [c for c in (columns.label, columns.group, columns.split) if c is not None]
     needed += [source for spec in specs_of(options.columns) for source in spec.sources]

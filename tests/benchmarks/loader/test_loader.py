@@ -252,7 +252,7 @@ def test_what_is_refused(shards: Path, tmp_path: Path) -> None:
         loader.shards_of(missing, tmp_path)
     (tmp_path / "mine").write_bytes(b"no directory that shards could be written to")
     file = loader.parse(["demo", "--data.path", str(tmp_path / "mine")])
-    with pytest.raises(FileNotFoundError, match="make a new one: .* NEW_DIRECTORY"):
+    with pytest.raises(FileNotFoundError, match="m3i-fast data pack .*mine .*mine-packed"):
         read_manifest(loader.shards_of(file, tmp_path))
 
 

@@ -101,6 +101,22 @@ def pack_killed(source: Path, out: Path, times: int, **more: Any) -> None:
             return
 
 
+def test_a_pack_that_is_told_to_stop_says_how_to_go_on(folder: Path, tmp_path: Path) -> None:
+    out, command = tmp_path / "out", [*COMMAND, str(folder), str(tmp_path / "out"), *FLAG_WORDS]
+    for asked in (signal.SIGTERM, signal.SIGINT):
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        before = len(list(out.glob(".packing/*.tar.json")))
+        while process.poll() is None and len(list(out.glob(".packing/*.tar.json"))) == before:
+            time.sleep(0.001)
+        process.send_signal(asked)
+        _, said = process.communicate()
+        assert process.returncode == 128 + asked, said
+        assert "stopping: type the same command again, and the pack goes on where it was" in said
+        assert "Traceback" not in said
+    ended = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=True)
+    assert "going on: " in ended.stderr and is_dataset(out)
+
+
 def test_a_pack_that_is_killed_five_times_goes_on_to_the_same_bytes(
     folder: Path, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:

@@ -54,7 +54,7 @@ def test_a_folder_of_bad_files_names_each(tmp_path: Path) -> None:
         "page.gif": "not a picture: begins with b'<html>'",
         "new\\nline [b].png": "not a picture: begins with b'x'",
         "link.png": "a symbolic link out of the source's folder",
-        "nowhere.png": "cannot be read: No such file or directory",
+        "nowhere.png": "a symbolic link to a file that is not there",
         "round": "a symbolic link to a folder, which is not followed",
         "outside": "a symbolic link to a folder, which is not followed",
         "pipe.png": "expected a file, got a device, pipe or folder",
@@ -149,7 +149,8 @@ def test_hidden_folders_are_no_classes(tmp_path: Path, capsys: pytest.CaptureFix
     [
         (b"a.png,cat\nb.png,dog\n", "write a line of names before it"),
         (b"url,caption\nhttps://example.org/a.png,cat\n", "pictures are not fetched: download"),
-        (b"one,two\na.png,cat\n", "name it by --image-column"),
+        (b"one,two\na,cat\n", "name it by --image-column"),
+        (b"one,two\nhttps://example.org/a.png,cat\n", "name it by --image-column"),
     ],
 )
 def test_a_table_without_a_column_of_pictures_says_what_to_do(

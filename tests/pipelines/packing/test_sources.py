@@ -172,6 +172,34 @@ def test_columns_are_chosen_by_flags(tmp_path: Path) -> None:
         pack_with(file, tmp_path / "other", image_column="where", caption_column=("c",))
 
 
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "bytes", "huggingface"])
+@pytest.mark.parametrize("name", ["Image Path", "Plate"])
+def test_the_column_of_pictures_is_found_by_its_name_with_spaces_or_by_its_cells(
+    kind: str, name: str, tmp_path: Path
+) -> None:
+    """Also where another column stands before it; of Parquet by types, so by bytes alone."""
+    source = tmp_path / "source"
+    paths = [put(source, f"{i}.png").name for i in range(3)]
+    cells: list[Any] = paths if kind in ("csv", "jsonl", "parquet") else [picture(9)] * 3
+    columns = {"id": ["7", "8", "9"], "caption": ["a", "b.", "c"], name: cells}
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    if kind == "csv":
+        source = write_csv(source / "t.csv", [*columns], [[*row.values()] for row in rows])
+    elif kind == "jsonl":
+        source = put(source, "t.jsonl", "\n".join(map(json.dumps, rows)).encode())
+    elif kind == "huggingface":
+        datasets.Dataset.from_dict(columns).save_to_disk(str(source))
+    else:
+        parquet.write_table(pyarrow.table(columns), source / "t.parquet")
+        source = source / "t.parquet"
+    if kind == "parquet" and name == "Plate":
+        with pytest.raises(ValueError, match="name it by --image-column"):
+            pack_with(source, tmp_path / "out")
+        return
+    packed = pack_with(source, tmp_path / "out")
+    assert not packed.refused and len(rows_of(tmp_path / "out")) == 3
+
+
 def test_rows_of_one_picture_are_refused_or_merged(tmp_path: Path) -> None:
     rows = [["0.png", "one"], ["1.png", "other"], ["0.png", "two"], ["./0.png", "three"]]
     put(tmp_path, "0.png")
