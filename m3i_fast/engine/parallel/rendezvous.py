@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed.constants import default_pg_timeout
 
-from m3i_fast.engine.parallel.watchdog import MissingRanks
+from m3i_fast.engine.parallel.watchdog import MissingRanks, describe_ranks
 
 logger = logging.getLogger(__name__)
 _POLL, _LOOK_EVERY = 0.1, 10.0  # s
@@ -42,7 +42,9 @@ def join_store(seconds: float) -> dist.Store:
                 if absent and waited >= seconds:
                     raise _verdict(store, _message(absent, size, seconds))
                 if absent and rank == min(set(range(size)).difference(absent)):
-                    logger.warning("waiting for %s since %.0f s", _describe(absent, size), waited)
+                    logger.warning(
+                        "waiting for %s since %.0f s", describe_ranks(absent, size), waited
+                    )
             time.sleep(_POLL)
     except dist.DistNetworkError as error:  # the store's host is not reachable
         if rank == 0 and not _has_agent():
@@ -103,14 +105,8 @@ def _key(rank: int) -> str:
     return f"joined/{rank}"
 
 
-def _describe(absent: Sequence[int], size: int) -> str:
-    names = ", ".join(map(str, absent[:20])) + (", ..." if len(absent) > 20 else "")
-    what = "rank" if len(absent) == 1 else f"{len(absent)} ranks:"
-    return f"{what} {names} (of 0 to {size - 1})"
-
-
 def _message(absent: Sequence[int], size: int, waited: float) -> str:
     return (
-        f"missing after {waited / 60:.2g} minutes: {_describe(absent, size)}; look at their output "
-        "and whether their nodes are up, or wait longer with --init-minutes"
+        f"missing after {waited / 60:.2g} minutes: {describe_ranks(absent, size)}; look at their "
+        "output and whether their nodes are up, or wait longer with --init-minutes"
     )

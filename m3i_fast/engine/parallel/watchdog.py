@@ -1,8 +1,8 @@
 """Watchdog: ends a process that completes no step, with its stacks on disk and an exit code.
 
 A rank that hangs makes the others wait in a collective. Each rank has a watchdog of its own, so
-that all of them end within one limit, each with its stacks. This module imports the standard
-library alone.
+that all of them end within one limit, each with its stacks and the rank that hangs. This module
+imports the standard library alone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -66,10 +67,55 @@ def in_a_world() -> bool:
     return distributed is not None and bool(distributed.is_initialized())
 
 
+def describe_ranks(ranks: Sequence[int], size: int) -> str:
+    """Return the numbers of some of a world's ranks, at most 20 of them."""
+    names = ", ".join(map(str, ranks[:20])) + (", ..." if len(ranks) > 20 else "")
+    what = "rank" if len(ranks) == 1 else f"{len(ranks)} ranks:"
+    return f"{what} {names} (of 0 to {size - 1})"
+
+
+def _hanging_ranks(seconds: float) -> str:
+    """Return a sentence that names the ranks that hang, the same on all ranks.
+
+    Each rank that reaches its limit stores how many collectives it has started. Once all have, or
+    after `seconds`, the first rank to see it compares them. A rank without a number is stopped or
+    holds Python's lock; else the others wait for the rank with the fewest collectives.
+    """
+    c10d = sys.modules["torch.distributed"].distributed_c10d
+    # A connection for this thread: the one that hangs may hold the lock of the default store's.
+    store, size = c10d._get_default_store().clone(), c10d.get_world_size()
+    started = sum(group._get_sequence_number_for_group() for group in c10d._world.pg_map)
+    store.set(f"hang/{c10d.get_rank()}", str(started))
+    store.add("hang/count", 1)
+    ends = time.monotonic() + seconds
+    while not store.check(["hang/text"]):
+        if store.add("hang/count", 0) == size or time.monotonic() > ends:
+            known = [rank for rank in range(size) if store.check([f"hang/{rank}"])]
+            counts = {rank: int(store.get(f"hang/{rank}")) for rank in known}
+            fewest, most = min(counts.values()), max(counts.values())
+            if silent := sorted(set(range(size)).difference(known)):
+                text = (
+                    f"hanging: {describe_ranks(silent, size)}; no answer of the watchdog there: "
+                    "stopped, in Python's lock, or with a longer limit"
+                )
+            elif fewest < most:
+                behind = [rank for rank in known if counts[rank] == fewest]
+                text = (
+                    f"hanging: {describe_ranks(behind, size)}; {fewest:,} collectives started "
+                    f"there, {most:,} by others"
+                )
+            else:
+                text = f"no rank hangs alone: all have started the same {most:,} collectives"
+            store.set("hang/text", text)
+        time.sleep(0.1)
+    return str(store.get("hang/text").decode())
+
+
 class Watchdog:
     """Context in which `beat` must be called at least every `seconds`, or the process ends.
 
-    The stacks of all threads are then in `path` and the exit code is EXIT_CODE. Where the hanging
+    The stacks of all threads are then in `path` and the exit code is EXIT_CODE. The ranks of a
+    world also name the ranks that hang, for which they wait at most half a limit. Where the hanging
     thread holds Python's lock, faulthandler ends the process one limit later, with exit code 1.
     seconds: inf for no watchdog. On a machine with slow steps the limit is GRACE times the fastest
     step, where that is longer.
@@ -200,13 +246,27 @@ class Watchdog:
             f"{time.strftime('%F %T %z')}: rank {os.environ.get('RANK', '0')}, process "
             f"{os.getpid()}: no end of {self._doing} for {self._limit / 60:g} minutes "
             f"({self._flag} {self._seconds / 60:g}; inf: no limit); exit code {EXIT_CODE}, stacks "
-            f"in {where}\n"
+            f"in {where}"
         )
-        os.write(2, text.encode())
-        if self._path is not None:
-            os.write(self._file.fileno(), text.encode())
+        self._write(text)
         faulthandler.cancel_dump_traceback_later()
         faulthandler.dump_traceback(self._file, all_threads=True)
+        if in_a_world():
+            # In a thread, since the store does not answer where its host is what hangs.
+            wait = max(self._seconds / 2, 5.0)
+            faulthandler.dump_traceback_later(wait + 10, exit=True, file=self._file)
+            try:
+                named = ThreadPoolExecutor(1).submit(_hanging_ranks, wait).result(wait + 2)
+            except Exception as error:
+                named = f"hanging: not known, the ranks' store does not answer ({error!r})"
+            self._write(named)
+            time.sleep(1)  # the others read it from a store that this process may host
         if self._path is not None:
             os.fsync(self._file.fileno())
         os._exit(EXIT_CODE)
+
+    def _write(self, line: str) -> None:
+        """Write a line to standard error and to the file of stacks."""
+        os.write(2, f"{line}\n".encode())
+        if self._path is not None:
+            os.write(self._file.fileno(), f"{line}\n".encode())

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -233,6 +234,8 @@ def _train(cfg: TrainConfig, out: Path, where: str) -> None:
                     trainer.save()
                     trainer.run.saver.saved_step = None
                     trainer.save()
+                case "sleeping rank":
+                    hang()
                 case "stopped rank":
                     os.kill(os.getpid(), signal.SIGSTOP)
                 case "dead rank":
@@ -260,7 +263,7 @@ def _rank(rank: int, cfg: TrainConfig, folder: Path, where: str) -> None:
     _train(spread(cfg, 1), folder / "run", where if rank else "nowhere")
 
 
-@pytest.mark.parametrize("where", ["stopped rank", "dead rank"])
+@pytest.mark.parametrize("where", ["sleeping rank", "stopped rank", "dead rank"])
 def test_a_rank_that_others_wait_for_ends_them(where: str, dataset: Path, tmp_path: Path) -> None:
     context = mp.get_context("fork")
     arguments = (_config(dataset), tmp_path, where)
@@ -271,8 +274,9 @@ def test_a_rank_that_others_wait_for_ends_them(where: str, dataset: Path, tmp_pa
     ranks[1].kill()
     ranks[1].join()
     text = (tmp_path / "run" / "stacks-rank0.txt").read_text()
-    if where == "stopped rank":
+    if where != "dead rank":
         assert ranks[0].exitcode == EXIT_CODE and "no end of a step" in text
+        assert "hanging: rank 1 (of 0 to 1)" in text
     else:
         assert ranks[0].exitcode == 1 and "RuntimeError" in text
     assert "train_step" in text
@@ -314,3 +318,69 @@ def test_a_peer_that_is_killed_has_an_exit_code_of_its_own(
     monkeypatch.setattr(cli, "in_a_world", lambda: True)
     assert cli.main(["doctor"]) == LOST_PEER and codes == [LOST_PEER]
     assert "another rank has ended" in capsys.readouterr().err
+
+
+def _talk(rank: int, port: int, folder: Path, hanging: int, hang: str) -> None:
+    """All-reduce in pairs and among four ranks, one of which hangs after some rounds."""
+    torch.set_num_threads(1)
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    store = dist.TCPStore("127.0.0.1", port, 4, is_master=rank == 0)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=4)
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    with Watchdog(folder / f"stacks-rank{rank}.txt", seconds=2.0) as watchdog:
+        for turn in range(1000):
+            watchdog.beat()
+            if rank == hanging and turn == 3:
+                match hang:
+                    case "sleeps":
+                        time.sleep(600)
+                    case "holds Python's lock":
+                        time.sleep(0.5)  # the watchdog arms faulthandler's timer
+                        _hang_with_pythons_lock()
+                    case "is stopped":
+                        os.kill(os.getpid(), signal.SIGSTOP)
+                    case "waits for the store":
+                        dist.distributed_c10d._get_default_store().get("never")
+            dist.all_reduce(torch.ones(1), group=pairs[rank // 2])
+            dist.all_reduce(torch.ones(1))
+
+
+@pytest.mark.parametrize(
+    ("hanging", "hang", "code", "named"),
+    [
+        (0, "sleeps", EXIT_CODE, "6 collectives started there, 8 by others"),
+        (3, "sleeps", EXIT_CODE, "6 collectives started there, 8 by others"),
+        (3, "waits for the store", EXIT_CODE, "6 collectives started there, 8 by others"),
+        (3, "holds Python's lock", 1, "no answer of the watchdog there"),
+        (3, "is stopped", -signal.SIGKILL, "no answer of the watchdog there"),
+        (0, "is stopped", -signal.SIGKILL, "not known, the ranks' store does not answer"),
+    ],
+)
+def test_every_rank_names_the_one_that_hangs(
+    hanging: int, hang: str, code: int, named: str, tmp_path: Path
+) -> None:
+    """Rank 0 has the store, as without torchrun."""
+    context = mp.get_context("fork")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = (port, tmp_path, hanging, hang)
+    ranks = [context.Process(target=_talk, args=(rank, *arguments)) for rank in range(4)]
+    for process in ranks:
+        process.start()
+    for process in ranks[:hanging] + ranks[hanging + 1 :]:
+        process.join(60)
+    ranks[hanging].join(0 if hang == "is stopped" else 60)
+    ranks[hanging].kill()
+    ranks[hanging].join()
+    assert [process.exitcode for process in ranks] == [
+        code if rank == hanging else EXIT_CODE for rank in range(4)
+    ]
+    told = {
+        line
+        for rank in range(4)
+        if code == EXIT_CODE or rank != hanging
+        for line in (tmp_path / f"stacks-rank{rank}.txt").read_text().splitlines()[-1:]
+    }
+    where = "" if "not known" in named else f"rank {hanging} (of 0 to 3); "
+    assert [line.startswith(f"hanging: {where}{named}") for line in told] == [True], told
