@@ -19,6 +19,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -102,20 +103,34 @@ def nvcc_major(version_text: str) -> int:
     return int(release.group(1)) if release else 0
 
 
-def run(*command: str | Path) -> None:
-    """Run a command, print it and its time, and exit with its status if it fails."""
+def run(*command: str | Path, compiles: bool = False) -> None:
+    """Run a command, print it and its time, and exit with its status if it fails.
+
+    compiles: show how many objects of ninja are done in place of the command's output, and the end
+    of that output if it fails.
+    """
     print("+", *(str(part).replace(f"{ROOT}/", "") for part in command), flush=True)
-    start = time.monotonic()
-    status = subprocess.run([str(part) for part in command], cwd=ROOT).returncode
-    if status:
-        sys.exit(status)
+    start, output = time.monotonic(), deque[str](maxlen=100)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} if compiles else {}
+    words = [str(part) for part in command]
+    with subprocess.Popen(words, cwd=ROOT, text=True, errors="replace", **pipes) as process:
+        for line in process.stdout or ():
+            output.append(line)
+            if done := re.match(r"\s*\[(\d+)/(\d+)\] ", line):
+                end = "\r" if sys.stdout.isatty() and done[1] != done[2] else "\n"
+                seconds = time.monotonic() - start
+                print(f"  {done[1]} of {done[2]} objects, {seconds:.0f} s", end=end, flush=True)
+    if process.returncode:
+        sys.stdout.writelines(output)
+        sys.exit(process.returncode)
     print(f"  {time.monotonic() - start:.0f} s", flush=True)
 
 
-def pip_install(*arguments: str) -> None:
+def pip_install(*arguments: str, compiles: bool = False) -> None:
     """Install by pip into the venv, with the tested versions as constraints."""
-    run(PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
-        "--constraint", "constraints.txt", *arguments)  # fmt: skip
+    run(PYTHON, "-m", "pip", "install", "--verbose" if compiles else "--quiet",
+        "--disable-pip-version-check", "--constraint", "constraints.txt", *arguments,
+        compiles=compiles)  # fmt: skip
 
 
 def installed_torch() -> tuple[str, str | None]:
@@ -195,9 +210,8 @@ def install_package(plan: Plan, *arguments: str) -> None:
     """Compile the C++ against the venv's torch and install the package in editable mode."""
     os.environ["PATH"] = f"{VENV / 'bin'}:{os.environ['PATH']}"
     cuda = "ON" if plan.build_cuda else "OFF"
-    pip_install(
-        "--no-build-isolation", f"--config-settings=cmake.define.M3I_CUDA={cuda}", *arguments
-    )
+    setting = f"--config-settings=cmake.define.M3I_CUDA={cuda}"
+    pip_install("--no-build-isolation", setting, *arguments, compiles=True)
 
 
 def make_environment(where: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -166,6 +167,35 @@ def test_a_failed_step_is_repeated(checkout: list[str], monkeypatch: pytest.Monk
     assert checkout == ["fresh", "rebuild"]
 
 
+@pytest.mark.parametrize("source", ["int one() { return 1; }", "int one() { return unknown; }"])
+def test_the_progress_of_the_compiler_is_shown(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """By pip, scikit-build-core and ninja, on a package of two objects."""
+    backend = 'requires = []\nbuild-backend = "scikit_build_core.build"'
+    for name, text in {
+        "constraints.txt": "",
+        "pyproject.toml": f'[build-system]\n{backend}\n[project]\nname="small"\nversion="1"\n',
+        "CMakeLists.txt": "cmake_minimum_required(VERSION 3.26)\nproject(small LANGUAGES CXX)\n"
+        "add_library(small OBJECT one.cpp two.cpp)\n",
+        "one.cpp": source,
+        "two.cpp": "int two() { return 2; }",
+    }.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(install, "ROOT", tmp_path)
+    monkeypatch.setattr(install, "PYTHON", Path(sys.executable))
+    monkeypatch.setenv("PATH", os.environ["PATH"])  # restored, after the install has changed it
+    wanted = ("--no-deps", "--target", str(tmp_path / "site"), str(tmp_path))
+    if "unknown" in source:
+        with pytest.raises(SystemExit):
+            install.install_package(install.plan_for(None), *wanted)
+        assert re.search("error: .unknown. was not declared", capfd.readouterr().out)
+    else:
+        install.install_package(install.plan_for(None), *wanted)
+        shown = r"  1 of 2 objects, \d+ s\n  2 of 2 objects, \d+ s\n  \d+ s\n"
+        assert re.search(shown, capfd.readouterr().out)
+
+
 # ---- One resolution ------------------------------------------------------------------------------
 
 NVCC = "nvidia/cu13/bin/nvcc"
@@ -215,9 +245,9 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "constraints.txt").write_text("")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
 
-    def make_venv(*command: str | Path) -> None:
+    def make_venv(*command: str | Path, compiles: bool = False) -> None:
         if "venv" not in command:
-            real_run(*command)
+            real_run(*command, compiles=compiles)
             return
         venv.create(install.VENV)
         (site,) = install.VENV.glob("lib/python*/site-packages")
