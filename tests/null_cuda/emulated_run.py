@@ -69,7 +69,7 @@ class Held:
     by_cuda: Any
     by_cpu: Any
     architecture: int
-    margin: float
+    margin: float = 1.0
     calls: int = 0
     error: float = 0.0
 
