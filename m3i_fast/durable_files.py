@@ -163,7 +163,12 @@ class UnpacksToTooMuch(ValueError):
     """A compressed file holds more bytes than it may."""
 
 
-def expect_unpacked(path: Path, num_bytes: int, most_gib: float | None) -> None:
+def expect_unpacked(
+    path: Path,
+    num_bytes: int,
+    most_gib: float | None,
+    fix: str = "type a larger --max-unpacked-gib",
+) -> None:
     """Raise UnpacksToTooMuch if the bytes that were found in a compressed file are too many.
 
     most_gib: as --max-unpacked-gib has it; None: 1 GiB, or 100 times the file if that is more.
@@ -174,7 +179,7 @@ def expect_unpacked(path: Path, num_bytes: int, most_gib: float | None) -> None:
     if num_bytes > most:
         raise UnpacksToTooMuch(
             f"{path}: unpacks to {num_bytes / 2**30:.2f} GiB or more, expected at most "
-            f"{most / 2**30:.2f}: where the file is right, type a larger --max-unpacked-gib"
+            f"{most / 2**30:.2f}: if the file is right, {fix}"
         )
 
 

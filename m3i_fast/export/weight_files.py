@@ -14,15 +14,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from m3i_fast.durable_files import replaced_atomically
+from m3i_fast.durable_files import expect_unpacked, replaced_atomically
 
 WEIGHTS = "model.safetensors"
 """Name of the file in a folder that is written for timm, or for `m3i_fast.load`."""
 CONTAINERS = ("model", "module", "state_dict", "teacher")
 """Keys below which training programs put the weights of a checkpoint."""
 MAX_NAMED = 20
-MAX_UNPACKED_GIB = 1.0
-"""Most GiB that a compressed file of weights may unpack to. torch.save does not compress."""
 
 
 def read_weights(path: Path) -> Mapping[str, Any]:
@@ -67,13 +65,8 @@ def _expect_plain_archive(path: Path) -> None:
             f"weights to a file: torch.save(torch.jit.load({str(path)!r}, 'cpu').state_dict(), "
             "'weights.pt')"
         )
-    unpacked, size = sum(member.file_size for member in members), path.stat().st_size
-    if unpacked > max(size, MAX_UNPACKED_GIB * 2**30):
-        raise ValueError(
-            f"{path}: expected a compressed file that unpacks to at most {MAX_UNPACKED_GIB:g} GiB, "
-            f"got {unpacked / 2**30:.3g} GiB in {size / 2**20:.3g} MiB: if you trust it, write it "
-            "anew with torch.save, or raise m3i_fast.export.weight_files.MAX_UNPACKED_GIB"
-        )
+    unpacked = sum(member.file_size for member in members)
+    expect_unpacked(path, unpacked, None, "write it anew with torch.save, which does not compress")
 
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor], **more: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from m3i_fast.export import weight_files
+from m3i_fast import durable_files
 from m3i_fast.export.weight_files import read_weights, write_weights
 
 
@@ -54,10 +54,8 @@ def test_a_compressed_file_may_not_unpack_to_more_than_the_limit(
         for name in source.namelist():
             target.writestr(name, source.read(name))
     assert packed.stat().st_size < 10_000 and read_weights(packed)["a"].shape == (2**19,)
-    monkeypatch.setattr(weight_files, "MAX_UNPACKED_GIB", 2**-10)  # 1 MiB
-    told = (
-        r"packed\.pt: expected .* at most 0\.0009\d* GiB, got 0\.0019\d* GiB in .*MAX_UNPACKED_GIB"
-    )
-    with pytest.raises(ValueError, match=told):
+    monkeypatch.setattr(durable_files, "MOST_UNPACKED", 2**20)
+    told = r"packed\.pt: unpacks to 0\.00 GiB or more, expected at most 0\.00: .* torch\.save"
+    with pytest.raises(durable_files.UnpacksToTooMuch, match=told):
         read_weights(packed)
     assert set(read_weights(stored)) == {"a"}  # as large as its file: nothing is hidden
