@@ -17,7 +17,7 @@ from m3i_fast.config import TrainConfig
 from m3i_fast.engine.trainer import Trainer
 
 NUM_WARM, NUM_TIMED = 8, 12  # steps
-BUSY = 1.5  # wall-clock time over processor time, from which on others share the processors
+BUSY = 1.5  # wall-clock time over this thread's processor time, from which on others share them
 
 Progress = Callable[[int, int], None]  # of steps taken, and in all
 
@@ -52,8 +52,8 @@ def step_seconds(cfg: TrainConfig, progress: Progress = lambda done, total: None
         on_cpu = trainer.device.type == "cpu"
 
         def median(first: int, count: int) -> tuple[float, float]:
-            """Return the median time of a step, and the wall clock over the processor time."""
-            each, cpu, began = [], time.process_time(), time.perf_counter()
+            """Return the median time of a step, and the wall clock over this thread's time."""
+            each, cpu, began = [], time.thread_time(), time.perf_counter()
             for done in range(first, first + count):
                 started = time.perf_counter()
                 trainer.train_step(next(trainer.loader).to(trainer.device))
@@ -61,7 +61,7 @@ def step_seconds(cfg: TrainConfig, progress: Progress = lambda done, total: None
                     torch.cuda.synchronize()
                 each.append(time.perf_counter() - started)
                 progress(done + 1, max(NUM_WARM + NUM_TIMED, first + count))
-            used = max(time.process_time() - cpu, 1e-9)
+            used = max(time.thread_time() - cpu, 1e-9)
             return statistics.median(each), (time.perf_counter() - began) / used
 
         median(0, NUM_WARM)

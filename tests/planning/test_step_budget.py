@@ -44,7 +44,7 @@ def test_steps_are_seconds_over_those_of_a_step(
         return 100.0 + len(taken) / 10 + 4.9 * (len(taken) >= 6)
 
     monkeypatch.setattr(TrainStep, "__call__", count)
-    timer = SimpleNamespace(perf_counter=clock, process_time=clock)
+    timer = SimpleNamespace(perf_counter=clock, thread_time=clock)
     monkeypatch.setattr(calibration, "time", timer)
     told: list[tuple[int, int]] = []
     assert calibrate(cfg, 9.0, lambda done, total: told.append((done, total))) == 90
@@ -73,7 +73,7 @@ def test_steps_are_timed_again_on_a_busy_machine(
         return min(taken, 20) + 0.25 * max(taken - 20, 0)
 
     monkeypatch.setattr(TrainStep, "__call__", count)
-    timer = SimpleNamespace(perf_counter=clock, process_time=lambda: cpu * clock())
+    timer = SimpleNamespace(perf_counter=clock, thread_time=lambda: cpu * clock())
     monkeypatch.setattr(calibration, "time", timer)
     assert calibrate(cfg, 100.0) == (400 if warned else 100)
     assert taken == (32 if warned else 20)
