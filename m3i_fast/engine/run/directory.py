@@ -256,7 +256,7 @@ class Run:
             )
 
     def write_changes(self, data: DataRecord | None = None) -> None:
-        """Write the config of a resume to config.json, and what it changes to resumes.jsonl.
+        """Write the config of a resume to config.json, and its changes to resumes.jsonl.
 
         data: written as `begin` does where an older version began the run without.
         """

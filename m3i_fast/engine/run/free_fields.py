@@ -1,4 +1,4 @@
-"""Fields of a config that a resume may change: where its data lie, what is evaluated and saved.
+"""Fields of a config that a resume may change: paths of data, evaluation, logging, checkpoints.
 
 Whether other places hold the same data the loader's state tells, by their digest.
 """
@@ -42,7 +42,7 @@ _OF_RUN = (
 def with_free_fields(saved: TrainConfig, asked: TrainConfig) -> TrainConfig:
     """Return the config `saved` with what a resume as `asked` is free to change.
 
-    With --guard.spikes rollback, checkpoints decide where a run goes back to, so that
+    With --guard.spikes rollback, checkpoints decide to which step a run returns, so that
     checkpoint_every is not free.
     """
     data = replace(saved.data, **{name: getattr(asked.data, name) for name in FREE_FIELDS})
