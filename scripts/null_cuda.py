@@ -157,6 +157,34 @@ def environment(libraries: Path, **settings: object) -> dict[str, str]:
     return {**os.environ, "LD_PRELOAD": preload, "OMP_NUM_THREADS": "1", **named}
 
 
+# As python runs `-c CODE`, `-m MODULE` and FILE.
+_PROGRAM = """
+import os, runpy, sys
+first, *words = sys.argv[1:]
+try:
+    if first == "-c":
+        sys.argv = [first, *words[1:]]
+        exec(compile(words[0], "<string>", "exec"))
+    elif first == "-m":
+        sys.argv = words
+        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv, sys.path[0] = [first, *words], os.path.dirname(first)
+        runpy.run_path(first, run_name="__main__")
+finally:
+    from m3i_fast.backward_threads import release_last_backward
+    release_last_backward()
+"""
+
+
+def program(*words: object) -> list[str]:
+    """Return the command of a test's program, whose words are those of `python`.
+
+    Its end is that of the package's own programs, so that none of them forgets what autograd needs.
+    """
+    return [sys.executable, "-c", _PROGRAM, *map(str, words)]
+
+
 def main() -> None:
     """Run a command on the null runtime of build/null, in the place of this process."""
     arguments, settings = sys.argv[1:], {}

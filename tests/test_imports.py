@@ -11,6 +11,7 @@ import pytest
 from tests.shared.source_files import FILES
 
 ANYWHERE = {
+    "backward_threads",
     "config",
     "did_you_mean",
     "durable_files",

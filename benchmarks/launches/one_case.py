@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from m3i_fast.backward_threads import release_last_backward
 from m3i_fast.benchmarks.core.random_batch import draw_batch
 from m3i_fast.benchmarks.launches.backward_lines import marked_backward
 from m3i_fast.benchmarks.launches.one_run import MarkedSteps, for_a_few_steps, train
@@ -164,3 +165,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    release_last_backward()

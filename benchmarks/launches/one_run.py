@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from m3i_fast.backward_threads import release_last_backward
 from m3i_fast.benchmarks.core.random_batch import Repeated, draw_any_batch
 from m3i_fast.benchmarks.launches.on_host import ComputeOnHost, as_launched
 from m3i_fast.config import TrainConfig
@@ -97,3 +98,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    release_last_backward()

@@ -15,6 +15,7 @@ from rich.logging import RichHandler
 from rich.text import Text
 
 import m3i_fast
+from m3i_fast.backward_threads import release_last_backward
 from m3i_fast.did_you_mean import nearest
 from m3i_fast.engine.parallel.watchdog import (
     EXIT_CODE,
@@ -76,6 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     code = _run(verb, rest)
     if code and in_a_world():
         end_at_once(code)
+    release_last_backward()
     return code
 
 

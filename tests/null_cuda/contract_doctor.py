@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from m3i_fast.benchmarks.launches.trace import read_trace
-from scripts.null_cuda import environment
+from scripts.null_cuda import environment, program
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARIES = ROOT / "build" / "null"
@@ -20,7 +19,7 @@ LIBRARIES = ROOT / "build" / "null"
 
 def on_null(*command: str, **settings: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *command],
+        program(*command),
         env=environment(LIBRARIES, **settings),
         capture_output=True,
         text=True,

@@ -21,7 +21,7 @@ import torch
 
 from m3i_fast.op_registry import OPS
 from scripts.gpu.reading import checks_of_program
-from scripts.null_cuda import environment
+from scripts.null_cuda import environment, program
 from tests.shared.cuda.driver import build_driver
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -205,7 +205,7 @@ def computed(folder: Path, *command: str, devices: int = 1) -> list[tuple[str, b
     (folder / "computed.py").write_text(COMPUTED)
     trace = folder / "trace-%p.jsonl" if devices > 1 else folder / "trace.jsonl"
     done = subprocess.run(
-        [sys.executable, *command],
+        program(*command),
         env={**environment(LIBRARIES, devices=devices, trace=trace), "PYTHONPATH": str(ROOT)},
         cwd=folder,
         capture_output=True,

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 from typing import Any
 
 from m3i_fast.benchmarks.launches.trace import read_trace, split_at_marks
-from scripts.null_cuda import environment
+from scripts.null_cuda import environment, program
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARIES = ROOT / "build" / "null"
@@ -63,7 +62,7 @@ def start_ranks(tmp_path: Path, more: str = "") -> list[subprocess.CompletedProc
     script.write_text(textwrap.dedent(RANKS.format(more=more)))
     trace = tmp_path / "trace-%p.jsonl"
     variables = environment(LIBRARIES, devices=2, trace=trace, root=tmp_path, nccl_seconds=60)
-    command = [sys.executable, str(script)]
+    command = program(script)
     ranks = [
         subprocess.Popen(
             [*command, str(rank), str(tmp_path / "store")],
@@ -140,7 +139,7 @@ def test_ddp_waits_for_the_device_in_its_first_ten_steps_alone(tmp_path: Path) -
     script, trace = tmp_path / "ddp.py", tmp_path / "trace.jsonl"
     script.write_text(textwrap.dedent(DDP))
     variables = environment(LIBRARIES, trace=trace, root=tmp_path)
-    command = [sys.executable, script, tmp_path / "store"]
+    command = program(script, tmp_path / "store")
     subprocess.run(command, env=variables, check=True, timeout=300)
     steps = [step for step in split_at_marks(read_trace(trace)) if step.name.startswith("step ")]
     assert [int(step.name.split()[1]) for step in steps if step.of("wait")] == list(range(1, 11))

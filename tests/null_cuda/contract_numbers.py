@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch
 
 from m3i_fast.benchmarks.launches.trace import StepTrace, read_trace, split_at_marks
 from m3i_fast.op_registry import OPS
-from scripts.null_cuda import environment
+from scripts.null_cuda import environment, program
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARIES = ROOT / "build" / "null"
@@ -111,7 +110,7 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """Train on the CPU and on the null device; return the process."""
     variables = environment(LIBRARIES, trace=folder / "trace.jsonl", root=ROOT, card=card)
-    command = [sys.executable, "-m", "tests.null_cuda.emulated_run", str(folder), recipe]
+    command = program("-m", "tests.null_cuda.emulated_run", folder, recipe)
     return subprocess.run(
         [*command, ",".join(ops), *flags],
         env=variables, capture_output=True, text=True, timeout=900, cwd=ROOT,
@@ -260,7 +259,7 @@ def test_views_and_patches_are_one_launch_each_with_the_bits_of_the_cpu(
     tmp_path: Path, case: str, card: str
 ) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", VIEWS_PROGRAM, tmp_path, case],
+        program("-c", VIEWS_PROGRAM, tmp_path, case),
         env=environment(LIBRARIES, trace=tmp_path / "trace.jsonl", root=ROOT, card=card),
         cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
@@ -324,10 +323,10 @@ NAMES = [op.name for op in OPS]
 WORK = ("launch", "library", "copy", "fill")
 
 
-def on_null(folder: Path, program: str, *words: str, card: str = "h100") -> list[dict[str, Any]]:
+def on_null(folder: Path, code: str, *words: str, card: str = "h100") -> list[dict[str, Any]]:
     """Run a program on the null runtime; return its lines of JSON. The trace is in the folder."""
     done = subprocess.run(
-        [sys.executable, "-c", program, *words],
+        program("-c", code, *words),
         env=environment(LIBRARIES, trace=folder / "trace.jsonl", root=ROOT, card=card),
         cwd=ROOT, capture_output=True, text=True, timeout=900,
     )  # fmt: skip

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from m3i_fast.benchmarks.launches.trace import StepTrace, lines_of, read_trace, split_at_marks
-from scripts.null_cuda import environment
+from scripts.null_cuda import environment, program
 from tests.null_cuda.contract_runtime import of_kind, on_null
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,7 +33,7 @@ def train(
     tmp_path.mkdir(exist_ok=True)
     trace = tmp_path / "trace.jsonl"
     variables = environment(LIBRARIES, trace=trace, root=ROOT, **settings)
-    command = [sys.executable, "-m", "m3i_fast.benchmarks.launches.one_run", recipe, *flags]
+    command = program("-m", "m3i_fast.benchmarks.launches.one_run", recipe, *flags)
     done = subprocess.run(
         command, env=variables, capture_output=True, text=True, timeout=900, cwd=tmp_path
     )

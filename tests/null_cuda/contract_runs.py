@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -22,7 +21,7 @@ from m3i_fast.benchmarks.launches.trace import Record, lines_of, read_trace, spl
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.observe.metrics import read_jsonl
-from scripts.null_cuda import environment
+from scripts.null_cuda import environment, program
 from tests.shared.engine.small_run import assert_same_run, small_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,7 +50,7 @@ def verb(folder: Path, *words: object, options: Sequence[str] = (), **settings: 
     folder.mkdir(exist_ok=True)
     trace = folder / "trace.jsonl"
     trace.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "tests.null_cuda.verb", *options, *map(str, words)]
+    command = program("-m", "tests.null_cuda.verb", *options, *words)
     done = subprocess.run(
         command,
         env=environment(LIBRARIES, trace=trace, root=ROOT, **settings),

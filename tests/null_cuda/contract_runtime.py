@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 
 from m3i_fast.benchmarks.launches.trace import read_trace, split_at_marks
-from scripts.null_cuda import environment
+from scripts.null_cuda import environment, program
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARIES = ROOT / "build" / "null"
@@ -21,14 +20,14 @@ PRELUDE = "import ctypes, json, torch\nmark = ctypes.CDLL(None).null_cuda_mark\n
 Records = list[dict[str, Any]]
 
 
-def on_null(tmp_path: Path, program: str, **settings: object) -> tuple[Any, Records]:
+def on_null(tmp_path: Path, code: str, **settings: object) -> tuple[Any, Records]:
     """Run a program on the null runtime; return the JSON that it printed last, and its trace."""
     script, trace = tmp_path / "program.py", tmp_path / "trace.jsonl"
     trace.unlink(missing_ok=True)
-    script.write_text(PRELUDE + textwrap.dedent(program))
+    script.write_text(PRELUDE + textwrap.dedent(code))
     variables = environment(LIBRARIES, trace=trace, root=tmp_path, **settings)
     done = subprocess.run(
-        [sys.executable, script], env=variables, capture_output=True, text=True, timeout=300
+        program(script), env=variables, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1]), list(read_trace(trace))
@@ -62,6 +61,23 @@ def test_torch_sees_the_card(
     (launch,) = of_kind(records, "launch")[-1:]
     assert "CUDAFunctorOnSelf_add" in launch["name"]
     assert launch["architecture"] == 10 * capability[0] + capability[1]
+
+
+@pytest.mark.parametrize("call", ["(x * 2).sum().backward()", "torch.autograd.grad(x.exp(), x)"])
+def test_programs_end_right_after_a_backward_pass(tmp_path: Path, call: str) -> None:
+    """A third of them abort if autograd's thread still holds the pass (`release_last_backward`)."""
+    script = tmp_path / "program.py"
+    script.write_text(
+        "import torch\nx = torch.ones((), device='cuda', requires_grad=True)\n"
+        f"for _ in range(3):\n    {call}\n"
+    )
+    for _ in range(4):
+        started = [
+            subprocess.Popen(program(script), env=environment(LIBRARIES), stderr=subprocess.PIPE)
+            for _ in range(3)
+        ]
+        ends = [(each.communicate(timeout=300)[1], each.returncode) for each in started]
+        assert ends == [(b"", 0)] * 3
 
 
 def test_copies_and_waits_are_told_apart_with_their_line(tmp_path: Path) -> None:

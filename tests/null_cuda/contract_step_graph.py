@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from m3i_fast.benchmarks.launches.trace import split_at_marks
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.guard import GuardConfig
 from m3i_fast.observe.metrics import read_jsonl
-from scripts.null_cuda import environment
+from scripts.null_cuda import environment, program
 from tests.null_cuda.contract_runs import (
     EVERY,
     LIBRARIES,
@@ -170,13 +169,13 @@ graph.replay()
 """
 
 
-@pytest.mark.parametrize("program", [PINNED, REFUSED], ids=["pinned", "refused"])
-def test_on_the_runtime(program: str) -> None:
+@pytest.mark.parametrize("code", [PINNED, REFUSED], ids=["pinned", "refused"])
+def test_on_the_runtime(code: str) -> None:
     """Torch keeps pinned memory that a graph copies from, which its foreach norm relies on.
 
     And a step that no graph can hold, or that memory does not suffice for, is told with its flag.
     """
-    command = [sys.executable, "-c", program]
+    command = program("-c", code)
     done = subprocess.run(
         command, env=environment(LIBRARIES, root=ROOT, memory=2**30), capture_output=True,
         text=True, timeout=300, cwd=ROOT,

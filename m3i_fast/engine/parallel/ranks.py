@@ -23,6 +23,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from m3i_fast.backward_threads import release_last_backward
 from m3i_fast.config.parallel import ParallelConfig
 from m3i_fast.engine.parallel.local_shards import is_sharded
 from m3i_fast.engine.parallel.meta_init import initialise, is_on_meta
@@ -143,11 +144,13 @@ def join_world(device: torch.device, *, seconds: float = 60 * INIT_MINUTES) -> W
 
 
 def leave_world() -> None:
-    """Destroy the process groups of `join_world`, so that the process ends without a warning.
+    """Destroy the process groups of `join_world`, so that no thread of theirs outlives Python.
 
-    NCCL waits there for all ranks: after an error of one, its process ends without this
-    (`end_at_once`).
+    A thread of a group, or of autograd, that still works as Python ends aborts the process
+    (`release_last_backward`). NCCL waits here for all ranks: after an error of one, its process
+    ends without this (`end_at_once`).
     """
+    release_last_backward()
     if dist.is_initialized():
         dist.destroy_process_group()
 

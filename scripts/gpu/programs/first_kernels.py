@@ -27,6 +27,7 @@ def run_calls(op_name: str, device: str, *, launch_only: bool) -> None:
     import torch
 
     from m3i_fast import op_registry
+    from m3i_fast.backward_threads import release_last_backward
     from m3i_fast.benchmarks.launches.trace import launched, our_kernel
 
     (op,) = (op for op in op_registry.OPS if op.name == op_name)
@@ -40,7 +41,7 @@ def run_calls(op_name: str, device: str, *, launch_only: bool) -> None:
             "capability": torch.cuda.get_device_capability() if on_gpu else None,
         }
         print(json.dumps(row), flush=True)
-    os._exit(0)  # an autograd thread that still frees what Python holds would abort at the end
+    release_last_backward()
 
 
 def answers(op_name: str, device: str, options: list[str]) -> tuple[list[dict[str, Any]], str]:
@@ -88,6 +89,7 @@ def main() -> None:
     """Print the checks; exits with 1 where one is not as expected."""
     if sys.argv[1] == CALL:
         run_calls(*sys.argv[2:4], launch_only=LAUNCH_ONLY in sys.argv)
+        return
     from m3i_fast.op_registry import OPS
 
     device, *options = sys.argv[1:]

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from m3i_fast.backward_threads import release_last_backward
 from m3i_fast.benchmarks.core.random_batch import draw_batch
 from m3i_fast.benchmarks.launches.trace import launched, our_kernel
 from m3i_fast.benchmarks.training.step import Config, build_our_step, our_step, train_config
@@ -207,6 +208,7 @@ def main() -> None:
         if not LAUNCH_ONLY:
             compare_losses({"fp32": (small_run("cuda"), FP32), "bf16": (bf16, BF16)})
         print(f"counts {json.dumps(count_step())}")
+    release_last_backward()
 
 
 if __name__ == "__main__":

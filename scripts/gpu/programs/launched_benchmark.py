@@ -12,6 +12,7 @@ import sys
 
 import torch
 
+from m3i_fast.backward_threads import release_last_backward
 from m3i_fast.benchmarks.subjects import load
 
 
@@ -22,6 +23,7 @@ def main() -> None:
     torch.backends.cudnn.enabled = False  # the null cuDNN has no engines that it could offer
     torch.testing.assert_close = lambda *_args, **_options: None
     load(sys.argv[1])(sys.argv[2:])
+    release_last_backward()
 
 
 if __name__ == "__main__":
