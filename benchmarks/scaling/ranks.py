@@ -154,6 +154,7 @@ def _work(rank: int, job: Job, folder: Path) -> None:
     _result(folder, rank).write_text(json.dumps(asdict(result)))
     dist.barrier()
     trainer.close()
+    del trainer
     leave_world()
 
 

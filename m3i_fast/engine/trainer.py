@@ -105,6 +105,7 @@ def train(
     )
     outcome = trainer.train(progress)
     if not had_joined:
+        del trainer  # its model holds the ranks' group
         leave_world()
     return outcome
 

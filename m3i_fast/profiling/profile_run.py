@@ -131,6 +131,7 @@ def measure(run: ProfileRun, control: ProfilerControl) -> None:
             measured = profile_steps(trainer, control, run.windows)
         finally:
             trainer.close()
+        del trainer
         leave_world()
     if not isinstance(control, NoProfiler):
         _write_json(

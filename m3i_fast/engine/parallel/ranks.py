@@ -6,6 +6,7 @@ rank's gradient is the mean over ranks, and every rank sees the loss of the whol
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 import warnings
@@ -146,11 +147,13 @@ def join_world(device: torch.device, *, seconds: float = 60 * INIT_MINUTES) -> W
 def leave_world() -> None:
     """Destroy the process groups of `join_world`, so that no thread of theirs outlives Python.
 
-    A thread of a group, or of autograd, that still works as Python ends aborts the process
-    (`release_last_backward`). NCCL waits here for all ranks: after an error of one, its process
-    ends without this (`end_at_once`).
+    A thread of gloo, or of autograd, that drops a tensor while Python ends aborts the process
+    (`release_last_backward`). Gloo's threads end with the last object that holds their group, such
+    as a model under DDP: the caller drops its model before this. NCCL waits here for all ranks:
+    after an error of one, its process ends without this (`end_at_once`).
     """
     release_last_backward()
+    gc.collect()  # a model that was dropped may be a cycle
     if dist.is_initialized():
         dist.destroy_process_group()
 
