@@ -26,7 +26,7 @@ def pytest_arguments(asked: list[str]) -> list[str]:
     """Return pytest's arguments: all contract tests but the nightly ones, unless -m is asked."""
     marked = any(argument.startswith("-m") for argument in asked)
     chosen = [] if marked else ["-m", "not nightly"]
-    workers = ["-n", "2", "--dist", "loadfile"]
+    workers = ["--group=first-contact", "-n", "2", "--dist", "loadfile"]
     return [*workers, "-o", "python_files=contract_*.py", *chosen, "tests/null_cuda", *asked]
 
 

@@ -9,6 +9,7 @@ overrules whether the CUDA kernels are built.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import os
@@ -20,7 +21,8 @@ import sys
 import sysconfig
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -88,13 +90,23 @@ def nvcc_requirement(torch_cuda: str | None) -> str:
     return f"cuda-toolkit[nvcc,nvrtc,cudart,cccl]=={torch_cuda or TESTED_CUDA}.*"
 
 
-def dali_requirement(cuda_major: int) -> str:
-    """Return the pip requirement of DALI that the package's extras name for a CUDA major."""
+def requirements(extras: Iterable[str]) -> list[str]:
+    """Return the pip requirements of the package with extras, as pyproject.toml lists them."""
     text = (ROOT / "pyproject.toml").read_text()
-    found = re.search(rf'"(nvidia-dali-cuda{cuda_major}0[^"]*)"', text)
-    if found is None:
-        raise ValueError(f"pyproject.toml: expected nvidia-dali-cuda{cuda_major}0 in an extra")
-    return found[1]
+    text = text[text.index("\ndependencies = ") : text.index("\n[project.scripts]")]
+    # TOML's lists of strings read as Python's; tomllib needs Python 3.11.
+    lists = re.findall(r"^([\w-]+) = (\[.*?\])$", text, re.MULTILINE | re.DOTALL)
+    rows_of = {name: ast.literal_eval(rows) for name, rows in lists}
+
+    def expanded(name: str) -> Iterator[str]:
+        for row in rows_of[name]:
+            if own := re.fullmatch(r"m3i-fast\[(.+)\]", row):
+                for extra in own[1].split(","):
+                    yield from expanded(extra)
+            else:
+                yield row
+
+    return [row for name in ("dependencies", *extras) for row in expanded(name)]
 
 
 def nvcc_major(version_text: str) -> int:
@@ -127,10 +139,13 @@ def run(*command: str | Path, compiles: bool = False) -> None:
 
 
 def pip_install(*arguments: str, compiles: bool = False) -> None:
-    """Install by pip into the venv, with the tested versions as constraints."""
+    """Install by pip into the venv, with the tested versions as constraints.
+
+    Python compiles a package's modules when it first imports them: most are never imported.
+    """
     run(PYTHON, "-m", "pip", "install", "--verbose" if compiles else "--quiet",
-        "--disable-pip-version-check", "--constraint", "constraints.txt", *arguments,
-        compiles=compiles)  # fmt: skip
+        "--disable-pip-version-check", "--no-compile", "--constraint", "constraints.txt",
+        *arguments, compiles=compiles)  # fmt: skip
 
 
 def installed_torch() -> tuple[str, str | None]:
@@ -229,12 +244,17 @@ def install_everything(plan: Plan) -> None:
     make_environment(VENV)
     # Resolved together with the packages that fix torch's version, which decides nvcc's. DALI is
     # there before the package is built, for which operators for it are compiled.
-    pip_install(*BUILD_WITH, plan.torch, *WANT_ONE_TORCH, dali_requirement(plan.cuda_major))
+    wanted = requirements(plan.extras)
+    dali = [row for row in wanted if row.startswith("nvidia-dali-")]
+    pip_install(*BUILD_WITH, plan.torch, *WANT_ONE_TORCH, *dali)
     torch, _ = installed_torch()
     expect_torch_of(plan.cuda_major, torch)
     install_nvcc(plan)
-    install_package(plan, f"torch=={torch}", "--editable", f".[{','.join(plan.extras)}]")
-    expect_torch_of(plan.cuda_major, torch)
+    # pip unpacks the other packages while the C++ is compiled.
+    with ThreadPoolExecutor(1) as beside:
+        others = beside.submit(pip_install, f"torch=={torch}", *wanted)
+        install_package(plan, "--no-deps", "--editable", ".")
+        others.result()
 
 
 def digest(paths: Iterable[Path], *more: object) -> str:

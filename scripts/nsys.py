@@ -1,6 +1,6 @@
 """Unpack NVIDIA's nsys in build/nsys, for the tests that record real runs; needs Debian's apt-get.
 
-    python scripts/nsys.py          runs in `make test-slow`; a second run finds it there
+    python scripts/nsys.py          runs in `make test-pages`; a second run finds it there
 
 Debian has nsys in its component non-free. Its packages are found through the machine's own sources
 with that component added, and unpacked: nothing of the machine is changed, and root is not needed.

@@ -7,11 +7,12 @@ and the two folders' paths are reported as they stand in the repository.
 import os
 import re
 import sys
-from pathlib import Path
 
 from mypy import api
 
-ROOT = Path(__file__).resolve().parent.parent
+from scripts import checks
+
+ROOT = checks.ROOT
 TREE = ROOT / "build" / "types"
 MAPPED = ("pipelines", "benchmarks")
 
@@ -32,7 +33,7 @@ def main() -> int:
     """Run mypy and return its exit status."""
     lay_out()
     os.chdir(TREE)  # mypy looks for the package in the working directory first
-    options = [f"--config-file={ROOT / 'pyproject.toml'}", f"--cache-dir={ROOT / '.mypy_cache'}"]
+    options = [f"--config-file={ROOT / 'pyproject.toml'}", f"--cache-dir={checks.CACHE / 'mypy'}"]
     output, errors, status = api.run([*options, *sys.argv[1:]])
     sys.stdout.write(re.sub(r"^m3i_fast/(pipelines|benchmarks)\b", r"\1", output, flags=re.M))
     sys.stderr.write(errors)

@@ -1,8 +1,9 @@
-"""One thread, one seed, no network; GPU tests where a GPU is seen."""
+"""One thread, one seed, no network; groups of tests; GPU tests only if there is a GPU."""
 
 from __future__ import annotations
 
 import os
+import random
 
 # Read when torch, DALI and the hub's client are first imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -12,13 +13,21 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from collections.abc import Generator  # noqa: E402
 from pathlib import Path  # noqa: E402
 
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from m3i_fast.backward_threads import release_last_backward  # noqa: E402
+from scripts import checks  # noqa: E402
+from tests.shared.groups import InputsOnly  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--group",
+        choices=[checks.GATE, *checks.GROUPS],
+        help="run only the tests of this group (scripts/checks.py), and hold them to its inputs",
+    )
     parser.addoption(
         "--skip-missing-packages",
         action="store_true",
@@ -32,8 +41,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
+    group = config.getoption("--group")
+    if group in checks.GROUPS:
+        config.pluginmanager.register(InputsOnly(group))
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    group = config.getoption("--group")
+    if group and collection_path.suffix == ".py":
+        file = collection_path.relative_to(checks.ROOT).as_posix()
+        return checks.group_of_file(file) not in (group, checks.GATE) or None
+    return None
 
 
 def pytest_unconfigure() -> None:
@@ -56,7 +76,24 @@ def pytest_make_collect_report(
     return report
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def group_of(item: pytest.Item) -> str:
+    """Return the group that a test or its file is marked with; the gate if none."""
+    file = item.path.relative_to(checks.ROOT).as_posix()
+    marked = [name for name in checks.GROUPS if item.get_closest_marker(name)]
+    if marked and checks.group_of_file(file) == checks.GATE:
+        (name,) = marked
+        if file not in checks.test_files(name):
+            raise pytest.UsageError(f"{file}: expected `mark.{name}` in its text or its imports'")
+        return name
+    return checks.group_of_file(file)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if group := config.getoption("--group"):
+        others = [item for item in items if group_of(item) != group]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in set(others)]
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA GPU, and torch sees none")
@@ -68,6 +105,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     """Every test starts from the same random state, in whatever order they run."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
     torch.manual_seed(0)
 
 

@@ -7,11 +7,8 @@ touched.
 
 from __future__ import annotations
 
-import os
 import re
 import runpy
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +35,7 @@ from tests.shared.engine.parts_of_batches import (
 )
 from tests.shared.engine.real_step import stepper
 from tests.shared.flop_formulas import FORMULAS
+from tests.shared.ranks import run_script
 
 TUTORIAL = Path(__file__).parent.parent / "docs" / "extend" / "new_method.md"
 SMALL = (
@@ -104,16 +102,9 @@ def added(scripts: dict[str, Path]) -> Iterator[None]:
             del table[key]  # type: ignore[attr-defined]
 
 
-def _run(script: Path, *arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, str(script), *arguments],
-        env={**os.environ, "COLUMNS": "200"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
 
 
 def test_the_tutorials_file_is_at_most_thirty_lines(scripts: dict[str, Path]) -> None:
@@ -122,18 +113,19 @@ def test_the_tutorials_file_is_at_most_thirty_lines(scripts: dict[str, Path]) ->
 
 
 def test_the_tutorials_method_explains_itself(scripts: dict[str, Path]) -> None:
-    explained = _run(scripts["simdino"], "methods", "--explain", "SimDINO")
+    explained = run_script(scripts["simdino"], "methods", "--explain", "SimDINO")
     assert "L_embedding = -cos(z_hat, sg(z)) - 0.01 R(z_hat)" in explained
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", TERMS)
 def test_one_file_is_all_that_a_method_takes(
     name: str, scripts: dict[str, Path], dataset: Path, tmp_path: Path
 ) -> None:
-    assert re.search(rf"^ *{name} ", _run(scripts[name], "methods"), re.MULTILINE)
+    assert re.search(rf"^ *{name} ", run_script(scripts[name], "methods"), re.MULTILINE)
     out = tmp_path / "run"
     request = ["--out", str(out), f"--data.path={dataset}", *SMALL]
-    _run(scripts[name], "train", f"demo_{name}", *request)
+    run_script(scripts[name], "train", f"demo_{name}", *request)
     rows = read_jsonl(out / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3]
     expected = {f"loss/{TERMS[name]}", "monitor/target_rank"}

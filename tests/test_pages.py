@@ -1,8 +1,6 @@
 """The Python of README and docs is run as it stands there; links and paths lead somewhere."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from PIL import Image
 
 from m3i_fast.cli import main
 from m3i_fast.pipelines.sources import openmoji
+from tests.shared.ranks import run_script
 from tests.test_new_method import SMALL
 
 ROOT = Path(__file__).parent.parent
@@ -174,15 +173,13 @@ def test_what_the_python_of_each_page_leaves_is_checked() -> None:
     assert {page.relative_to(ROOT / "docs").as_posix() for page in with_python} == set(AFTER)
 
 
+@pytest.mark.pages
 @pytest.mark.parametrize("page", AFTER)
 def test_the_python_of_a_page_runs(page: str, workplace: Path) -> None:
     script = workplace / f"{Path(page).stem}_page.py"
     blocks = [*python_of(ROOT / "docs" / page), AFTER[page]]
     script.write_text("\n".join(blocks).replace('if __name__ == "__main__":', "if False:"))
-    done = subprocess.run(
-        [sys.executable, script], cwd=workplace, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    run_script(script, folder=workplace)
 
 
 # ---- Links and paths -----------------------------------------------------------------------------

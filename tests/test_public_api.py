@@ -72,7 +72,7 @@ def test_each_public_name_is_there_and_no_other() -> None:
         m3i_fast.lode  # noqa: B018
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_users_file_is_typed_strictly(tmp_path: Path) -> None:
     """Laid out as it is installed, with the marker by which type checkers read it."""
     package = tmp_path / "site" / "m3i_fast"

@@ -39,17 +39,18 @@ def measure(
     device: torch.device | str = "cpu",
     num_samples: int = 50,
     warmup_s: float = 0.2,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Time functions against one another; each is called without arguments.
 
     Every round takes one sample of each, starting with another one, so that drifting clocks and a
     busy neighbour meet all alike. Before that each runs for `warmup_s`. On CUDA a sample is one
     call between two events after the L2 cache was overwritten, and nothing waits for the device
-    within a round. On the CPU it is as many calls as fill MIN_SAMPLE_S.
+    within a round. On the CPU it is as many calls as fill MIN_SAMPLE_S. clock: seconds, of the CPU.
     """
     if num_samples < 1:
         raise ValueError(f"num_samples: expected at least 1, got {num_samples}")
-    sampler = _CudaSampler(device) if torch.device(device).type == "cuda" else _CpuSampler()
+    sampler = _CudaSampler(device) if torch.device(device).type == "cuda" else _CpuSampler(clock)
     for name, function in functions.items():
         sampler.warm_up(name, function, warmup_s)
     names = list(functions)
@@ -73,23 +74,24 @@ def summarise(samples_ms: list[float]) -> Timing:
 
 
 class _CpuSampler:
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
         self._calls: dict[str, int] = {}
         self._done: list[tuple[str, float]] = []
 
     def warm_up(self, name: str, function: Callable[[], object], seconds: float) -> None:
         function()  # may compile
-        calls, begun = 0, time.perf_counter()
-        while (elapsed := time.perf_counter() - begun) < seconds or not calls:
+        calls, begun = 0, self._clock()
+        while (elapsed := self._clock() - begun) < seconds or not calls:
             function()
             calls += 1
         self._calls[name] = max(1, round(MIN_SAMPLE_S * calls / max(elapsed, 1e-9)))
 
     def start(self, name: str, function: Callable[[], object]) -> None:
-        calls, begun = self._calls[name], time.perf_counter()
+        calls, begun = self._calls[name], self._clock()
         for _ in range(calls):
             function()
-        self._done.append((name, (time.perf_counter() - begun) * 1e3 / calls))
+        self._done.append((name, (self._clock() - begun) * 1e3 / calls))
 
     def finish(self) -> list[tuple[str, float]]:
         done, self._done = self._done, []

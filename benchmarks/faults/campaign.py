@@ -24,6 +24,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from m3i_fast.benchmarks.faults.faulted_process import Fault, digests, live
+from m3i_fast.benchmarks.faults.held_port import hold_port
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.models.text import TextConfig
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
@@ -75,6 +76,8 @@ class Run:
 
     folder: Path
     codes: list[list[int]] = field(default_factory=list)
+    held: socket.socket = field(default_factory=hold_port)
+    """Holds the port at which the ranks meet."""
 
     @property
     def out(self) -> Path:
@@ -138,7 +141,7 @@ class Campaign:
         """inside: rank -> faults."""
         arguments = ["--config", str(self.configs[ranks]), "--out", str(run.out), *flags]
         processes: list[BaseProcess] = []
-        port = _free_port()
+        port = run.held.getsockname()[1]
         for rank in range(ranks):
             world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
             environment = {k: str(v) for k, v in world.items()} if ranks > 1 else {}
@@ -187,6 +190,7 @@ class Campaign:
                 traceback.print_exc(file=file)
         log = "" if equal else f"{run.codes} {run.log.read_text()[-2000:]}"
         shutil.rmtree(run.folder)
+        run.held.close()
         return Verdict(
             fault=trial.fault,
             where=trial.where,
@@ -239,9 +243,3 @@ def wait(processes: Sequence[BaseProcess]) -> list[int]:
     if hang:
         raise TimeoutError(f"ranks {hang} had not ended after {STUCK:g} s")
     return [int(process.exitcode or 0) for process in processes]
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return listener.getsockname()[1]

@@ -14,7 +14,7 @@ from m3i_fast.profiling.summary import read_summary
 from m3i_fast.recipes import recipes, shrink
 from tests.shared.engine.small_run import TEXT
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.matrix
 
 
 @pytest.fixture(scope="module")

@@ -40,6 +40,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "run"
 
 
+@pytest.mark.matrix
 def test_evaluation_has_every_figure(out: Path) -> None:
     figures = json.loads((out / "evaluation.json").read_text())
     for name in MEASURES:
@@ -108,6 +109,7 @@ def test_an_older_run_is_set_aside(out: Path) -> None:
     assert (out.parent / others[0] / "report.html").exists()
 
 
+@pytest.mark.pages
 def test_the_page_opens_without_a_complaint(out: Path, tmp_path: Path) -> None:
     if reason := skip_reason():
         pytest.skip(reason)

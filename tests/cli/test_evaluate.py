@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
+import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from m3i_fast.engine.trainer import Trainer
 from m3i_fast.measuring.measures import MEASURES, chosen_measures
 from tests.shared.engine.small_run import small_run
 from tests.shared.masked_folder import masked_folder
+from tests.shared.ranks import start_ranks
 
 
 @pytest.fixture(scope="module")
@@ -168,16 +169,21 @@ def test_help_names_every_measure_and_both_protocols(capsys: pytest.CaptureFixtu
     check_fields(EvaluateCommand(model="run", pictures=OnPictures()))
 
 
-@pytest.mark.slow
+def evaluate(rank: int, num_ranks: int, port: int, words: list[str]) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    assert main(words) == 0
+
+
+@pytest.mark.matrix
 def test_two_ranks_have_the_results_of_one(run: Path, dataset: Path, tmp_path: Path) -> None:
     found, masks = [], ["--segmentation", str(masked_folder(tmp_path / "masks"))]
     for num_ranks in (1, 2):
         here = tmp_path / str(num_ranks)
-        words = [*arguments(run, dataset, here)[1:], "--out", str(here / "out"), *ALL, *masks]
-        launched = ["-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks)]
-        command = [*launched, "--standalone", "-m", "m3i_fast.cli", "evaluate", *words]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        subprocess.run([sys.executable, *command], env=environment, check=True, timeout=300)
+        words = [*arguments(run, dataset, here), "--out", str(here / "out"), *ALL, *masks]
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        start_ranks(evaluate, (num_ranks, port, words), num_ranks)
         found.append(here)
     one, two = found
     files = sorted(file.relative_to(one) for file in one.rglob("*") if file.is_file())

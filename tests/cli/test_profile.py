@@ -137,6 +137,7 @@ def test_more_steps_than_the_run_has_are_refused(
     assert not out.exists()
 
 
+@pytest.mark.pages
 @browser
 def test_the_page_reads_well_in_a_browser(profiled: Path, tmp_path: Path) -> None:
     check_page(profiled / "profile.html", tmp_path, num_figures=0)

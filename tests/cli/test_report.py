@@ -21,15 +21,13 @@ from m3i_fast.pipelines.loader import evaluation_batches
 from m3i_fast.recipes import recipes, shrink
 from m3i_fast.report.run import gather
 from tests.shared.chromium import check_page, skip_reason
+from tests.shared.groups import in_matrix
 
 TEXT = TextConfig(vocab_size=814, context_length=24, dim=32, depth=1, num_heads=2, embed_dim=32)
 OTHERS = [
     "demo_mae",
     "demo_clip",
-    *(
-        pytest.param(name, marks=pytest.mark.slow)
-        for name in ("demo_supervised", "demo_internimage")
-    ),
+    *(in_matrix(name) for name in ("demo_supervised", "demo_internimage")),
 ]
 
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from m3i_fast.cli import VERBS
+from tests.shared.groups import at_gate
 
 COMPILER = "torch._dynamo.convert_frame"
 HEAVY = ("torch", "numpy", "nvidia", "m3i_fast._C", "m3i_fast.ops", "m3i_fast.models", COMPILER)
@@ -78,7 +79,9 @@ def loaded_by_answering(argv: list[str], code: int) -> str:
     return loaded_by(program)
 
 
-@pytest.mark.parametrize(("argv", "code"), ANSWERED, ids=lambda value: str(value))
+@pytest.mark.parametrize(
+    ("argv", "code"), at_gate(ANSWERED[4:10:5], ANSWERED), ids=lambda value: str(value)
+)
 def test_the_command_line_answers_without_what_is_heavy(argv: list[str], code: int) -> None:
     assert loaded_by_answering(argv, code) == ""
 
@@ -98,17 +101,19 @@ INNER = (
 )
 
 
-@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "bench"])
+@pytest.mark.parametrize(
+    "verb", at_gate(("evaluate",), [verb for verb in VERBS if verb != "bench"])
+)
 def test_the_help_of_every_verb_loads_nothing_heavy(verb: str) -> None:
     assert loaded_by_answering([verb, "--help"], 0) == ""
 
 
-@pytest.mark.parametrize("argv", INNER, ids=" ".join)
+@pytest.mark.parametrize("argv", at_gate(INNER[:1], INNER), ids=" ".join)
 def test_the_help_of_a_command_of_a_verb_loads_nothing_heavy(argv: list[str]) -> None:
     assert loaded_by_answering(argv, 0) == ""
 
 
-@pytest.mark.parametrize("verb", COMPLETED)
+@pytest.mark.parametrize("verb", at_gate(("train",), COMPLETED))
 def test_the_completion_of_a_shell_loads_nothing_heavy(verb: str) -> None:
     argv = [*COMPLETED[verb], "--tyro-print-completion", "bash"]
     assert loaded_by_answering(argv, 0) == ""
@@ -123,7 +128,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize("argv", REFUSED, ids=" ".join)
+@pytest.mark.parametrize("argv", at_gate(REFUSED[:1], REFUSED), ids=" ".join)
 def test_what_is_mistyped_is_refused_without_what_is_heavy(argv: list[str]) -> None:
     assert loaded_by_answering(argv, 2) == ""
 

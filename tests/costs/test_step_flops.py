@@ -37,11 +37,13 @@ from m3i_fast.recipes import recipes, shrink
 from tests.shared import annotated
 from tests.shared.engine.real_step import stepper
 from tests.shared.flop_formulas import FORMULAS
+from tests.shared.groups import at_gate
 
 TEXT = TextConfig(vocab_size=90, context_length=24, dim=32, depth=2, num_heads=2, embed_dim=32)
 # At their full size, in which the closed form is used, test_step_flops_full.py has them.
 FAMILIES = ["m3i_vit_b", "m3i_vit_h", "m3i_internimage_t", "m3i_internimage_h", "m3i_internimage_g"]
 FAMILIES += ["dinov2_s", "dinov3_s"]
+GATE = ("m3i_vit_b", "m3i_internimage_t", "demo", "demo_dino", "demo_coca", "demo_mae")
 METHODS = [
     name
     for name, make in recipes().items()
@@ -75,7 +77,7 @@ def expect_counted(cfg: TrainConfig, rel: float = 0.001) -> None:
     assert found.hardware == pytest.approx(counted(cfg), rel=rel)
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, *METHODS])
+@pytest.mark.parametrize("name", at_gate(GATE, [*FAMILIES, *METHODS]))
 def test_a_recipe_step(name: str) -> None:
     expect_counted(small(name))
 
@@ -158,7 +160,9 @@ def test_a_step_that_computes_blocks_again(
     expect_counted(replace(cfg, vision=vision, text=text))
 
 
-@pytest.mark.parametrize("name", ["m3i_vit_b", "m3i_vit_h", "m3i_internimage_t", "demo"])
+@pytest.mark.parametrize(
+    "name", at_gate(GATE, ["m3i_vit_b", "m3i_vit_h", "m3i_internimage_t", "demo"])
+)
 @pytest.mark.parametrize("chunk", [3, 4, 100])
 def test_a_step_by_chunks(name: str, chunk: int) -> None:
     """A second pass ends before its last product, whose result nobody saved: less than 1 %."""
@@ -197,7 +201,7 @@ def expect_saved(cfg: TrainConfig) -> None:
         assert parts[part].hardware == parts[part].forward == before[part].forward
 
 
-@pytest.mark.parametrize("name", ["m3i_vit_h", "m3i_internimage_h", *METHODS])
+@pytest.mark.parametrize("name", at_gate(GATE, ["m3i_vit_h", "m3i_internimage_h", *METHODS]))
 def test_a_step_with_a_frozen_encoder(name: str) -> None:
     cfg = small(name)
     expect_counted(frozen(cfg))
@@ -217,7 +221,7 @@ def test_a_step_with_local_views_of_a_frozen_encoder(projector: Literal["none", 
     )
 
 
-@pytest.mark.parametrize("name", ["m3i_vit_h", "m3i_internimage_t", "demo"])
+@pytest.mark.parametrize("name", at_gate(GATE, ["m3i_vit_h", "m3i_internimage_t", "demo"]))
 def test_a_step_by_chunks_with_a_frozen_encoder(name: str) -> None:
     cfg = frozen(small(name))
     expect_counted(replace(cfg, parallel=replace(cfg.parallel, chunk=3)), rel=0.01)

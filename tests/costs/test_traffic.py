@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from m3i_fast.costs import traffic
 from m3i_fast.costs.traffic import Collective, Nodes, Traffic, Unit, total
 from m3i_fast.objectives.losses.similarity import info_nce, nt_xent
 from m3i_fast.ops import boltzmann
+from tests.shared.ranks import start_ranks
 
 ONE, NODE, TWO_NODES = Nodes(1, 8), Nodes(8, 8), Nodes(16, 8)
 RANKS, ROWS, DIM = 3, 5, 8
@@ -130,7 +130,7 @@ def _all_reduced_by_nt_xent(rank: int) -> list[int]:
 
 
 def test_candidates_are_what_the_losses_send(tmp_path: Path) -> None:
-    mp.spawn(_count, args=(tmp_path,), nprocs=RANKS)
+    start_ranks(_count, (tmp_path,), RANKS)
     nodes, sizes = Nodes(RANKS, 8), {"num_rows": ROWS, "dim": DIM, "weight_bytes": 4}
     expected = [
         total(traffic.candidates(nodes, **sizes, **options, on_gpu=False)).nvlink

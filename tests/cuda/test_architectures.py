@@ -29,7 +29,7 @@ from tests.shared.cuda.nvcc import (
 ALL = ["compute_80", "sm_100", "sm_120", "sm_80", "sm_90a"]
 BUILDS = [
     pytest.param("", ALL, id="default"),
-    pytest.param("120-real", ["sm_120"], id="CUDAARCHS", marks=pytest.mark.slow),
+    pytest.param("120-real", ["sm_120"], id="CUDAARCHS"),
 ]
 
 
@@ -67,7 +67,7 @@ def test_compiled_code_is_of_every_generation(
 def when(source: Path, architecture: str) -> list[pytest.MarkDecorator]:
     """By night the one that takes a minute, and all but the newest architecture."""
     by_night = architecture != "120" or source.parents[1].name == "boltzmann"
-    return [pytest.mark.slow, *([pytest.mark.nightly] if by_night else [])]
+    return [pytest.mark.nightly] if by_night else []
 
 
 @pytest.mark.parametrize(

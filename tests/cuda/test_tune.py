@@ -316,7 +316,6 @@ def test_launchers_choose_by_card_and_size(
                     torch.ops.m3i.dcnv3(*inputs, *arguments)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("card", "code"), [("a100", "sm_80"), ("h100", "sm_90a")])
 def test_nvcc_builds_a_candidate_as_operators_of_its_own(
     card: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

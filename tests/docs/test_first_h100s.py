@@ -126,7 +126,6 @@ def test_every_run_reads_the_same_data_and_differs_in_its_terms_alone() -> None:
 
 
 @pytest.mark.parametrize("words", RUNS, ids=lambda words: Path(words[2]).name)
-@pytest.mark.slow
 def test_every_run_takes_a_step(words: list[str], packed: Path) -> None:
     assert train(words) == 0
     assert (packed / words[words.index("--out") + 1] / "checkpoints/latest").exists()
@@ -143,7 +142,6 @@ def test_evaluations_are_of_the_runs() -> None:
     assert named == {out for out in outs if "labels" not in out}
 
 
-@pytest.mark.slow
 def test_the_python_says_what_the_evaluations_say(
     packed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -202,14 +200,7 @@ def planned(recipe: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize(
-    "recipe",
-    [
-        pytest.param(name, marks=() if name.endswith("supervised_vit_s") else pytest.mark.slow)
-        for name in RECIPES
-        if name.startswith("one_stage_")
-    ],
-)
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name.startswith("one_stage_")])
 def test_hours_and_memory_are_those_of_the_plan(recipe: str) -> None:
     assert table()[recipe] == planned(recipe)
 

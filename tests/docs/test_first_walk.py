@@ -21,7 +21,6 @@ SMALL = (
 )
 
 
-@pytest.mark.slow  # over 30 s
 def test_class_folders_are_packed_trained_evaluated_exported_and_loaded_without_a_warning(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -146,7 +146,7 @@ def test_prototypes_without_an_average_are_flagged(dataset: Path, tmp_path: Path
 def when(method: str) -> list[pytest.MarkDecorator]:
     """By night all but one for each guard against a collapse."""
     by_day = method in ("supervised", "simsiam", "vicreg", "dinov2", "lejepa", "m3i")
-    return [pytest.mark.slow, *([] if by_day else [pytest.mark.nightly])]
+    return [pytest.mark.matrix, *([] if by_day else [pytest.mark.nightly])]
 
 
 @pytest.mark.parametrize("method", [pytest.param(name, marks=when(name)) for name in METHODS])

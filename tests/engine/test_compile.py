@@ -41,7 +41,7 @@ def _losses(run: Path) -> list[dict[str, float]]:
 
 
 RUNS = (("demo", False), ("demo_internimage", False), ("demo", True), ("demo_cappa", False))
-SLOW, NIGHTLY = [pytest.mark.slow], [pytest.mark.slow, pytest.mark.nightly]
+SLOW, NIGHTLY = [pytest.mark.matrix], [pytest.mark.matrix, pytest.mark.nightly]
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,7 @@ def test_a_run_that_logged_nothing_has_no_throughput(tmp_path: Path) -> None:
         throughput(tmp_path)
 
 
+@pytest.mark.matrix
 def test_without_baselines_the_trained_figures_are_the_same(run: Path, whole: Path) -> None:
     everything, hits, held_out = evaluate(run, data=whole)
     alone, hits_alone, _ = evaluate(run, data=whole, baselines=False)

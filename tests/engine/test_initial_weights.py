@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-import torch.multiprocessing as mp
 from open_clip.model import CLIP
 from safetensors.torch import save_file
 from timm.models import save_for_hf
@@ -33,6 +32,7 @@ from m3i_fast.ops import IMAGENET_MEAN, IMAGENET_STD
 from m3i_fast.recipes import demo_internimage, shrink
 from tests.engine.init_work import NUM_RANKS, begun, work
 from tests.shared.engine.small_run import TEXT, as_clip, small_run
+from tests.shared.ranks import start_ranks
 
 # DINOv3's ViT-S+ at the demo's size: rotary, SwiGLU, registers, biases without keys.
 VISION = dinov3_s_plus(image_size=32, patch_size=8, dim=32, depth=2, num_heads=2)
@@ -322,7 +322,7 @@ def ranks(dataset: Path, file: Path, tmp_path_factory: pytest.TempPathFactory) -
     cfg = replace(config(dataset, f"timm:{file}"), num_threads=1)
     cfg = replace(cfg, optim=replace(cfg.optim, matrices="adamw"))
     torch.save(begun(cfg, folder / "alone"), folder / "alone.pt")
-    mp.start_processes(work, (cfg, folder), nprocs=NUM_RANKS, start_method="spawn")
+    start_ranks(work, (cfg, folder), NUM_RANKS)
     return folder
 
 

@@ -13,7 +13,6 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-import torch.multiprocessing as mp
 from sklearn.metrics import accuracy_score, top_k_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
@@ -45,6 +44,7 @@ from m3i_fast.pipelines.loader import evaluation_batches
 from tests.engine.live_work import SHARDS, fail, work
 from tests.shared.engine.small_run import saved_tensors, small_run
 from tests.shared.engine.two_ranks import NUM_RANKS, run_of_adamw
+from tests.shared.ranks import start_ranks
 
 EVALUATED = (
     *("knn_top1", "knn_top1_ema", "zero_shot_top1"),
@@ -265,14 +265,14 @@ def test_the_best_checkpoint_may_be_that_of_an_evaluation(dataset: Path, tmp_pat
         Trainer(replace(cfg, keep_best="+evaluate/knn_top2"), tmp_path / "typo").train()
 
 
-@pytest.mark.slow
+@pytest.mark.distributed
 def test_two_ranks_measure_what_one_does_and_none_waits_for_ever(
     dataset: Path, tmp_path: Path
 ) -> None:
     """By DDP and FSDP2, at an odd number of pictures, and training stays the same to the bit."""
     cfg = replace(run_of_adamw(dataset), num_steps=6, evaluate_every=3, evaluate_pictures=11)
     Trainer(cfg, tmp_path / "one").train()
-    mp.start_processes(work, (cfg, tmp_path), nprocs=NUM_RANKS, start_method="spawn")
+    start_ranks(work, (cfg, tmp_path), NUM_RANKS)
     expected = rows_of(tmp_path / "one", evaluated=True)
     for shard in SHARDS:
         assert_same_training(tmp_path / f"without-{shard}", tmp_path / f"with-{shard}")
@@ -342,7 +342,7 @@ def test_a_run_whose_evaluation_fails_is_saved_and_can_go_on(
     assert Trainer(again, tmp_path / "run", resume=True).train().step == 4
 
 
-@pytest.mark.slow
+@pytest.mark.distributed
 def test_ranks_fail_and_save_together(copied: Path, tmp_path: Path) -> None:
     """With sharded weights, where one rank cannot decode a picture of its share."""
     cfg = replace(run_of_adamw(copied), num_steps=4, checkpoint_every=4, evaluate_every=2)
@@ -351,7 +351,7 @@ def test_ranks_fail_and_save_together(copied: Path, tmp_path: Path) -> None:
     own = chosen.of_rank(1, NUM_RANKS, 1)
     others = chosen.of_rank(0, NUM_RANKS, cfg.data.batch_size)
     corrupt(copied, "heldout", next(row for row in own.tolist() if row not in others))
-    mp.start_processes(fail, (cfg, tmp_path), nprocs=NUM_RANKS, start_method="spawn")
+    start_ranks(fail, (cfg, tmp_path), NUM_RANKS)
     errors = [(tmp_path / f"error-{rank}").read_text() for rank in range(NUM_RANKS)]
     assert errors[0] == errors[1] and errors[0].startswith("evaluation, rank 1: data.max_skipped")
     assert checkpoints.latest(tmp_path / "run" / "checkpoints").step == 2

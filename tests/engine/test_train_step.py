@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from m3i_fast.benchmarks.core.random_batch import Repeated, draw_batch
 from m3i_fast.benchmarks.core.timed_windows import Schedule
@@ -64,6 +66,8 @@ def _scaling(cfg: TrainConfig, out: Path) -> None:
 def _telemetry(cfg: TrainConfig, out: Path) -> None:
     bench_telemetry.timed_steps(Trainer(cfg, out, data=Repeated(draw_batch(cfg))), 1)
 
+
+ASKS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
 
 CALLERS: dict[str, Callable[[TrainConfig, Path], object]] = {
     "trainer": _train,
@@ -130,6 +134,31 @@ def test_a_step_counts_itself_and_leaves_no_gradient(dataset: Path) -> None:
     trained = [n for n, p in step.objective.named_parameters() if p.requires_grad]
     assert any(not torch.equal(step.objective.get_parameter(n), before[n]) for n in trained)
     assert any(name.startswith("monitor/") for name in step(draw_batch(cfg), monitor=True))
+
+
+def test_a_step_asks_for_no_value(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the host would wait for it; first contact counts the waits of every kind.
+
+    The mix is drawn on the host, and the objective checks values that it finds on a CPU.
+    """
+    step = build_train_step(small_run(dataset), World(torch.device("cpu")), FP32)
+    batch = draw_batch(step.cfg)
+    step(batch)
+    mix = step.draw_mix(batch)
+    monkeypatch.setattr(step, "draw_mix", lambda _: mix)
+    asked: list[str] = []
+
+    class ValuesAsked(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            files = [frame.filename for frame in traceback.extract_stack()]
+            (*_, file) = (file for file in files if "/m3i_fast/" in file)
+            if func in ASKS and "/m3i_fast/engine/" in file:
+                asked.append(file)
+            return func(*args, **(kwargs or {}))
+
+    with ValuesAsked():
+        step(batch)
+    assert not asked
 
 
 def test_the_learning_rate_is_the_schedules_times_the_back_off(dataset: Path) -> None:

@@ -1,7 +1,6 @@
 """Training as a person runs it: it learns, stops, resumes bit for bit, and refuses what is
 wrong."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -9,10 +8,12 @@ import time
 from dataclasses import replace
 from functools import partialmethod
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import m3i_fast
 from m3i_fast.cli import main
@@ -40,13 +41,14 @@ def whole_run(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def _start(cfg: TrainConfig, out: Path, *arguments: str) -> subprocess.Popen[bytes]:
+def _command(cfg: TrainConfig, out: Path, *arguments: str) -> list[str]:
     config = out.with_suffix(".json")
     cfg.save(config)
-    command = [sys.executable, "-m", "m3i_fast.cli", "train", "--config", str(config)]
-    return subprocess.Popen(
-        [*command, "--out", str(out), *arguments], env={**os.environ, "COLUMNS": "200"}
-    )
+    return ["train", "--config", str(config), "--out", str(out), *arguments]
+
+
+def _start(cfg: TrainConfig, out: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-m", "m3i_fast.cli", *_command(cfg, out)])
 
 
 def _wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
@@ -72,12 +74,45 @@ def test_a_run_learns_and_leaves_its_files(whole_run: Path, dataset: Path) -> No
     terms = ("intra", "inter", "category", "caption", "total")
     stages = {*STAGES, *(f"loss.{name}" for name in terms)} - {"loss", "replay"}
     assert {key for key in rows[1] if key.startswith("time/")} == {f"time/{s}_ms" for s in stages}
-    outside = {"log", "ckpt"}  # the steps of a throughput end before them
-    named = sum(rows[1][f"time/{stage}_ms"] for stage in stages - outside)
-    assert 0.7 < named / (1000 * 8 / rows[1]["throughput/img_s"]) < 1.001
     assert TrainConfig.load(whole_run / "config.json") == small_run(dataset)
     assert (whole_run / "env.json").exists() and any((whole_run / "tensorboard").iterdir())
     assert [c.step for c in checkpoint.checkpoints(whole_run / "checkpoints")] == [25, 30]
+
+
+class _OperatorClock(TorchDispatchMode):
+    """Time of which a second passes with each of torch's operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now_s = 0.0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        self.now_s += 1.0
+        return func(*args, **(kwargs or {}))
+
+    def read_s(self) -> float:
+        return self.now_s
+
+
+def test_stages_sum_to_the_time_of_a_step(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = _OperatorClock()
+    for module in ("observe.stages", "engine.run.log"):
+        name = f"m3i_fast.{module}.time"
+        fake = SimpleNamespace(perf_counter=clock.read_s, monotonic=clock.read_s)
+        monkeypatch.setattr(name, fake)
+    with clock:
+        # A save belongs to no step.
+        cfg = small_run(dataset, num_steps=10, checkpoint_every=10)
+        Trainer(cfg, tmp_path / "run").train()
+    row = read_jsonl(tmp_path / "run" / "metrics.jsonl")[-1]
+    outside = {"time/log_ms", "time/ckpt_ms"}  # the steps of a throughput end before them
+    named = sum(row[key] for key in row if key.startswith("time/") and key not in outside)
+    # What is outside of all of them adds metrics to their means, 43 of 1,832 operators.
+    assert 0.96 < named / (1000 * 8 / row["throughput/img_s"]) <= 1
 
 
 def test_the_fused_likelihood_trains_as_the_plain_one(
@@ -132,7 +167,7 @@ def test_a_signal_saves_and_resume_equals_the_whole_run(
     _wait_for(out / "checkpoints" / "step_00000005", process)
     process.send_signal(number)
     assert process.wait() == code
-    assert _start(cfg, out, "--resume").wait() == 0
+    assert main(_command(cfg, out, "--resume")) == 0
     first, second = saved_tensors(whole_run), saved_tensors(out)
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
@@ -141,9 +176,9 @@ def test_a_run_out_of_time_saves_and_is_told_from_one_that_is_done(
     dataset: Path, tmp_path: Path
 ) -> None:
     cfg, out = small_run(dataset), tmp_path / "short"
-    assert _start(cfg, out, "--max-hours", "1e-9").wait() == 75
+    assert main(_command(cfg, out, "--max-hours", "1e-9")) == 75
     assert checkpoint.latest(out / "checkpoints").step == 1
-    assert _start(cfg, out, "--resume", "--max-hours", "9").wait() == 0
+    assert main(_command(cfg, out, "--resume", "--max-hours", "9")) == 0
     with pytest.raises(ValueError, match="max_hours: expected > 0, got -1"):
         TrainCommand(config=cfg, out=out, max_hours=-1)
 

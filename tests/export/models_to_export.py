@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +16,7 @@ from m3i_fast.inference.transform import Transform
 from m3i_fast.models.image_encoder import build_encoder
 from m3i_fast.models.internimage.deformable import DCNv3
 from m3i_fast.ops import IMAGENET_MEAN, IMAGENET_STD
+from tests.shared.groups import at_gate
 
 VIT: dict[str, Any] = {"image_size": 32, "patch_size": 8, "dim": 32, "depth": 2, "num_heads": 2}
 INTERNIMAGE: dict[str, Any] = {
@@ -50,9 +50,7 @@ ARCHITECTURES: dict[str, VisionConfig] = {
     ),
 }
 FAST = "internimage_h"  # which has most options; a run's ViT is exported as well
-FAST_AND_SLOW = [
-    name if name == FAST else pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES
-]
+FAST_AND_SLOW = at_gate((FAST,), ARCHITECTURES)
 
 
 @torch.no_grad()

@@ -171,7 +171,7 @@ def test_texts_are_embedded_alike_however_long(model: m3i_fast.Model, folder: Pa
     np.testing.assert_allclose(same, run_graph(folder / "text.onnx", ids)["text_embedding"])
 
 
-@pytest.mark.parametrize("mlp", ["quick_gelu", pytest.param("gelu_tanh", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mlp", ["quick_gelu", pytest.param("gelu_tanh", marks=pytest.mark.matrix)])
 def test_towers_as_clips_compute_the_same(mlp: Any, dataset: Path, tmp_path: Path) -> None:
     """A norm before the blocks, causal texts that are read at their end, a head of one layer."""
     run = trained(as_clip(small_run(dataset), mlp), tmp_path / "run")

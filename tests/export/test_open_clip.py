@@ -128,7 +128,7 @@ def test_a_model_that_timm_builds_by_its_name(name: str, vision: ViTConfig, hidd
     assert_equal(built(*parts), *parts)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("name", "vision"),
     [

@@ -405,7 +405,7 @@ def test_the_published_sizes_are_those_of_open_clip(name: str, make: Any) -> Non
     ) + (12 * (cfg.depth - 1))
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-32-quickgelu", "ViT-B-16-SigLIP"])
 def test_models_of_open_clip_at_their_size(name: str, tmp_path: Path) -> None:
     """Built by open_clip.create_model with random weights; nothing is downloaded."""

@@ -137,7 +137,7 @@ def test_a_full_disk_leaves_no_folder(
 # ---- AOTInductor ---------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "architecture", ["dinov3", pytest.param("internimage_h", marks=pytest.mark.nightly)]
 )
@@ -153,7 +153,7 @@ def test_the_package_computes_the_tokens(
         assert_same(compiled(pixels), expected_of(model, pixels))
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_the_example_of_the_docs_runs_on_a_run_of_internimage(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

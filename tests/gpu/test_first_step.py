@@ -84,6 +84,7 @@ leave_world()
 """
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("plant", [(), ("--plant",)])
 def test_losses_on_two_ranks_are_those_of_one(plant: tuple[str, ...], tmp_path: Path) -> None:
     """By DDP and by FSDP2; not if the ranks do not average their gradients."""

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from m3i_fast.benchmarks.faults.held_port import hold_port
+
 NODES = ("127.0.0.1", "127.0.0.2")  # names that resolve, to addresses that are this machine
 DAEMONS = ("munged", "slurmctld", "slurmd")
 FINAL = {"COMPLETED", "FAILED", "TIMEOUT", "OUT_OF_MEMORY"}
@@ -165,6 +167,7 @@ class Cluster:
         own = {name: value for name, value in os.environ.items() if not name.startswith(OWN)}
         self.environment = {**own, "PATH": PATH, "SLURM_CONF": str(self.config)}
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
+        self._held = [hold_port() for _ in range(3)]
 
     def start(self) -> None:
         """Start all daemons, and wait until both nodes are idle."""
@@ -177,10 +180,7 @@ class Cluster:
 
     def _configure(self) -> None:
         host, user = socket.gethostname().split(".")[0], subprocess.getoutput("id -un")
-        sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
-        ports = [listener.getsockname()[1] for listener in sockets]
-        for listener in sockets:
-            listener.close()
+        ports = [held.getsockname()[1] for held in self._held]
         # The port at which a job's nodes meet comes of its number: none that another cluster has.
         first_job = 1 + secrets.randbelow(19000)
         self.folder.joinpath("state").mkdir()
@@ -333,3 +333,5 @@ class Cluster:
             for daemon in self.daemons.values():
                 daemon.poll()
             time.sleep(0.1)
+        for held in self._held:
+            held.close()

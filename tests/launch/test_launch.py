@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import yaml
 from kubeflow.training import models as kubeflow
 from kubeflow_trainer_api.models import IoK8sApiCoreV1PodTemplateSpec, JobsetV1alpha2JobSet
 
+from m3i_fast.benchmarks.faults.held_port import hold_port
 from m3i_fast.cli import launch, main, train
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
@@ -226,9 +228,10 @@ C10D = ("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:{port}")
 STATIC = ("--master-addr", "127.0.0.1", "--master-port", "{port}", "--node-rank")
 
 
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return free.getsockname()[1]
+@pytest.fixture
+def port() -> Iterator[int]:
+    with hold_port() as held:
+        yield held.getsockname()[1]
 
 
 def _listens(port: int) -> bool:
@@ -269,16 +272,16 @@ def test_a_run_that_is_stopped_goes_on_by_the_same_line(
     assert TrainConfig.load(out / "config.json") == shorter
 
 
-@pytest.mark.slow
-def test_a_signal_to_one_node_saves_on_all(dataset: Path, log: Path, tmp_path: Path) -> None:
+def test_a_signal_to_one_node_saves_on_all(
+    dataset: Path, log: Path, tmp_path: Path, port: int
+) -> None:
     """Two agents that meet, of a rank each; FSDP2, with compiled blocks."""
     cfg = replace(run_of_adamw(dataset), num_steps=4000, checkpoint_every=2, compile=True)
     cfg = spread(cfg, -1)
     config, out = tmp_path / "config.json", tmp_path / "run"
     cfg.save(config)
     arguments = ("--config", str(config), "--out", str(out))
-    rendezvous = f"localhost:{_free_port()}"
-    nodes = {"NNODES": "2", "NPROC_PER_NODE": "1", "RENDEZVOUS": rendezvous}
+    nodes = {"NNODES": "2", "NPROC_PER_NODE": "1", "RENDEZVOUS": f"localhost:{port}"}
     first, second = (_start(log, "torchrun.sh", *arguments, **nodes) for _ in range(2))
     _wait_for(out / "checkpoints" / "latest", first, seconds=400)
     second.send_signal(signal.SIGTERM)
@@ -294,9 +297,9 @@ def test_a_wrong_request_is_a_2(log: Path, tmp_path: Path) -> None:
     assert _start(log, "torchrun.sh", *wrong, NPROC_PER_NODE="1").wait() == 2
 
 
-def test_nodes_need_not_end_together(tmp_path: Path) -> None:
+def test_nodes_need_not_end_together(tmp_path: Path, port: int) -> None:
     """The node that hosts the rendezvous ends first, and the other's rank has its own exit code."""
-    port, rank = _free_port(), tmp_path / "rank.py"
+    rank = tmp_path / "rank.py"
     body = "import os, time\ntime.sleep(2 * int(os.environ['RANK']))\nraise SystemExit(75)\n"
     rank.write_text(body)
     options = [*C10D[:-1], C10D[-1].format(port=port), "--nnodes=2", str(rank)]
@@ -317,9 +320,8 @@ def test_nodes_need_not_end_together(tmp_path: Path) -> None:
     ],
 )
 def test_a_node_that_never_comes_is_a_76(
-    options: tuple[str, ...], limit: str, capfd: pytest.CaptureFixture[str]
+    options: tuple[str, ...], limit: str, port: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    port = _free_port()
     place = [option.format(port=port) for option in options]
     before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:

@@ -18,10 +18,7 @@ from tests.launch.cluster import NODES, PATH, Cluster, Job, skip_reason
 from tests.shared.engine.small_run import assert_same_run
 from tests.shared.engine.two_ranks import run_of_adamw, spread
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(skip_reason() is not None, reason=str(skip_reason())),
-]
+pytestmark = pytest.mark.skipif(skip_reason() is not None, reason=str(skip_reason()))
 
 SCRIPT = str(Path(__file__).resolve().parents[2] / "launch" / "slurm.sh")
 # What a node of this cluster has, in the place of eight GPUs and 64 cores.

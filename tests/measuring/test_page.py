@@ -254,6 +254,7 @@ def test_the_page_says_what_was_measured_and_holds_no_markup_of_others(
     assert len(sources) > 50 and all(source.startswith("data:") for source in sources)
 
 
+@pytest.mark.pages
 @pytest.mark.skipif(skip_reason() is not None, reason=str(skip_reason()))
 def test_the_page_reads_well_in_a_browser(evaluation: DataEvaluation, tmp_path: Path) -> None:
     page = tmp_path / "page.html"

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from m3i_fast.models.batch_norm import BatchNorm
+from tests.shared.ranks import start_ranks
 
 C = 5
 ROWS = {2: (3, 9), 3: (4, 0, 8)}  # unequal, and a rank without any
@@ -79,7 +79,7 @@ def check(parts: list[Result], dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("ranks", ROWS)
 def test_ranks_equal_the_whole_batch_in_one(ranks: int, tmp_path: Path) -> None:
-    mp.start_processes(work, (ranks, tmp_path), nprocs=ranks, start_method="spawn")
+    start_ranks(work, (ranks, tmp_path), ranks)
     of_ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
     for dtype in DTYPES:
         check([results[str(dtype)] for results in of_ranks], dtype)

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from m3i_fast.config.objective.heads import CaptionerConfig, DecoderConfig, ProjectorConfig
@@ -22,7 +21,7 @@ from m3i_fast.objectives.methods import METHODS
 from m3i_fast.objectives.mixing import Mix, draw_mix
 from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.pipelines.batch import Batch
-from tests.shared.ranks import part
+from tests.shared.ranks import part, start_ranks
 from tests.shared.small_objective import NUM_CLASSES, TEXT, VISION, make_batch
 
 RANKS, B = 2, 4
@@ -121,7 +120,7 @@ def _work(rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
-    mp.start_processes(_work, (folder,), nprocs=RANKS, start_method="spawn")
+    start_ranks(_work, (folder,), RANKS)
     return folder
 
 

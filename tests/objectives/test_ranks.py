@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from m3i_fast.objectives.losses import distillation, regularisers, similarity
 from m3i_fast.objectives.losses.sigreg import draw_directions, sigreg
 from m3i_fast.objectives.phi_s import PhiStandardise
 from m3i_fast.ops import SoftTargets
+from tests.shared.ranks import start_ranks
 
 D = 6
 ROWS = {2: (7, 9), 3: (5, 0, 11), 4: (4, 6, 0, 6)}  # unequal, and a rank without any
@@ -97,7 +97,7 @@ def evaluate(loss: Callable[..., Tensor], a: Tensor, b: Tensor, **group: Any) ->
 
 @pytest.mark.parametrize("ranks", ROWS)
 def test_ranks_equal_one_process(ranks: int, tmp_path: Path) -> None:
-    mp.start_processes(work, (ranks, tmp_path), nprocs=ranks, start_method="spawn")
+    start_ranks(work, (ranks, tmp_path), ranks)
     of_ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
     for name, loss in losses_of(ranks).items():
         value, gradient = evaluate(loss, *views())

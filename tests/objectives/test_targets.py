@@ -6,7 +6,13 @@ import torch
 from torchvision.transforms.v2 import MixUp
 from torchvision.transforms.v2 import functional as vision
 
-from m3i_fast.objectives.targets import blend, cell_contrast, normalise_views, prefer_cells
+from m3i_fast.objectives.targets import (
+    blend,
+    cell_contrast,
+    normalise_views,
+    normalised_pixels,
+    prefer_cells,
+)
 from m3i_fast.ops import IMAGENET_MEAN, IMAGENET_STD
 
 _BLACK = torch.zeros(1, 3, 2, 2, dtype=torch.uint8)
@@ -51,6 +57,15 @@ def test_a_chosen_row_is_that_view_normalised() -> None:
     torch.testing.assert_close(
         normalise_views(views, rows, torch.float32), expected, rtol=0, atol=1e-6
     )
+
+
+def test_pixels_are_standardised_by_numpy() -> None:
+    """MAE's target: each patch by its own mean and unbiased variance, pixels row by row."""
+    images = torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    own = normalised_pixels(images, 4)
+    patch = images[1, :, 4:, :4].permute(1, 2, 0).reshape(-1).numpy()  # third of four
+    expected = (patch - patch.mean()) / np.sqrt(patch.var(ddof=1) + 1e-6)
+    np.testing.assert_allclose(own[1, 2].numpy(), expected, rtol=1e-9)
 
 
 def test_a_cells_contrast_is_by_numpy() -> None:

@@ -17,7 +17,7 @@ def _op_of(test: Path) -> str:
     return name
 
 
-@pytest.fixture(params=["cpu", "cuda, emulated"])
+@pytest.fixture(params=["cpu", pytest.param("cuda, emulated", marks=pytest.mark.cuda)])
 def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
     """Whose kernel m3i's op runs on CPU tensors."""
     if request.param == "cpu":

@@ -88,7 +88,7 @@ def sanitised() -> dict[str, str]:
     return environment
 
 
-@pytest.mark.slow
+@pytest.mark.cuda
 @pytest.mark.parametrize(
     "op",
     [pytest.param(op.name, marks=pytest.mark.nightly if op.name in BY_NIGHT else ()) for op in OPS],
@@ -104,7 +104,7 @@ def test_ops_pass_their_tests_without_a_report(op: str, sanitised: dict[str, str
         "-p",
         "no:cacheprovider",
         "-m",
-        "not slow and not nightly",
+        "not cuda and not matrix and not nightly",
         "-k",
         "not emulated",
     ]

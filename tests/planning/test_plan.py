@@ -417,7 +417,7 @@ def test_groups_of_ranks_that_cross_nodes_send_over_the_network() -> None:
     assert Nodes(12, 8).count == 2 and Nodes(16, 8).count == 2 and Nodes(4, 8).count == 1
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_the_loader_of_a_vit_s_is_that_of_the_page() -> None:
     """docs/start/data_at_scale.md, whose commands these are."""
     text = (ROOT / "docs" / "start" / "data_at_scale.md").read_text()

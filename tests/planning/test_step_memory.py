@@ -134,9 +134,16 @@ BY_NIGHT = {
 }
 
 
+def marks(run: tuple[str, bool]) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.matrix, *([pytest.mark.nightly] if run in BY_NIGHT else [])]
+
+
 @pytest.mark.parametrize(
     ("case", "bf16"),
-    [pytest.param(*run, marks=pytest.mark.nightly if run in BY_NIGHT else ()) for run in RUNS],
+    [
+        case if case == ("demo, 32", False) else pytest.param(*case, marks=marks(case))
+        for case in RUNS
+    ],
 )
 def test_the_peak_is_that_of_the_allocator(case: str, bf16: bool) -> None:
     """But for what kernels allocate for themselves: some 3 MiB at these sizes."""

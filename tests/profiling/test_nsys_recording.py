@@ -44,7 +44,7 @@ TRAINING_STAGES = {
 }
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.pages,
     pytest.mark.skipif(
         shutil.which("nsys", path=PATH) is None,
         reason="nsys is absent: python scripts/nsys.py fetches it, or says why it cannot",

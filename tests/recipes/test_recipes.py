@@ -15,8 +15,11 @@ from m3i_fast.engine.build import build_objective
 from m3i_fast.engine.run.data_fields import take_data_fields
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.recipes import RECIPES, demo, recipes, shrink
+from tests.shared.groups import at_gate
 from tests.shared.pipelines.with_regions import with_regions
 
+# One a family of encoders and kind of objective.
+GATE = ("m3i_vit_b", "m3i_internimage_t", "dinov3_vit_s", "siglip2_vit_s", "demo_radio")
 TEXT = TextConfig(vocab_size=814, context_length=24, dim=32, depth=1, num_heads=2, embed_dim=32)
 
 
@@ -44,7 +47,7 @@ def test_a_recipe_builds_on_the_meta_device_and_survives_json(name: str, tmp_pat
     assert TrainConfig.load(tmp_path / "config.json") == cfg
 
 
-@pytest.mark.parametrize("name", recipes())
+@pytest.mark.parametrize("name", at_gate(GATE, recipes()))
 def test_a_shrunken_recipe_takes_two_steps(
     name: str, dataset: Path, teacher: Path, tmp_path: Path
 ) -> None:

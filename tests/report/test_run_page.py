@@ -30,6 +30,7 @@ def _figures(page: Path) -> dict[str, dict]:  # type: ignore[type-arg]
     return figures
 
 
+@pytest.mark.pages
 @browser
 def test_page_reads_well_in_a_browser(page: Path, tmp_path: Path) -> None:
     views = check_page(page, tmp_path, num_figures=len(_figures(page)))
@@ -43,6 +44,7 @@ FLAWS = '<p style="width: 500px">wide</p><p style="color: #999">pale</p><img alt
 SEEN = r'contrast .* of "pale".*the page is 5.. px wide.*without alternative text'
 
 
+@pytest.mark.pages
 @browser
 @pytest.mark.parametrize(
     ("old", "new", "complaint"),

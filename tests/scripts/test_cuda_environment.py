@@ -68,6 +68,6 @@ def test_the_constraints_pin_exactly() -> None:
 
 def test_nightly_tests_are_left_out_unless_a_marker_is_asked_for() -> None:
     plain = first_contact.pytest_arguments(["-k", "demo", "--maxfail=1"])
-    assert plain[6:] == ["-m", "not nightly", "tests/null_cuda", "-k", "demo", "--maxfail=1"]
+    assert plain[7:] == ["-m", "not nightly", "tests/null_cuda", "-k", "demo", "--maxfail=1"]
     for asked in (["-m", "nightly"], ["-mnightly"]):
-        assert first_contact.pytest_arguments(asked)[6:] == ["tests/null_cuda", *asked]
+        assert first_contact.pytest_arguments(asked)[7:] == ["tests/null_cuda", *asked]

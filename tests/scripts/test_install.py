@@ -9,6 +9,7 @@ import subprocess
 import sys
 import venv
 import zipfile
+from collections.abc import Iterable, Iterator
 from importlib.metadata import distribution, metadata
 from pathlib import Path
 
@@ -42,6 +43,29 @@ def test_everything_is_of_the_drivers_cuda_major(
     assert ("2.10.0" in torch) == (major == 12 or driver is None)
     assert ("2.13.0" in torch) == (major == 13)
     assert set(plan.extras) <= set(metadata("m3i-fast").get_all("Provides-Extra") or [])
+
+
+@pytest.mark.parametrize("extras", [(), ("data", "dev"), ("data-cu12", "fp8", "eval")])
+def test_requirements_are_those_of_the_package(extras: tuple[str, ...]) -> None:
+    """As packaging reads them from what the build wrote."""
+
+    def wanted(chosen: tuple[str, ...]) -> Iterator[Requirement]:
+        for row in metadata("m3i-fast").get_all("Requires-Dist") or []:
+            found, marker = Requirement(row), Requirement(row).marker
+            if marker and not any(marker.evaluate({"extra": extra}) for extra in ("", *chosen)):
+                continue
+            if found.name == "m3i-fast":
+                yield from (row for row in wanted(tuple(found.extras)) if row.marker)
+            else:
+                yield found
+
+    def named(rows: Iterable[Requirement]) -> set[tuple[str, ...]]:
+        return {(row.name, *sorted(row.extras), str(row.specifier)) for row in rows}
+
+    here = (row for text in install.requirements(extras) if (row := Requirement(text)))
+    assert named(row for row in here if not row.marker or row.marker.evaluate()) == named(
+        wanted(extras)
+    )
 
 
 def test_a_driver_too_old_is_named() -> None:
@@ -243,7 +267,6 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         add_wheel(wheels, name, "13.5", {})
     add_wheel(wheels, "nvidia-dali-cuda130", "2.4.0", {})
     (tmp_path / "constraints.txt").write_text("")
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
 
     def make_venv(*command: str | Path, compiles: bool = False) -> None:
         if "venv" not in command:
@@ -253,9 +276,6 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (site,) = install.VENV.glob("lib/python*/site-packages")
         # A venv with pip takes ten seconds; imported here, it would keep setuptools from distutils.
         (site / "pip").symlink_to(Path(str(distribution("pip").locate_file("pip"))))
-
-    def install_extras(plan: install.Plan, *arguments: str) -> None:
-        install.pip_install(*(a for a in arguments if a[0] not in ".-"), "extras")
 
     real_run = install.run
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
@@ -267,7 +287,8 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(install, "VENV", tmp_path / ".venv")
     monkeypatch.setattr(install, "PYTHON", tmp_path / ".venv" / "bin" / "python")
     monkeypatch.setattr(install, "run", make_venv)
-    monkeypatch.setattr(install, "install_package", install_extras)
+    monkeypatch.setattr(install, "requirements", lambda _: ["extras", "nvidia-dali-cuda130"])
+    monkeypatch.setattr(install, "install_package", lambda *_: None)
     return wheels
 
 
@@ -289,11 +310,11 @@ def test_a_torch_of_another_cuda_is_named(index: Path) -> None:
         install.install_everything(install.plan_for((13, 2)))
 
 
-def test_a_torch_that_the_extras_move_is_named(
-    index: Path, monkeypatch: pytest.MonkeyPatch
+def test_extras_that_want_another_torch_are_named_by_pip(
+    index: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(
-        install, "install_package", lambda plan, *_: install.pip_install("torch==2.15.0")
-    )
-    with pytest.raises(SystemExit, match=r"expected 2\.14\.0 of CUDA 13, .* got 2\.15\.0"):
+    add_wheel(index, "newest", "1.0", {}, "torch==2.15.0")
+    monkeypatch.setattr(install, "requirements", lambda _: ["newest"])
+    with pytest.raises(SystemExit):
         install.install_everything(install.plan_for((13, 2)))
+    assert "Cannot install newest==1.0 and torch==2.14.0" in capfd.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import sysconfig
@@ -29,8 +30,6 @@ assert pixels.shape == (1, 3, 4, 4)
 print(ops.__file__, pipelines.__file__, benchmarks.__file__, sep="\\n")
 """
 
-pytestmark = pytest.mark.slow
-
 
 def tracked(*folders: str) -> set[str]:
     """The checkout's files below folders, also those that git does not know yet."""
@@ -53,15 +52,19 @@ def wheel(sdist: Path) -> Path:
     folder = sdist.parent
     with tarfile.open(sdist) as archive:
         archive.extractall(folder, filter="data")
-    settings = {"build-dir": folder / "build", "cmake.define.M3I_CUDA": "OFF"}
+    return build_wheel(folder / sdist.name.removesuffix(".tar.gz"), folder, folder / "build", "OFF")
+
+
+def build_wheel(source: Path, folder: Path, build: Path, m3i_cuda: str) -> Path:
+    settings = {"build-dir": build, "cmake.define.M3I_CUDA": m3i_cuda}
     options = [f"--config-settings={name}={value}" for name, value in settings.items()]
-    source = folder / sdist.name.removesuffix(".tar.gz")
     command = [*PIP, "wheel", "--no-build-isolation", "--no-deps", *options]
     subprocess.run([*command, "--wheel-dir", folder, source], check=True)
     (found,) = folder.glob("*.whl")
     return found
 
 
+@pytest.mark.matrix
 def test_the_source_distribution_has_what_a_build_reads_and_no_more(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
@@ -74,6 +77,7 @@ def test_the_source_distribution_has_what_a_build_reads_and_no_more(sdist: Path)
     assert sdist.stat().st_size < 4e6
 
 
+@pytest.mark.matrix
 def test_a_wheel_of_it_has_every_file_of_the_tree_and_the_modules(wheel: Path) -> None:
     assert "-cp310-abi3-" in wheel.name
     files = tracked("m3i_fast", "pipelines", "benchmarks")
@@ -85,6 +89,7 @@ def test_a_wheel_of_it_has_every_file_of_the_tree_and_the_modules(wheel: Path) -
     assert "m3i_fast/py.typed" in packed
 
 
+@pytest.mark.matrix
 def test_its_modules_load_on_the_oldest_linux_that_torch_does(wheel: Path) -> None:
     """Read by auditwheel; manylinux_2_28: glibc 2.28, the libstdc++ of GCC 8."""
     asked = wheel_matrix.symbols_asked(wheel)
@@ -92,9 +97,21 @@ def test_its_modules_load_on_the_oldest_linux_that_torch_does(wheel: Path) -> No
     assert {"libc.so.6", "libstdc++.so.6"} <= asked["versioned_symbols"].keys()
 
 
+@pytest.mark.matrix
 def test_it_works_in_the_place_of_the_checkout(wheel: Path, tmp_path: Path) -> None:
-    site = tmp_path / "site"
+    use_without_the_checkout(wheel, tmp_path)
+
+
+def test_a_wheel_of_the_compiled_checkout_works_in_its_place(tmp_path: Path) -> None:
+    """Compiles nothing: the modules are those of the editable install."""
+    (cache,) = (ROOT / "build").glob("cp310-abi3-*/CMakeCache.txt")
+    (m3i_cuda,) = re.findall(r"^M3I_CUDA:\w+=(\w+)$", cache.read_text(), re.M)
+    use_without_the_checkout(build_wheel(ROOT, tmp_path, cache.parent, m3i_cuda), tmp_path)
+
+
+def use_without_the_checkout(wheel: Path, folder: Path) -> None:
+    site = folder / "site"
     subprocess.run([*PIP, "install", "--no-deps", "--target", site, wheel], check=True)
     command = [sys.executable, "-S", "-c", USE, str(site), sysconfig.get_path("purelib")]
-    used = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path)
+    used = subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder)
     assert all(line.startswith(str(site)) for line in used.stdout.split()), used.stdout

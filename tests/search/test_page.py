@@ -28,7 +28,10 @@ from tests.shared.chromium import (
 )
 from tests.shared.pipelines.data import encode_image, smooth_picture
 
-pytestmark = pytest.mark.skipif(skip_reason() is not None, reason=str(skip_reason()))
+pytestmark = [
+    pytest.mark.pages,
+    pytest.mark.skipif(skip_reason() is not None, reason=str(skip_reason())),
+]
 
 HITS = "return document.querySelectorAll('#hits li').length"
 IDLE = "return !document.querySelector('[aria-busy]')"

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -126,7 +126,7 @@ class Watchdog:
     SIGSTOP alone less than a limit.
 
     path: None for standard error, where there is no run directory yet. flag: the command-line flag
-    that sets `seconds`, in minutes.
+    that sets `seconds`, in minutes. clock: seconds. pause: waits for an event for so many of them.
     """
 
     def __init__(
@@ -136,8 +136,11 @@ class Watchdog:
         seconds: float,
         doing: str = "the first step",
         flag: str = "--watchdog-minutes",
+        clock: Callable[[], float] = time.monotonic,
+        pause: Callable[[threading.Event, float], bool] = threading.Event.wait,
     ) -> None:
         self._path, self._seconds, self._doing, self._flag = path, seconds, doing, flag
+        self._clock, self._pause = clock, pause
         self._poll = min(seconds / 20, 5.0)
         self._fastest = math.inf  # step, in seconds
         self._give(GRACE * seconds)
@@ -146,7 +149,7 @@ class Watchdog:
 
     def _give(self, seconds: float) -> None:
         """Start the clock of an activity that may take so many seconds."""
-        self._began, self._limit = time.monotonic(), seconds
+        self._began, self._limit = self._clock(), seconds
         self._deadline = self._began + seconds
 
     def __enter__(self) -> Watchdog:
@@ -196,7 +199,7 @@ class Watchdog:
 
     def beat(self) -> None:
         """Record that a step is complete, and start the clock of the next one."""
-        self._fastest = min(self._fastest, time.monotonic() - self._began)
+        self._fastest = min(self._fastest, self._clock() - self._began)
         self._begin_step()
 
     def renew(self) -> None:
@@ -223,9 +226,9 @@ class Watchdog:
             os.kill(os.getpid(), signal.SIGSTOP)
 
     def _watch(self) -> None:
-        last = time.monotonic()
-        while not self._stopped.wait(self._poll):
-            now = time.monotonic()
+        last = self._clock()
+        while not self._pause(self._stopped, self._poll):
+            now = self._clock()
             suspended_s = now - last - self._poll
             if suspended_s > self._seconds / 2:
                 self._deadline += suspended_s

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,8 +47,16 @@ class LogInterval:
 class RunTelemetry:
     """Samples the first rank's node from `start` to `stop`; `values` summarises an interval."""
 
-    def __init__(self, cfg: TrainConfig, world: World, arithmetic: Arithmetic) -> None:
-        self._cfg, self._world, self._arithmetic = cfg, world, arithmetic
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        world: World,
+        arithmetic: Arithmetic,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """clock: seconds, of the samples and of the intervals."""
+        self._cfg, self._world, self._arithmetic, self._clock = cfg, world, arithmetic, clock
         self._card = _find_card(world)
         self._knows_flops = True
         self._sampler: TelemetrySampler | None = None
@@ -57,7 +66,9 @@ class RunTelemetry:
         if self._cfg.telemetry.hz and self._sampler is None and self._world.is_main:
             num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             gpus = cuda_devices(num_ranks) if self._world.device.type == "cuda" else []
-            self._sampler = TelemetrySampler(self._cfg.telemetry.hz, devices=gpus)
+            self._sampler = TelemetrySampler(
+                self._cfg.telemetry.hz, devices=gpus, clock=self._clock
+            )
             self._sampler.__enter__()
 
     def stop(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ class Host:
     """Reads the host's counters; one thread calls `read` repeatedly. ImportError without psutil.
 
     Shares of the processor are those since the previous call; the first call returns none.
+    clock: seconds.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         import psutil
 
         self._psutil: Any = psutil
+        self._clock = clock
         self._me = psutil.Process()
         self._tree: list[Any] = []
         self._searched_s = -REFRESH_S
@@ -33,7 +36,7 @@ class Host:
         what a volume or an array reads is its disks'. process_cpu_percent and rss_bytes sum over
         the process tree, in which memory that processes share counts for each of them.
         """
-        psutil, now = self._psutil, time.monotonic()
+        psutil, now = self._psutil, self._clock()
         if now - self._searched_s >= REFRESH_S:
             self._tree = [self._me, *self._me.children(recursive=True)]
             self._searched_s = now

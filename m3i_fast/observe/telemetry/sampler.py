@@ -7,7 +7,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -60,17 +60,23 @@ class TelemetrySampler:
     sampling alone.
 
     nvml: a module with the names of pynvml; None imports it. devices: torch's where it is None.
-    Raises ValueError for a rate outside 0.1 to 10.
+    clock: seconds, of the samples and of the windows of `summary`. Raises ValueError for a rate
+    outside 0.1 to 10.
     """
 
     def __init__(
-        self, hz: float = 2.0, nvml: Any = None, *, devices: Sequence[Device] | None = None
+        self,
+        hz: float = 2.0,
+        nvml: Any = None,
+        *,
+        devices: Sequence[Device] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if not 0.1 <= hz <= 10:
             raise ValueError(f"hz: expected 0.1 to 10 samples a second, got {hz}")
         self.hz, self.cpu_s = hz, 0.0
         """cpu_s: processor time that the thread has used."""
-        self._nvml, self._devices = nvml, devices
+        self._nvml, self._devices, self._clock = nvml, devices, clock
         self._gpus: list[Gpu] = []
         self._host: Host | None = None
         length = math.ceil(KEPT_S * hz)
@@ -108,7 +114,7 @@ class TelemetrySampler:
 
     def _open(self) -> None:
         try:
-            self._host = Host()
+            self._host = Host(self._clock)
         except ImportError:
             logger.warning("telemetry: no figures of the host: pip install psutil")
         devices = cuda_devices() if self._devices is None else self._devices
@@ -151,13 +157,13 @@ class TelemetrySampler:
         return None
 
     def _run(self) -> None:
-        began, number = time.monotonic(), 0
+        began, number = self._clock(), 0
         try:
             while not self._ended.is_set():
                 self._sample(number)
                 self.cpu_s = time.thread_time()
                 self._sampled.set()
-                now = time.monotonic()
+                now = self._clock()
                 due = math.ceil((now - began) * self.hz)  # samples that are late are skipped
                 number = max(number + 1, due)
                 self._ended.wait(began + number / self.hz - now)
@@ -169,16 +175,16 @@ class TelemetrySampler:
     def _sample(self, number: int) -> None:
         for index, (card, kept) in enumerate(zip(self._gpus, self._of_gpus, strict=True)):
             slow = number % len(self._gpus) == index
-            now = time.monotonic()
+            now = self._clock()
             kept.append((now, card.read(slow=slow)))
         if self._host is not None:
-            now = time.monotonic()
+            now = self._clock()
             self._of_host.append((now, self._host.read()))
 
     # ---- Summaries -------------------------------------------------------------------------------
 
     def summary(self, begin_s: float, end_s: float) -> dict[str, Any]:
-        """Return the summary of a window of `time.monotonic()` within the last hour; JSON-able.
+        """Return the summary of a window of the clock within the last hour; JSON-able.
 
         energy_j is the growth of the cards' counters, or the integral of power for a card without
         one; None where less than half of the window was sampled or a card reports neither.

@@ -19,7 +19,7 @@ def campaign(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Campaign]:
     yield Campaign(tmp_path_factory.mktemp("campaign"))
 
 
-@pytest.mark.slow
+@pytest.mark.distributed
 @pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.nightly)])
 def test_runs_recover_from_every_fault(every: int, campaign: Campaign) -> None:
     trials = plan(campaign, kills=2, writes=1)[::every]
@@ -29,7 +29,7 @@ def test_runs_recover_from_every_fault(every: int, campaign: Campaign) -> None:
     assert not bad, "\n\n".join(f"{v.fault}, {v.where}: {v.log}" for v in bad)
 
 
-@pytest.mark.slow
+@pytest.mark.distributed
 def test_what_a_run_lost_is_found_out(campaign: Campaign) -> None:
     """A step is taken back, and the run says nothing of it; or it ends as it should not."""
 

@@ -88,6 +88,7 @@ def test_a_chart_has_a_mark_a_row_at_its_place(rows: Path, monkeypatch: pytest.M
     assert "64 cores of &lt;another&gt;" in html and "<another>" not in html
 
 
+@pytest.mark.pages
 @pytest.mark.skipif(skip_reason() is not None, reason=str(skip_reason()))
 def test_page_of_the_real_ledger_reads_well_in_a_browser(tmp_path: Path) -> None:
     out = tmp_path / "ledger.html"

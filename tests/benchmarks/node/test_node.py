@@ -137,7 +137,6 @@ def test_shards_that_are_not_there_are_asked_for(
     assert "Did you mean demo?" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_a_sweep_measures_ranks_in_processes_of_their_own(config: str, tmp_path: Path) -> None:
     """Two ranks over gloo; a batch that halves do not divide is refused before any is started."""
     out = tmp_path / "out.json"

@@ -136,7 +136,6 @@ def test_intervals_cover_as_often_as_they_say(design: Design, seeds_a_fold: int)
     assert holds <= 0.025
 
 
-@pytest.mark.slow
 def test_one_rival_is_beaten_by_luck_no_more_often_than_said() -> None:
     _, holds, _ = _rates(LINEAR, np.array([0.0, 0, -40, -40, -40]), 3000)
     assert holds <= 0.025 + _band(0.025, 3000)

@@ -22,8 +22,6 @@ from m3i_fast.pipelines.sources.earth_maps import COVERS, EarthMaps
 from tests.benchmarks.one_stage.test_plan import TREE, _commit, _git
 from tests.shared.pipelines.icons import slug, write_icons
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def maps() -> EarthMaps:

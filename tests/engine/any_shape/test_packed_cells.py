@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from m3i_fast.config import TrainConfig
@@ -27,13 +26,14 @@ from tests.shared.engine.packed_run import (
     split,
 )
 from tests.shared.engine.small_run import assert_same_run
+from tests.shared.ranks import start_ranks
 
 SQUARES = "mae", "siameseim", "ibot", "dinov2", "m3i"
 MORE = (
     *("dinov3", "mixmim", "data2vec", "siameseim_pixel", "msn", "masked_global"),
     *("novel_view", "autoencoder", "tips"),
 )
-SLOW = pytest.mark.slow
+SLOW = pytest.mark.matrix
 
 
 def _train_as_squares(cfg: TrainConfig, tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ def test_squares_train_as_squares(name: str, dataset: Path, tmp_path: Path) -> N
     _train_as_squares(packed_run(dataset, name), tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", MORE)
 def test_squares_train_as_squares_by_more_methods(name: str, dataset: Path, tmp_path: Path) -> None:
     _train_as_squares(packed_run(dataset, name), tmp_path)
@@ -186,7 +186,7 @@ FIRST = 3
 
 
 def _ranks(cases: list[Case], folder: Path) -> Path:
-    mp.start_processes(work, (cases, 2, folder), nprocs=2, start_method="spawn")
+    start_ranks(work, (cases, 2, folder), 2)
     return folder
 
 
@@ -205,7 +205,7 @@ def test_two_unequal_ranks_equal_one(number: int, two: Path, dataset: Path, tmp_
     _hold(_cases(dataset)[number], two, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("number", range(FIRST, 5))
 def test_two_unequal_ranks_equal_one_in_more_cases(
     number: int, two_more: Path, dataset: Path, tmp_path: Path

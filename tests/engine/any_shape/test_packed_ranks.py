@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from m3i_fast.config.parallel import ParallelConfig
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.observe.metrics import read_jsonl
 from tests.engine.any_shape.packed_work import Case, run, train, work
 from tests.shared.engine.packed_run import packed_run
+from tests.shared.ranks import start_ranks
 
 # Labels, captions, InfoNCE with a batch norm, a centre.
 METHODS = "supervised", "clip", "moco_v3", "dino"
@@ -58,7 +58,7 @@ def _cases(dataset: Path) -> dict[int, list[Case]]:
 
 def _ranks(dataset: Path, folder: Path, key: int) -> Path:
     cases, num_ranks = _cases(dataset)[key], 4 if key == 4 else 2
-    mp.start_processes(work, (cases, num_ranks, folder), nprocs=num_ranks, start_method="spawn")
+    start_ranks(work, (cases, num_ranks, folder), num_ranks)
     return folder
 
 
@@ -90,12 +90,13 @@ def _hold(case: Case, ranks: Path, num_ranks: int, out: Path) -> None:
             )
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("number", range(len(METHODS) + 3))
 def test_two_ranks_equal_one(number: int, two: Path, dataset: Path, tmp_path: Path) -> None:
     _hold(_cases(dataset)[2][number], two, 2, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.distributed
 @pytest.mark.parametrize("number", range(len(OTHERS) + 4))
 def test_two_ranks_equal_one_in_more_cases(
     number: int, two_more: Path, dataset: Path, tmp_path: Path
@@ -103,7 +104,7 @@ def test_two_ranks_equal_one_in_more_cases(
     _hold(_cases(dataset)[3][number], two_more, 2, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.distributed
 @pytest.mark.parametrize("number", range(len(METHODS)))
 def test_four_ranks_equal_one(number: int, four: Path, dataset: Path, tmp_path: Path) -> None:
     _hold(_cases(dataset)[4][number], four, 4, tmp_path)
@@ -119,13 +120,13 @@ def test_accumulated_batches_equal_one(number: int, dataset: Path, tmp_path: Pat
         torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-10, msg=name)
 
 
-@pytest.mark.slow
+@pytest.mark.distributed
 def test_a_run_of_two_ranks_is_that_of_two_batches_and_goes_on_as_it(
     dataset: Path, tmp_path: Path
 ) -> None:
     """Loader, log and checkpoints included: the second half is taken by one rank."""
     cfg = replace(packed_run(dataset, "supervised", checkpoint_every=3), num_steps=3)
-    mp.start_processes(train, (cfg, 2, tmp_path), nprocs=2, start_method="spawn")
+    start_ranks(train, (cfg, 2, tmp_path), 2)
     alone = replace(cfg, num_steps=6, parallel=ParallelConfig(accumulate=2))
     Trainer(alone, tmp_path / "alone").train()
     first = read_jsonl(tmp_path / "run" / "metrics.jsonl")[-1]

@@ -79,7 +79,7 @@ def _check(directory: Path, *, damaged: int = 0) -> int:
     return newest.step
 
 
-SLOW = pytest.mark.slow
+SLOW = pytest.mark.distributed
 
 
 @pytest.mark.parametrize(

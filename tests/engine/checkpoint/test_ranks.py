@@ -30,6 +30,7 @@ from tests.shared.engine.checkpoint_cases import (
     train,
     weights,
 )
+from tests.shared.ranks import start_ranks
 
 SEED = 5
 
@@ -111,9 +112,10 @@ def _refused_on_all(rank: int, folder: Path, model: nn.Module, optimizer: Optimi
 
 
 def _run(function: Callable[[int, Path], None], num_ranks: int, folder: Path) -> None:
-    mp.start_processes(function, (folder,), nprocs=num_ranks, start_method="spawn")
+    start_ranks(function, (folder,), num_ranks)
 
 
+@pytest.mark.distributed
 def test_ranks_change_between_save_and_load(tmp_path: Path) -> None:
     _run(_save_on_four, 4, tmp_path)
     save(tmp_path / "one", 2)
@@ -147,7 +149,7 @@ def _save_and_die(rank: int, folder: Path) -> None:
         (folder / "went on").touch()
 
 
-@pytest.mark.slow
+@pytest.mark.distributed
 def test_a_rank_killed_in_a_save_leaves_the_checkpoint_before(tmp_path: Path) -> None:
     save(tmp_path / "run", 2)
     with pytest.raises((mp.ProcessExitedException, mp.ProcessRaisedException)):

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from m3i_fast.config import TrainConfig
@@ -19,11 +18,12 @@ from m3i_fast.config.guard import GuardConfig
 from m3i_fast.config.objective.balance import BalanceConfig
 from m3i_fast.config.optim import OptimConfig
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
-from m3i_fast.engine.guard.guard import SpikeDetector, not_finite
+from m3i_fast.engine.guard.guard import Guard, SpikeDetector, not_finite
 from m3i_fast.engine.guard.skipped_steps import SKIPPED_ROW
 from m3i_fast.engine.optim.ema import update_ema
 from m3i_fast.engine.optim.optimizers import set_schedules
 from m3i_fast.engine.optim.schedules import lr_schedule
+from m3i_fast.engine.parallel.local_shards import GradientNorm
 from m3i_fast.engine.parallel.ranks import World
 from m3i_fast.observe.metrics import DeviceMeans, read_jsonl
 from m3i_fast.recipes import demo, demo_method, shrink
@@ -33,6 +33,7 @@ from tests.shared.engine import optimiser_runs as runs
 from tests.shared.engine.replaced_step import replace_call
 from tests.shared.engine.small_run import TEXT
 from tests.shared.engine.two_ranks import NUM_RANKS
+from tests.shared.ranks import start_ranks
 
 OPTIMISERS = {
     "adamw": OptimConfig(lr=0.01, weight_decay=0.1),
@@ -286,6 +287,18 @@ def test_what_is_not_finite_ends_the_run_at_the_next_row(
     assert checkpoint.checkpoints(tmp_path / "run" / "checkpoints") == []
 
 
+@pytest.mark.parametrize("loss", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("norm", [1.0, math.inf])
+def test_a_loss_that_is_not_finite_is_enough(loss: float, norm: float) -> None:
+    """A loss may be infinite while its gradient is finite: that of a clamped value, for one."""
+    guard = Guard(GuardConfig(), nn.Linear(1, 1), World(torch.device("cpu")))
+    gradients = GradientNorm(torch.tensor(norm), torch.ones(1))
+    guard.judge({"loss/total": torch.tensor(loss)}, gradients)
+    assert guard.skip == 1
+    guard.judge({"loss/total": torch.tensor(1.0)}, GradientNorm(torch.tensor(1.0), torch.ones(1)))
+    assert guard.skip == 0
+
+
 # ---- Spikes --------------------------------------------------------------------------------------
 
 
@@ -359,7 +372,7 @@ def test_a_spike_goes_back_and_passes_its_batches_over(
 def of_ranks(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("guard")
     cfg = _config(dataset, _named(dataset, "dino"), num_steps=4, log_every=4)
-    mp.start_processes(work, (cfg, folder), nprocs=NUM_RANKS, start_method="spawn")
+    start_ranks(work, (cfg, folder), NUM_RANKS)
     return folder
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -19,6 +18,7 @@ from m3i_fast.engine.optim.layerwise import full_norms
 from m3i_fast.engine.optim.optimizers import _expect_usable, build_optimizer, set_schedules
 from m3i_fast.engine.optim.schedules import lr_schedule, weight_decay_schedule
 from m3i_fast.engine.parallel.local_shards import local
+from tests.shared.ranks import start_ranks
 
 RANKS = 2
 STEPS = 10
@@ -101,7 +101,7 @@ def _norms(mesh: dist.DeviceMesh) -> list[tuple[Tensor, Tensor]]:
 @pytest.fixture(scope="module")
 def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:  # type: ignore[type-arg]
     folder = tmp_path_factory.mktemp("ranks")
-    mp.start_processes(work, (folder,), nprocs=RANKS, start_method="spawn")
+    start_ranks(work, (folder,), RANKS)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
 
 

@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from lightly.utils.scheduler import cosine_schedule
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -14,7 +15,11 @@ from m3i_fast.config.models.vit import vit_demo
 from m3i_fast.config.optim import EmaConfig, OptimConfig
 from m3i_fast.engine.optim.ema import update_ema
 from m3i_fast.engine.optim.optimizers import build_optimizer, set_schedules
-from m3i_fast.engine.optim.schedules import cosine, lr_schedule
+from m3i_fast.engine.optim.schedules import (
+    lr_schedule,
+    momentum_schedule,
+    weight_decay_schedule,
+)
 from m3i_fast.models.transformer.vit import ViT
 from tests.shared.engine.optimiser_runs import set_gradients
 
@@ -78,12 +83,20 @@ def test_what_is_constant_so_far_is_the_same_in_a_longer_run() -> None:
     assert np.array_equal(lr_schedule(OptimConfig(), 400), lr_schedule(everything, 400))
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 7])
-def test_cosine_ends(num_steps: int) -> None:
-    values = cosine(0.9, 1.0, num_steps=num_steps)
-    assert len(values) == num_steps and values[0] == pytest.approx(0.9)
-    if num_steps > 1:
-        assert values[-1] == pytest.approx(1.0)
+@pytest.mark.parametrize("num_steps", [2, 7, 50])
+def test_weight_decay_and_momentum_equal_lightlys_schedule(num_steps: int) -> None:
+    decay = OptimConfig(weight_decay=0.04, final_weight_decay=0.4)
+    ema = EmaConfig(momentum=0.9, final_momentum=1.0)
+    for ours, ends in (
+        (weight_decay_schedule(decay, num_steps), (0.04, 0.4)),
+        (momentum_schedule(ema, num_steps), (0.9, 1.0)),
+    ):
+        expected = [cosine_schedule(step, num_steps, *ends) for step in range(num_steps)]
+        np.testing.assert_allclose(ours, expected, rtol=1e-12)
+
+
+def test_a_run_of_one_step_has_the_first_value() -> None:
+    assert momentum_schedule(EmaConfig(momentum=0.9), 1).tolist() == [0.9]
 
 
 def test_all_fractions_that_add_up_to_one_are_taken() -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from m3i_fast.config import TrainConfig
@@ -22,6 +21,7 @@ from m3i_fast.objectives.methods import METHODS
 from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.recipes import recipes, shrink
 from tests.engine.parallel.meta_work import NUM_RANKS, Made, held, values, work
+from tests.shared.ranks import start_ranks
 
 CPU = torch.device("cpu")
 TEXT = TextConfig(vocab_size=50, context_length=8, dim=32, depth=2, num_heads=2, embed_dim=32)
@@ -156,7 +156,7 @@ def _spread(name: str) -> TrainConfig:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     cases = {name: _spread(name) for name in SPREAD}
-    mp.start_processes(work, (cases, folder), nprocs=NUM_RANKS, start_method="spawn")
+    start_ranks(work, (cases, folder), NUM_RANKS)
     return folder
 
 

@@ -24,6 +24,7 @@ from tests.shared.pipelines.with_regions import with_regions
 OTHERS = ("moco_v3", "byol", "dinov3", "mae", "densecl", "siglip2")
 # DINOv2 without KoLeo is iBOT.
 ON_FOUR = ("ibot", "dinov3", "tips", "siglip2", "cappa", "coca", "locca", "lejepa", "radio")
+GATE = ("m3i, shard 1", "m3i, shard -1")
 BATCH_NORMS = ("moco_v3", "byol", "lejepa", "radio")
 Found = dict[str, Tensor]
 
@@ -115,14 +116,26 @@ def four_ranks(
 
 
 @pytest.fixture(scope="module")
-def ranks(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What every rank found of every case."""
+def two_ranks(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What each of two ranks found of the cases at the gate."""
     folder = tmp_path_factory.mktemp("ranks")
-    for num_ranks, cases in _cases(dataset).items():
-        out = folder / str(num_ranks)
-        out.mkdir()
-        mp.start_processes(work, (cases, num_ranks, out), nprocs=num_ranks, start_method="spawn")
+    _start(2, [case for case in _cases(dataset)[2] if case.name in GATE], folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What every rank found of every other case."""
+    folder = tmp_path_factory.mktemp("ranks")
+    _start(2, [case for case in _cases(dataset)[2] if case.name not in GATE], folder)
+    _start(4, _cases(dataset)[4], folder)
+    return folder
+
+
+def _start(num_ranks: int, cases: list[Case], folder: Path) -> None:
+    out = folder / str(num_ranks)
+    out.mkdir()
+    mp.start_processes(work, (cases, num_ranks, out), nprocs=num_ranks, start_method="spawn")
 
 
 def _compared(
@@ -168,9 +181,18 @@ def _worst(ours: Found, theirs: Found, kind: str) -> float:
     return max(errors)
 
 
+@pytest.mark.parametrize("name", GATE)
+def test_two_ranks_equal_one_process(
+    name: str, two_ranks: Path, dataset: Path, tmp_path: Path
+) -> None:
+    """M3I over twenty steps, with two terms whose softmax is over all ranks' rows."""
+    _assert_equal(*_compared(two_ranks, dataset, 2, name, tmp_path), name)
+
+
+@pytest.mark.distributed
 @pytest.mark.parametrize(
     ("num_ranks", "name"),
-    [(2, "m3i, shard 1"), (2, "m3i, shard -1"), (4, "m3i, shard 2"), (4, "m3i, shard -1")]
+    [(4, "m3i, shard 2"), (4, "m3i, shard -1")]
     + [(2, "m3i by chunks, shard 1"), (2, "m3i by chunks, shard -1")]
     + [(2, f"m3i of a frozen encoder, shard {shard}") for shard in (1, -1)]
     + [(2, "m3i balanced"), (2, "m3i of dinov3_h_plus")]
@@ -179,8 +201,10 @@ def _worst(ours: Found, theirs: Found, kind: str) -> float:
 def test_ranks_equal_one_process(
     num_ranks: int, name: str, ranks: Path, dataset: Path, tmp_path: Path
 ) -> None:
-    """M3I over twenty steps, with two terms whose softmax is over all ranks' rows; others."""
-    one, found = _compared(ranks, dataset, num_ranks, name, tmp_path)
+    _assert_equal(*_compared(ranks, dataset, num_ranks, name, tmp_path), name)
+
+
+def _assert_equal(one: Found, found: list[Found], name: str) -> None:
     for of_rank in found:
         for kind in ("gradient/", "norm", "losses"):
             assert _worst(of_rank, one, kind) < 1e-10, kind
@@ -188,23 +212,29 @@ def test_ranks_equal_one_process(
         assert _worst(of_rank, one, "state/") < (1e-9 if name in BATCH_NORMS else 1e-10)
 
 
-@pytest.mark.slow
+@pytest.mark.distributed
 @pytest.mark.parametrize("name", ON_FOUR)
 def test_four_ranks_equal_one_process(
     name: str, four_ranks: Path, dataset: Path, teacher: Path, regions: Path, tmp_path: Path
 ) -> None:
     """The whole objective of methods of several targets, with sharded weights."""
     [case] = [case for case in _on_four(dataset, teacher, regions) if case.name == name]
-    one = run(case, 4, tmp_path, None)
-    for rank in range(4):
-        of_rank = torch.load(four_ranks / f"{name}-{rank}.pt", weights_only=True)
-        for kind in ("gradient/", "norm", "losses"):
-            assert _worst(of_rank, one, kind) < 1e-10, kind
-        assert _worst(of_rank, one, "state/") < (1e-9 if name in BATCH_NORMS else 1e-10)
+    files = [four_ranks / f"{name}-{rank}.pt" for rank in range(4)]
+    found = [torch.load(file, weights_only=True) for file in files]
+    _assert_equal(run(case, 4, tmp_path, None), found, name)
 
 
-@pytest.mark.parametrize("name", ["m3i", "m3i by chunks"])
-def test_sharded_weights_do_not_change_how_terms_are_watched(name: str, ranks: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "fixture"),
+    [
+        ("m3i", "two_ranks"),
+        pytest.param("m3i by chunks", "ranks", marks=pytest.mark.distributed),
+    ],
+)
+def test_sharded_weights_do_not_change_how_terms_are_watched(
+    name: str, fixture: str, request: pytest.FixtureRequest
+) -> None:
+    ranks = request.getfixturevalue(fixture)
     pulls = []
     for shard, rank in ((s, r) for s in (1, -1) for r in range(2)):
         file = ranks / "2" / f"{name}, shard {shard}-{rank}.pt"
@@ -215,6 +245,7 @@ def test_sharded_weights_do_not_change_how_terms_are_watched(name: str, ranks: P
     assert pulls[0] != pytest.approx(pulls[1], rel=1e-3)  # of the own rows
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("shard", [1, -1])
 def test_in_fp32_the_first_gradients_and_all_losses_are_equal(
     shard: int, ranks: Path, dataset: Path, tmp_path: Path

@@ -23,6 +23,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from m3i_fast import cli
+from m3i_fast.benchmarks.faults.held_port import hold_port
 from m3i_fast.cli import train as train_verb
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.parallel import ParallelConfig
@@ -39,10 +40,9 @@ FORK = mp.get_context("fork")
 
 
 @pytest.fixture
-def port() -> int:
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def port() -> Iterator[int]:
+    with hold_port() as held:
+        yield held.getsockname()[1]
 
 
 @pytest.fixture(params=["rank 0", "agent"])

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from m3i_fast.config.objective.balance import BalanceConfig
@@ -16,6 +15,7 @@ from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.observe.metrics import read_jsonl
 from tests.engine.parallel.run_work import SHARDS, Watched, work
 from tests.shared.engine.two_ranks import NUM_RANKS, NUM_STEPS, run_of_adamw, spread
+from tests.shared.ranks import start_ranks
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def runs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for shard in SHARDS:  # runs of one process that stopped after four steps
         run = Watched(cfg, folder / f"alone-{shard}")
         torch.save(run.train(stop_at=4), folder / f"alone-{shard}.pt")
-    mp.start_processes(work, (cfg, folder), nprocs=NUM_RANKS, start_method="spawn")
+    start_ranks(work, (cfg, folder), NUM_RANKS)
     return folder
 
 

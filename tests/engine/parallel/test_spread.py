@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from m3i_fast.config import TrainConfig
@@ -16,6 +15,7 @@ from m3i_fast.recipes import demo, shrink
 from tests.engine.parallel.spread_work import with_prefetch, work
 from tests.engine.parallel.test_meta_init import TEXT
 from tests.shared.engine.two_ranks import NUM_RANKS
+from tests.shared.ranks import start_ranks
 
 DEPTH = 5
 
@@ -32,7 +32,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cfg = _config()
     cases = {str(count): with_prefetch(cfg, count) for count in (0, 2)}
     cases |= {f"{count} by chunks": with_prefetch(cfg, count, chunk=2) for count in (0, 2)}
-    mp.start_processes(work, (cases, folder), nprocs=NUM_RANKS, start_method="spawn")
+    start_ranks(work, (cases, folder), NUM_RANKS)
     return folder
 
 

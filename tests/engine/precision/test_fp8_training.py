@@ -26,7 +26,7 @@ from m3i_fast.models.transformer.float8 import PRODUCTS
 from tests.engine.precision.fp8_runs import tiny
 
 logger = logging.getLogger(__name__)
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.matrix
 
 NUM_STEPS, NUM_FAULTY = 200, 100
 WINDOW = 20  # steps that are averaged

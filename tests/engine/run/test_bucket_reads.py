@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-import torch.multiprocessing as mp
 
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.trainer import Trainer
@@ -18,6 +17,7 @@ from m3i_fast.observe.sinks.prometheus import exported
 from m3i_fast.report.run.curves import NAMES, curves
 from tests.engine.run.bucket_work import train
 from tests.shared.engine.small_run import small_run
+from tests.shared.ranks import start_ranks
 
 if TYPE_CHECKING:
     from tests.shared.pipelines.s3_server import S3Server
@@ -51,6 +51,7 @@ def totals(run: Path) -> dict[str, float]:
     return {name: sum(row[f"bucket/{name}"] for row in rows) for name in COUNTS}
 
 
+@pytest.mark.distributed
 def test_all_ranks_reads_are_logged_and_faults_are_counted(
     dataset: Path, server: S3Server, tmp_path: Path
 ) -> None:
@@ -63,7 +64,7 @@ def test_all_ranks_reads_are_logged_and_faults_are_counted(
     server.fault(".tar", refuse("503 Slow Down", "SlowDown"), 3)
     server.fault(".tar", cut, 2)
     cfg = on_bucket(dataset, tmp_path / "cache", batch_size=4)
-    mp.spawn(train, (2, cfg, tmp_path / "run"), nprocs=2)
+    start_ranks(train, (2, cfg, tmp_path / "run"), 2)
     found = totals(tmp_path / "run")
     asked = sum(n for name, n in server.requests.items() if name.startswith("GET train-"))
     assert found["requests"] == asked > 5

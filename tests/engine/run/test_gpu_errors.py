@@ -21,10 +21,9 @@ NO_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total c
 FLAGS = re.compile(r"((?:--\S+(?: [^-\s]\S*| -1)? ?)+):")
 
 
-@pytest.mark.parametrize("name", [*recipes(), *(f"demo {method}" for method in METHODS)])
+@pytest.mark.parametrize("name", recipes())
 def test_every_way_to_need_less_is_one_that_the_config_takes(name: str) -> None:
-    method = name.removeprefix("demo ")
-    cfg = recipes()[name]() if name in recipes() else demo_method(method)
+    cfg = recipes()[name]()
     ways = lighter(cfg)
     assert len(ways) >= 2
     for way in ways:

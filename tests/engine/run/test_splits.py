@@ -69,9 +69,9 @@ def test_what_is_compared_differs_from_sample_to_sample(whole: Found) -> None:
     [
         Split(2, 16),
         Split(2, 8, 2),
-        pytest.param(Split(4, 8), marks=pytest.mark.slow),
-        pytest.param(Split(8, 4), marks=pytest.mark.slow),
-        pytest.param(Split(1, 8, 4), marks=pytest.mark.slow),
+        pytest.param(Split(4, 8), marks=pytest.mark.distributed),
+        pytest.param(Split(8, 4), marks=pytest.mark.distributed),
+        pytest.param(Split(1, 8, 4), marks=pytest.mark.distributed),
     ],
     ids=str,
 )

@@ -6,16 +6,15 @@ import logging
 import socket
 import sys
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
+from m3i_fast.benchmarks.faults.held_port import hold_port
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.telemetry import TelemetryConfig
 from m3i_fast.costs.gemm_shapes import gemm_shapes
@@ -31,6 +30,7 @@ from m3i_fast.observe.telemetry.sampler import Device
 from m3i_fast.recipes import recipes
 from tests.shared.engine.small_run import small_run
 from tests.shared.observe.recorded_nvml import BUS_IDS, UUIDS, Recorded, hopper
+from tests.shared.observe.sampled import SteppedClock
 from tests.shared.observe.scraped import ROW, scrape
 
 H100 = Capabilities(device="cuda", capability=(9, 0), cuda=(13, 0), te=True, torchao=True)
@@ -38,8 +38,7 @@ GPU = torch.device("cuda", 0)
 
 
 def interval(seconds: float, num_images: float) -> LogInterval:
-    now = time.monotonic()
-    return LogInterval(begin_s=now - seconds, end_s=now, num_images=num_images, progress=0.5)
+    return LogInterval(begin_s=1.0, end_s=1.0 + seconds, num_images=num_images, progress=0.5)
 
 
 def choice(cfg: TrainConfig) -> Arithmetic:
@@ -47,12 +46,16 @@ def choice(cfg: TrainConfig) -> Arithmetic:
 
 
 @pytest.fixture
-def node(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorded]:
-    """Two H100s of 300 W and 500 W, as torch and NVML tell of them."""
-    begun = time.monotonic()
+def clock() -> SteppedClock:
+    return SteppedClock(end_s=10.0)
 
-    def meter(watts: float) -> SimpleNamespace:
-        return lambda: int(1000 * watts * (time.monotonic() - begun))  # type: ignore[return-value]
+
+@pytest.fixture
+def node(clock: SteppedClock, monkeypatch: pytest.MonkeyPatch) -> Recorded:
+    """Two H100s of 300 W and 500 W, as torch and NVML tell of them."""
+
+    def meter(watts: float) -> Callable[[], int]:
+        return lambda: int(1000 * watts * clock.now_s)
 
     cards = [
         hopper(n, nvmlDeviceGetTotalEnergyConsumption=meter(w), nvmlDeviceGetTemperature={0: t})
@@ -67,23 +70,23 @@ def node(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorded]:
     return nvml
 
 
-def test_a_row_of_two_gpus(node: Recorded) -> None:
+def test_a_row_of_two_gpus(node: Recorded, clock: SteppedClock) -> None:
     before = set(threading.enumerate())
     cfg = replace(recipes()["m3i_vit_b"](), telemetry=TelemetryConfig(hz=10))
-    told = RunTelemetry(cfg, World(GPU, size=2), choice(cfg))
+    told = RunTelemetry(cfg, World(GPU, size=2), choice(cfg), clock=clock)
     told.start()
     told.start()  # as after a rollback
     try:
-        time.sleep(0.55)
-        row = told.values(interval(0.5, num_images=1000))
+        clock.wait()
+        row = told.values(interval(7.0, num_images=1000))
     finally:
         told.stop()
     flops = without_sampling(step_flops(cfg, num_ranks=2, progress=0.5))
-    tflop_s = flops.model / 512 * 1000 / 2 / 0.5 / 1e12
+    tflop_s = flops.model / 512 * 1000 / 2 / 7.0 / 1e12
     assert row["efficiency/tflop_s"] == pytest.approx(tflop_s, rel=1e-3)
     assert row["efficiency/mfu"] == pytest.approx(tflop_s / 989, rel=1e-3)
     assert row["efficiency/hfu"] > row["efficiency/mfu"]
-    assert row["efficiency/joule_per_image"] == pytest.approx(800 * 0.5 / 1000, rel=0.03)
+    assert row["efficiency/joule_per_image"] == pytest.approx(800 * 7.0 / 1000)
     assert row["gpu/power_w"] == 650 and row["gpu/temperature_c"] == 70
     assert row["gpu/memory_used_gib"] == 40 and row["gpu/tensor_percent"] == 47
     assert row["gpu/pcie_sent_gib_s"] == 5 / 1024 and row["gpu/nvlink_sent_gib_s"] == 0
@@ -95,20 +98,20 @@ def test_a_row_of_two_gpus(node: Recorded) -> None:
     assert node.num_open == 0 and "telemetry" not in [thread.name for thread in left]
 
 
-def test_energy_and_rates_are_those_of_the_steps_alone(node: Recorded) -> None:
+@pytest.mark.usefixtures("node")
+def test_energy_and_rates_are_those_of_the_steps_alone(clock: SteppedClock) -> None:
     """Half of the interval was an evaluation."""
     cfg = replace(recipes()["m3i_vit_b"](), telemetry=TelemetryConfig(hz=10))
-    told = RunTelemetry(cfg, World(GPU, size=2), choice(cfg))
+    told = RunTelemetry(cfg, World(GPU, size=2), choice(cfg), clock=clock)
     told.start()
     try:
-        time.sleep(0.65)
-        whole = interval(0.6, num_images=1000)
-        begin = whole.begin_s + 0.15
-        part = replace(whole, left_out=((begin, begin + 0.3),))
+        clock.wait()
+        whole = interval(6.0, num_images=1000)
+        part = replace(whole, left_out=((2.5, 5.5),))
         row, without = told.values(part), told.values(whole)
     finally:
         told.stop()
-    assert row["efficiency/joule_per_image"] == pytest.approx(800 * 0.3 / 1000, rel=0.1)
+    assert row["efficiency/joule_per_image"] == pytest.approx(800 * 3.0 / 1000)
     assert row["efficiency/tflop_s"] == pytest.approx(2 * without["efficiency/tflop_s"], rel=1e-6)
     assert row["gpu/nvlink_sent_gib_s"] == without["gpu/nvlink_sent_gib_s"]
 
@@ -202,14 +205,13 @@ def test_a_resume_may_tell_something_else(dataset: Path, tmp_path: Path) -> None
     again.train()
 
 
-def free_port() -> int:
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+@pytest.fixture
+def port() -> Iterator[int]:
+    with hold_port() as held:
+        yield held.getsockname()[1]
 
 
-def test_a_run_is_scraped_while_it_lasts(dataset: Path, tmp_path: Path) -> None:
-    port = free_port()
+def test_a_run_is_scraped_while_it_lasts(dataset: Path, tmp_path: Path, port: int) -> None:
     telemetry = TelemetryConfig(hz=10, prometheus_port=port)
     cfg = small_run(dataset, num_steps=10, telemetry=telemetry, device="cpu")
     seen = []

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from m3i_fast.config import TrainConfig
 from m3i_fast.costs.objective_flops import TARGET
@@ -28,6 +27,7 @@ from m3i_fast.pipelines.loader import Loader
 from m3i_fast.planning.step_memory import trace
 from m3i_fast.recipes import demo_method, shrink
 from tests.shared.engine.small_run import TEXT, assert_same_run
+from tests.shared.ranks import start_ranks
 
 CPU = torch.device("cpu")
 
@@ -186,14 +186,14 @@ def _work(rank: int, cfg: TrainConfig, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_two_ranks_train_on_them(dataset: Path, taught: Path, tmp_path: Path) -> None:
     cfg = _cached(dataset, taught, tmp_path / "cache")
     cfg = replace(cfg, data=replace(cfg.data, batch_size=4))
-    mp.start_processes(_work, (cfg, tmp_path), nprocs=2, start_method="spawn")
+    start_ranks(_work, (cfg, tmp_path), 2)
     plain = replace(cfg, objective=replace(cfg.objective, teacher_cache=None))
     (tmp_path / "plain").mkdir()
-    mp.start_processes(_work, (plain, tmp_path / "plain"), nprocs=2, start_method="spawn")
+    start_ranks(_work, (plain, tmp_path / "plain"), 2)
     assert_same_run(tmp_path / "run", tmp_path / "plain" / "run")
 
 

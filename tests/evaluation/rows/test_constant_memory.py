@@ -39,7 +39,7 @@ print(json.dumps([small, measure(num), before, peak()]))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_peak_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
     num = 100_000
     random = np.random.default_rng(0)

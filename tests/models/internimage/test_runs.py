@@ -90,7 +90,7 @@ def train(core: Callable[..., Tensor], num_steps: int, dtype: torch.dtype) -> li
     [
         (10, torch.float32, 1e-4),
         # training amplifies rounding, so that only fp64 stays the same for long
-        pytest.param(200, torch.float64, 1e-6, marks=pytest.mark.slow),
+        pytest.param(200, torch.float64, 1e-6, marks=pytest.mark.matrix),
     ],
 )
 def test_training_is_the_same_with_the_reference_core(

@@ -162,7 +162,7 @@ def test_use_and_doubt_are_one_of_uniform_assignments_and_small_of_one_prototype
         assert found == pytest.approx(expected, abs=1e-3) and found[0] <= 1
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_dinos_size_takes_64_mib() -> None:
     """65,536 prototypes of 256 features, 4,096 rows: above inputs and gradients, forth and back."""
     rows, width, count = 4096, 256, 65536

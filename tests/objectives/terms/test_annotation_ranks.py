@@ -12,17 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from m3i_fast.objectives.mixing import draw_mix
 from m3i_fast.objectives.step_context import Encoded
 from m3i_fast.pipelines.batch import Batch
 from tests.shared.annotated import NO_TARGETS, annotated_batch, build, objective
-from tests.shared.ranks import part
+from tests.shared.ranks import part, start_ranks
 from tests.shared.small_objective import VISION
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.distributed
 RANKS, SIZE = 4, 8
 CASES = [(mean, parallel, 0.0) for mean in ("batch", "members") for parallel in (0.0, 0.75)]
 CASES += [("batch", 0.0, 0.7)]  # reversed
@@ -89,7 +88,7 @@ def _work(rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
-    mp.start_processes(_work, (folder,), nprocs=RANKS, start_method="spawn")
+    start_ranks(_work, (folder,), RANKS)
     return folder
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from m3i_fast.benchmarks.faults.held_port import hold_port
 from m3i_fast.config.telemetry import TelemetryConfig
 from m3i_fast.observe.sinks.live import LiveSinks, expect_live_sinks, open_live_sinks
 from m3i_fast.observe.sinks.prometheus import PrometheusSink, expect_free, exported
@@ -21,10 +22,9 @@ LABELS = {"run": "demo", "recipe": "demo_clip", "rank": "0"}
 
 
 @pytest.fixture
-def port() -> int:
-    with closing(socket.socket()) as probe:
-        probe.bind((LOOPBACK, 0))
-        return int(probe.getsockname()[1])
+def port() -> Iterator[int]:
+    with hold_port() as held:
+        yield held.getsockname()[1]
 
 
 @pytest.fixture

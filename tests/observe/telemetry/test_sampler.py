@@ -6,15 +6,17 @@ import ast
 import inspect
 import json
 import logging
+import math
 import socket
 import subprocess
 import sys
 import threading
-import time
 from functools import cache
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
+import psutil
 import pynvml
 import pytest
 
@@ -23,7 +25,7 @@ from m3i_fast.observe.telemetry.host import Host
 from m3i_fast.observe.telemetry.nvml import Gpu, reason_names, uuid_hash
 from m3i_fast.observe.telemetry.sampler import Device, TelemetrySampler, cuda_devices
 from tests.shared.observe.recorded_nvml import BUS_IDS, UUIDS, Card, Recorded, counting, hopper
-from tests.shared.observe.sampled import DEVICES, sampled
+from tests.shared.observe.sampled import DEVICES, SteppedClock, sampled
 
 TOLD = "nvmlDeviceGet"
 
@@ -125,19 +127,17 @@ def test_cards_are_told_by_uuid_or_bus_and_not_by_number() -> None:
 
 def test_energy_is_the_sum_of_the_cards() -> None:
     rates = 300.0, 500.0
-    begun = time.monotonic()
+    clock = SteppedClock(end_s=10.0)
 
     def meter(watts: float) -> Any:
-        return lambda: int(1000 * watts * (time.monotonic() - begun))
+        return lambda: int(1000 * watts * clock.now_s)
 
     cards = [hopper(n, nvmlDeviceGetTotalEnergyConsumption=meter(w)) for n, w in enumerate(rates)]
-    with TelemetrySampler(10.0, Recorded(*cards), devices=DEVICES) as telemetry:
-        begin_s = time.monotonic()
-        time.sleep(0.75)
-        end_s = time.monotonic()
-    found = telemetry.summary(begin_s, end_s)
+    with TelemetrySampler(10.0, Recorded(*cards), devices=DEVICES, clock=clock) as telemetry:
+        clock.wait()
+    found = telemetry.summary(1.3, 8.3)
     energies = [card["energy_j"] for card in found["gpus"]]
-    assert energies == pytest.approx([w * (end_s - begin_s) for w in rates], rel=0.02)
+    assert energies == pytest.approx([7 * w for w in rates])
     assert found["energy_j"] == pytest.approx(sum(energies))
 
 
@@ -149,8 +149,7 @@ def test_energy_is_not_told_where_a_card_hides_it() -> None:
 
 def test_a_window_has_its_own_samples() -> None:
     found, telemetry = sampled(Recorded(hopper(0)))
-    later = time.monotonic()
-    nothing = telemetry.summary(later, later + 1)
+    nothing = telemetry.summary(1000.0, 1001.0)
     assert found["num_samples"] >= 3 and nothing["num_samples"] == 0
     assert nothing["gpus"][0].keys() == {"uuid_hash", "name"} and nothing["host"] == {}
     assert nothing["energy_j"] is None and not nothing["throttled"]
@@ -166,19 +165,44 @@ def test_without_a_gpu_the_host_is_told(caplog: pytest.LogCaptureFixture) -> Non
 
 
 def test_the_host_counts_this_process_and_its_children() -> None:
-    """A child that keeps a core busy, and holds 200 MiB."""
-    busy = "x = bytearray(200 * 2**20); print(1, flush=True)\nwhile True: pass"
-    child = subprocess.Popen([sys.executable, "-c", busy], stdout=subprocess.PIPE)
-    assert child.stdout is not None and child.stdout.readline()
+    """A child that holds 200 MiB, and uses half a second of a core when told to."""
+    program = """
+import time
+x = bytearray(200 * 2**20)
+print(1, flush=True)
+input()
+ends = time.process_time() + 0.5
+while time.process_time() < ends: pass
+print(2, flush=True)
+input()
+"""
+    child, now_s = subprocess.Popen([sys.executable, "-c", program], stdin=PIPE, stdout=PIPE), 0.0
+    assert child.stdin is not None and child.stdout is not None
+    assert child.stdout.readline() == b"1\n"
+    both = psutil.Process(), psutil.Process(child.pid)
+
+    def used_s() -> float:
+        return sum(t.user + t.system for t in (process.cpu_times() for process in both))
+
     try:
-        found, _ = sampled(None, devices=[], num_samples=12)
+        used = [used_s()]
+        host = Host(lambda: now_s)
+        host.read()
+        used.append(used_s())
+        child.stdin.write(b"\n")
+        child.stdin.flush()
+        assert child.stdout.readline() == b"2\n"
+        used.append(used_s())
+        now_s = 10.0
+        found = host.read()
+        used.append(used_s())
     finally:
         child.kill()
-        child.wait()
-    alone, _ = sampled(None, devices=[])
-    grown = found["host"]["rss_bytes"]["min"] - alone["host"]["rss_bytes"]["max"]
-    assert grown > 190 * 2**20
-    assert found["host"]["process_cpu_percent"]["max"] > 15  # of a core that others use, too
+        child.communicate()
+    assert found["rss_bytes"] - Host().read()["rss_bytes"] > 190 * 2**20
+    least, most = 10 * (used[2] - used[1]), 10 * (used[3] - used[0])  # percent of the clock's 10 s
+    assert least > 4.5  # the kernel counts hundredths of a second
+    assert least - 1e-6 <= found["process_cpu_percent"] <= most + 1e-6
 
 
 @pytest.mark.parametrize("error", [pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, 9, 999])
@@ -201,10 +225,11 @@ def test_an_error_in_the_thread_ends_nothing(caplog: pytest.LogCaptureFixture) -
 
     card = hopper(0, nvmlDeviceGetPowerUsage=counting([100_000, spoil]))
     card.values["nvmlDeviceGetTemperature"] = counting([{0: 50}, {}])  # KeyError, no NVMLError
-    begin_s = time.monotonic()
     with TelemetrySampler(10.0, Recorded(card), devices=DEVICES[:1]) as telemetry:
-        time.sleep(0.35)
-    found = telemetry.summary(begin_s, time.monotonic())
+        assert telemetry._thread is not None
+        telemetry._thread.join(60)
+        assert not telemetry._thread.is_alive()
+    found = telemetry.summary(0.0, math.inf)
     assert found["num_samples"] == 1 and found["gpus"][0]["power_w"]["mean"] == 100
     assert len([r for r in caplog.records if "ended by an error" in r.message]) == 1
 

@@ -86,6 +86,7 @@ def small_launches(log: Path, operators: Operators) -> Counter[str]:
     return found
 
 
+@pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [HALVES[0], FP32])
 @pytest.mark.parametrize("kind", EXPECTED)
 def test_a_call_launches_at_most_twelve_small_kernels(

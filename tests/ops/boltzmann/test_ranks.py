@@ -9,7 +9,6 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,6 +16,7 @@ from m3i_fast.ops import SoftTargets, boltzmann
 from m3i_fast.ops.boltzmann_exchange import Ring
 from tests.ops.boltzmann.cases import FP32, FP64, KINDS, Case, make
 from tests.ops.boltzmann.soft_cases import soft
+from tests.shared.ranks import start_ranks
 
 # Rows of each of four ranks: fewer ranks take the first; the last of a split takes what is left.
 ROWS = {"equal": (12, 12, 12, 12), "unequal": (5, 20, 0, 11), "one has all": (0, 36, 0, 0)}
@@ -95,9 +95,11 @@ def merged(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return whole
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "ranks", [2, *(pytest.param(n, marks=pytest.mark.distributed) for n in (1, 3, 4))]
+)
 def test_ranks_equal_one_process(ranks: int, tmp_path: Path) -> None:
-    mp.start_processes(work, (ranks, tmp_path), nprocs=ranks, start_method="spawn")
+    start_ranks(work, (ranks, tmp_path), ranks)
     of_ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
     num_asked = len(CASES) * (len(ROWS) if ranks > 1 else 1) * 2
     num_told = sum(1 if divides(case, ranks) else len(ROWS) for case in CASES.values())
@@ -125,10 +127,11 @@ def balance(rank: int, counts: list[int], folder: Path) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.distributed
 def test_sinkhorn_of_ranks_is_that_of_all_rows(tmp_path: Path) -> None:
     """One of which has no rows."""
     counts = [0, 7, 23]
-    mp.start_processes(balance, (counts, tmp_path), nprocs=len(counts), start_method="spawn")
+    start_ranks(balance, (counts, tmp_path), len(counts))
     of = soft(sum(counts), 33).targets
     expected = SoftTargets.sinkhorn(of.z_hat, of.z, of.scale).column_log_scale
     for rank in range(len(counts)):
@@ -166,7 +169,7 @@ def count_gathers(rank: int, folder: Path) -> None:
 
 
 def test_known_sizes_are_not_asked_for(tmp_path: Path) -> None:
-    mp.start_processes(count_gathers, (tmp_path,), nprocs=2, start_method="spawn")
+    start_ranks(count_gathers, (tmp_path,), 2)
 
 
 def test_a_gpu_is_not_asked_which_sums_count() -> None:
@@ -192,4 +195,4 @@ def refuse(rank: int, folder: Path) -> None:
 
 
 def test_all_ranks_refuse_what_one_has_wrong(tmp_path: Path) -> None:
-    mp.start_processes(refuse, (tmp_path,), nprocs=2, start_method="spawn")
+    start_ranks(refuse, (tmp_path,), 2)

@@ -151,7 +151,7 @@ def test_windows_keep_what_is_not_finite_where_it_is(device: str) -> None:
 
 
 @on_every_device
-@pytest.mark.slow
+@pytest.mark.cuda
 @pytest.mark.nightly
 def test_more_images_than_a_grid_has_rows(device: str) -> None:
     assert_right(dcnv3, MANY_IMAGES, torch.float32, device)

@@ -249,7 +249,7 @@ def test_more_images_than_16_bits_count() -> None:
     assert_right(dcnv3, MANY_IMAGES, torch.float32)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_more_than_2_to_the_31_elements() -> None:
     """Zeros that the system maps only where they are written: the last image alone takes memory."""
     batch, size = 2**15 + 3, 8

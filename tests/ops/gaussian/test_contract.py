@@ -28,7 +28,7 @@ OPTIONS = {
 every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 
 
-@pytest.fixture(params=["cpu", "cuda, emulated"])
+@pytest.fixture(params=["cpu", pytest.param("cuda, emulated", marks=pytest.mark.cuda)])
 def kernel(request: pytest.FixtureRequest) -> Any:
     if request.param == "cpu":
         yield

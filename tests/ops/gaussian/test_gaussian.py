@@ -229,7 +229,7 @@ def test_other_instruction_sets_are_as_accurate(capability: str) -> None:
     run_held_to(capability, _OTHER_SETS)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_more_than_2_to_the_31_elements() -> None:
     """Zeros that the system maps only where they are written: the last row alone takes memory."""
     rows = 2**21 + 3

@@ -100,6 +100,7 @@ def test_right_input_of_the_wrong_ones() -> None:
     assert mask_mix(_VIEWS, _CHOICE, _MEMBERS).shape == (2, 3, 8, 12)
 
 
+@pytest.mark.cuda
 @pytest.mark.parametrize("row", [-1, 3])
 def test_cuda_stops_at_a_member_outside_views(row: int) -> None:
     members = torch.tensor([[0, 1], [row, 0]])
@@ -110,6 +111,7 @@ def test_cuda_stops_at_a_member_outside_views(row: int) -> None:
         mask_mix(_VIEWS, _CHOICE, members)
 
 
+@pytest.mark.cuda
 @pytest.mark.parametrize("num_members", [1, 2])
 def test_cuda_stops_at_a_choice_past_the_members(num_members: int) -> None:
     with (

@@ -41,6 +41,12 @@ def test_every_byte_rounds_at_most_one_ulp_off() -> None:
     assert torch.equal(mask_mix(*arguments, dtype=torch.bfloat16), ours.bfloat16())
 
 
+def test_constants_are_timms() -> None:
+    constants = pytest.importorskip("timm.data.constants")
+    assert IMAGENET_MEAN == constants.IMAGENET_DEFAULT_MEAN
+    assert IMAGENET_STD == constants.IMAGENET_DEFAULT_STD
+
+
 @every_kernel
 @pytest.mark.parametrize("num_members", [1, 2, 3])
 def test_picture_of_one_view_normalises_it_as_torchvision(num_members: int) -> None:
@@ -145,6 +151,7 @@ def test_instruction_sets_change_no_bit() -> None:
     assert len(digests) == 1
 
 
+@pytest.mark.cuda
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_emulated_cuda_gives_the_bits_of_the_cpu(
     inputs: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype

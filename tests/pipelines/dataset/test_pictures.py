@@ -133,7 +133,7 @@ def test_what_dali_would_stop_at_is_refused(kind: str) -> None:
             stored_size(reading(BAD[kind]))
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_what_passes_is_decoded_by_dali() -> None:
     """Pictures with bytes changed, removed and put in, most of them in the header."""
     rng = random.Random(0)

@@ -240,7 +240,7 @@ def test_ray_is_not_started_without_tasks(monkeypatch: pytest.MonkeyPatch) -> No
     assert list(with_ray("local")([], lambda number: None)) == []
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_processes_are_given_a_few_tasks_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

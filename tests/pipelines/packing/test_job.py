@@ -493,7 +493,7 @@ def test_samples_are_shuffled_over_all_shards(folder: Path, tmp_path: Path) -> N
     assert abs(np.corrcoef(ids, np.arange(len(ids)))[0, 1]) < 0.2
 
 
-@pytest.mark.slow
+@pytest.mark.distributed
 def test_ray_writes_the_same_bytes(tmp_path: Path) -> None:
     """Shards as tasks of a Ray cluster that this machine is."""
     for i in range(40):

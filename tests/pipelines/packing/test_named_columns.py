@@ -140,7 +140,7 @@ def test_parquet_holds_what_pyarrow_reads(tmp_path: Path) -> None:
     assert [found[i] for i in range(9)] == theirs
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_the_bytes_do_not_depend_on_workers(tmp_path: Path) -> None:
     file, _ = _table(tmp_path)
     pack_with(file, tmp_path / "one", column=PARQUET, samples_per_shard=2)

@@ -367,7 +367,7 @@ def test_ray_writes_the_same_objects(
     assert objects(url) == undisturbed
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_killed_at_random_moments_it_goes_on_to_the_same_objects(
     url: str, server: S3Server, tmp_path: Path
 ) -> None:

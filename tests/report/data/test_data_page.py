@@ -168,6 +168,7 @@ def test_what_was_refused_is_counted_by_reason(found: DataPageInputs, hostile: P
     assert "Nothing: every picture" in render_data_page(replace(found, refused=[]))
 
 
+@pytest.mark.pages
 @pytest.mark.skipif(skip_reason() is not None, reason=str(skip_reason()))
 def test_the_page_reads_well_in_a_browser(found: DataPageInputs, tmp_path: Path) -> None:
     page = tmp_path / "data.html"

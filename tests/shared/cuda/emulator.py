@@ -23,17 +23,20 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from scripts import checks
+
 ROOT = Path(__file__).parents[3]
 CUDA = ROOT / "cuda"
 EMULATOR = CUDA / "emulator"
-BUILD = ROOT / "build" / "emulator"
+BUILD = checks.CACHE / "emulator"
 KERNELS = Path(__file__).parent / "kernels"  # of no op: for the tests alone
-COPIES = Path("/copies")
-"""The name in libraries of a folder with changed sources, which may be another one next time."""
+# Libraries are shared by checkouts, so they have these names for the folders of their sources.
+CHECKOUT, COPIES = Path("/checkout"), Path("/copies")
 
 SUCCESS, INVALID_VALUE, INVALID_CONFIGURATION, OUT_OF_RESOURCES = 0, 1, 9, 701
 
 _COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
+_COMMON += [f"-ffile-prefix-map={ROOT}={CHECKOUT}"]
 _KERNEL = [
     *_COMMON,
     # As nvcc: its header first, and its pragmas
@@ -78,7 +81,7 @@ def _headers() -> list[Path]:
 
 
 def _cached(name: str, build: Callable[[Path, Path], None]) -> Path:
-    """build/emulator/<name>, made by build(file, scratch folder) if it is missing.
+    """Return the file of this name in the cache; build(file, scratch folder) makes it if absent.
 
     Two processes may both make it; the one that ends last replaces the other's.
     """

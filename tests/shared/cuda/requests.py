@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.shared.cuda.emulator import COPIES, CUDA, EMULATOR, runtime
+from tests.shared.cuda.emulator import CHECKOUT, COPIES, CUDA, EMULATOR, ROOT, runtime
 
-_HELPERS = (EMULATOR, CUDA / "include")  # of all kernels: a line that calls them says more
+# Of all kernels: a line that calls them says more.
+_HELPERS = tuple(CHECKOUT / folder.relative_to(ROOT) for folder in (EMULATOR, CUDA / "include"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,8 +66,9 @@ def read_requests(file: Path, *, copies: Path = CUDA) -> list[LineRequests]:
         for place in launch["places"]:
             file_line = lines.get((place.get("module"), place.get("offset")))
             source, line = file_line or (place["file"], place["line"])
-            if Path(source).is_relative_to(COPIES):
-                source = str(copies / Path(source).relative_to(COPIES))
+            for name, folder in ((CHECKOUT, ROOT), (COPIES, copies)):
+                if Path(source).is_relative_to(name):
+                    source = str(folder / Path(source).relative_to(name))
             total = sums[launch["kernel"], source, line, place["memory"], place["access"]]
             for i, name in enumerate(("requests", "lanes", "units")):
                 total[i] += place[name]

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+
+from tests.shared.ranks import run_script
+
+# Torch reads the variable at its first kernel, and importing it runs none.
+_CHECK = """
+import torch
+sets = ["default", "avx2", "avx512"]
+found = torch.backends.cpu.get_cpu_capability().lower()
+assert sets.index(found) <= sets.index({capability!r}), found
+"""
 
 
 def run_held_to(capability: str, code: str) -> str:
     """Run code with ATEN_CPU_CAPABILITY, torch's own switch, which lowers ours; what it printed.
 
-    Fails the test, with the traceback, where the code raises.
+    Fails the test, with the traceback, if the code raises.
     """
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[3],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        script = Path(folder) / "held.py"
+        script.write_text(_CHECK.format(capability=capability) + code)
+        patch.setenv("ATEN_CPU_CAPABILITY", capability)
+        return run_script(script)
